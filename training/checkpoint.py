@@ -1,0 +1,161 @@
+"""
+Checkpoints: a directory each, complete or not there at all.
+
+    runs/NAME/checkpoints/experts-0120/model.safetensors   weights
+                                       optimiser.safetensors   momentum, to resume
+                                       checkpoint.json     recipe, class counts, metrics, commit
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from training.recipe import Recipe, RecipeError
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, or of another model."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """
+    Attributes:
+        path: its directory.
+        stage, epochs_done: how far the training was.
+        recipe: that made it.
+        classes, class_counts: names and training images per class, in the order of the logits.
+        mean, std: the normalisation that the network has in it.
+        metrics: of the last epoch, or of the evaluation where the training is finished.
+        commit: of the code.
+    """
+
+    path: Path
+    stage: str
+    epochs_done: int
+    recipe: Recipe
+    classes: tuple[str, ...]
+    class_counts: tuple[int, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    metrics: dict[str, Any]
+    commit: str
+
+    def load_into(self, model: nn.Module, optimiser: torch.optim.Optimizer | None = None) -> None:
+        """
+        Set the weights of `model`, and the momentum of `optimiser`, to the checkpoint's.
+
+        Raises:
+            CheckpointError: naming the first missing, unknown or differently shaped tensor, with both shapes.
+        """
+        stored = _load(self.path / "model.safetensors")
+        expected = model.state_dict()
+        for name in sorted(expected.keys() | stored.keys()):
+            has, wants = (tuple(d[name].shape) if name in d else None for d in (stored, expected))
+            if has != wants:
+                raise CheckpointError(f"{self.path}: tensor {name} is {has or 'missing'}, the model wants {wants or 'none'}")
+        model.load_state_dict(stored)
+        if optimiser is not None:
+            momentum = _load(self.path / "optimiser.safetensors")
+            for index, parameter in enumerate(p for group in optimiser.param_groups for p in group["params"]):
+                optimiser.state[parameter]["momentum_buffer"] = momentum[str(index)].to(parameter.device)
+
+
+def save_checkpoint(
+    run: Path, stage: str, epochs_done: int, model: nn.Module, optimiser: torch.optim.Optimizer, info: dict[str, Any]
+) -> Path:
+    """
+    Write a checkpoint beside the others of `run`; earlier ones of the same stage are then removed.
+
+    The directory gets its name only when it is complete and on the disk, so a kill at any moment leaves the last one.
+    """
+    directory = run / "checkpoints" / f"{stage}-{epochs_done:04d}"
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    momentum: dict[str, Tensor] = {
+        str(index): optimiser.state[parameter]["momentum_buffer"].contiguous() for index, parameter in enumerate(parameters)
+    }
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial / "model.safetensors")
+    save_file(momentum, partial / "optimiser.safetensors")
+    text = json.dumps({"format": FORMAT, "stage": stage, "epochs_done": epochs_done, **info}, indent=1)
+    (partial / "checkpoint.json").write_text(text + "\n", encoding="utf-8")
+    for file in (*partial.iterdir(), partial):
+        _flush(file)
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+    _flush(directory.parent)
+    for older in directory.parent.glob(f"{stage}-*"):
+        if older.name < directory.name:
+            shutil.rmtree(older)
+    return directory
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """
+    What checkpoint.json says; the weights are read by `load_into`.
+
+    Raises:
+        CheckpointError: naming the file, for one that is missing, damaged or of another format.
+    """
+    file = path / "checkpoint.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise CheckpointError(f"{file}: format {content['format']}, this version reads {FORMAT}")
+        return Checkpoint(
+            path=path, stage=content["stage"], epochs_done=content["epochs_done"],
+            recipe=Recipe.from_dict(content["recipe"]), classes=tuple(content["classes"]),
+            class_counts=tuple(content["class_counts"]), mean=tuple(content["mean"]), std=tuple(content["std"]),
+            metrics=content["metrics"], commit=content["commit"],
+        )  # fmt: skip
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, RecipeError) as error:
+        raise CheckpointError(f"{file}: not a checkpoint of this program ({type(error).__name__}: {error})") from None
+
+
+def checkpoints_of(run: Path) -> dict[str, Checkpoint]:
+    """The newest checkpoint of each stage of a run, by stage; empty for a run that has none."""
+    directories = sorted(path for path in (run / "checkpoints").glob("*-[0-9]*") if path.suffix != ".partial")
+    return {checkpoint.stage: checkpoint for checkpoint in map(read_checkpoint, directories)}
+
+
+def current_commit() -> str:
+    """The commit of the checkout that runs, with "+" where files differ from it; outside a checkout the version."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "version " + metadata.version("ride-serving")
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except Exception as error:  # safetensors raises its own class and OSErrors
+        raise CheckpointError(f"{file}: cannot be read ({error})") from error
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Image sets, long-tailed subsets, splits, augmentation and sampling."""

@@ -1,0 +1,166 @@
+"""How good a model is: accuracy by split for every number of experts and routed, calibration error, cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from training.data.longtail import SPLITS, split_of
+from training.data.sets import Images
+from training.methods.method import Model
+from training.models.macs import count_macs
+
+EVALUATION_BATCH = 250
+CALIBRATION_BINS = 15
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """
+    Everything that routing and accuracy depend on, for N images.
+
+    Attributes:
+        expert_logits: (E, N, C), float32.
+        router_scores: (E − 1, N), in [0, 1]; what each router says if it is asked.
+        labels: (N,), int64.
+    """
+
+    expert_logits: np.ndarray
+    router_scores: np.ndarray
+    labels: np.ndarray
+
+
+def predict(model: Model, images: Images) -> Predictions:
+    """All experts and all routers on all images, in fp32."""
+    was_training = model.training
+    model.eval()
+    logits, scores = [], []
+    with torch.no_grad():
+        for pixels in images.pixels.split(EVALUATION_BATCH):
+            outputs = model.net(pixels)
+            logits.append(outputs.expert_logits.cpu())
+            if model.routers is not None:
+                scores.append(torch.sigmoid(model.routers(outputs)).cpu())
+    model.train(was_training)
+    routed = torch.cat(scores, dim=1).numpy() if scores else np.empty((0, len(images)), np.float32)
+    return Predictions(torch.cat(logits, dim=1).numpy(), routed, images.labels.cpu().numpy())
+
+
+def route(router_scores: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
+    """
+    How many experts each image gets: expert i + 1 runs where score i reaches threshold i.
+
+    Args:
+        router_scores: (E − 1, N).
+        thresholds: (E − 1,).
+
+    Returns:
+        (N,), from 1 to E.
+    """
+    goes_on = router_scores >= np.asarray(thresholds, dtype=np.float32)[:, None]
+    return 1 + np.cumprod(goes_on, axis=0, dtype=np.int64).sum(axis=0)
+
+
+def mean_logits(expert_logits: np.ndarray, experts_used: np.ndarray) -> np.ndarray:
+    """(N, C): the mean of the logits of the first `experts_used` (N,) experts of each image."""
+    sums = np.cumsum(expert_logits, axis=0)
+    return sums[experts_used - 1, np.arange(len(experts_used))] / experts_used[:, None]
+
+
+def accuracy_by_split(correct: np.ndarray, labels: np.ndarray, class_counts: Sequence[int]) -> dict[str, float | None]:
+    """
+    Percent right: "all", "many", "medium", "few".
+
+    Each is the unweighted mean of the accuracies of its classes; classes without images here are left out, a split without
+    any is None.
+    """
+    values = mean_by_split(100.0 * correct, labels, class_counts)
+    return {name: None if value is None else round(value, 3) for name, value in values.items()}
+
+
+def mean_by_split(values: np.ndarray, labels: np.ndarray, class_counts: Sequence[int]) -> dict[str, float | None]:
+    """Means of `values` (N,) per class, then over the classes of each split and over all."""
+    n_classes = len(class_counts)
+    images = np.bincount(labels, minlength=n_classes)
+    sums = np.bincount(labels, weights=values, minlength=n_classes)
+    split = np.array([split_of(count) for count in class_counts])
+    chosen = {"all": images > 0} | {name: (images > 0) & (split == name) for name in SPLITS}
+    return {name: float((sums[rows] / images[rows]).mean()) if rows.any() else None for name, rows in chosen.items()}
+
+
+def calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
+    """
+    Expected calibration error in percent: 15 equal bins of the highest probability, |accuracy − confidence| by share.
+
+    Source: Guo et al., arXiv:1706.04599.
+    """
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    confidence = (shifted.max(axis=1) / shifted.sum(axis=1)).astype(np.float64)
+    correct = logits.argmax(axis=1) == labels
+    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    gaps = np.abs(np.bincount(bins, weights=correct - confidence, minlength=CALIBRATION_BINS))
+    return round(100 * float(gaps.sum()) / len(labels), 3)
+
+
+def macs_of(model: Model, image_size: int) -> tuple[int, list[int], list[int]]:
+    """Multiply-accumulates of the trunk, of each expert, of each router, for one image."""
+    device = next(model.parameters()).device
+    image = torch.zeros(1, image_size, image_size, 3, dtype=torch.uint8, device=device)
+    with torch.no_grad():
+        features = model.net.eval().trunk(image)
+        logits, expert_feature = model.net.experts[0](features)
+    experts = [count_macs(expert, features) for expert in model.net.experts]
+    routers = []
+    if model.routers is not None:
+        each = model.routers.output.weight.numel()
+        routers = [hidden.weight.numel() + each for hidden in model.routers.hidden]
+    return count_macs(model.net.trunk, image), experts, routers
+
+
+def mean_macs(macs: tuple[int, list[int], list[int]], experts_share: Sequence[float]) -> float:
+    """Mean multiply-accumulates of an image, where `experts_share[k]` of the images use k + 1 experts."""
+    trunk, experts, routers = macs
+    total = float(trunk)
+    for index in range(len(experts)):
+        reached = sum(experts_share[index:])
+        total += reached * (experts[index] + (routers[index] if index < len(routers) else 0))
+    return total
+
+
+def summarise(predictions: Predictions, class_counts: Sequence[int], macs: tuple[int, list[int], list[int]],
+              thresholds: Sequence[float]) -> dict[str, Any]:  # fmt: skip
+    """
+    The figures of a table.
+
+    Returns:
+        "images"; "experts": one entry per number of experts (accuracies, "ece", "macs"); "routed", where there are
+        routers: the same at `thresholds`, with "mean_experts" (per split too) and "experts_share".
+    """
+    n_experts, n_images, _ = predictions.expert_logits.shape
+    labels = predictions.labels
+
+    def judge(used: np.ndarray) -> dict[str, Any]:
+        logits = mean_logits(predictions.expert_logits, used)
+        accuracy = accuracy_by_split(logits.argmax(axis=1) == labels, labels, class_counts)
+        return accuracy | {"ece": calibration_error(logits, labels)}
+
+    trunk, experts, _ = macs
+    result: dict[str, Any] = {"images": n_images, "experts": []}
+    for count in range(1, n_experts + 1):
+        used = np.full(n_images, count)
+        result["experts"].append(judge(used) | {"macs": trunk + sum(experts[:count])})
+    if len(predictions.router_scores):
+        used = route(predictions.router_scores, thresholds)
+        share = np.bincount(used, minlength=n_experts + 1)[1:] / n_images
+        by_split = mean_by_split(used.astype(float), labels, class_counts)
+        result["routed"] = judge(used) | {
+            "thresholds": list(thresholds),
+            "mean_experts": {name: None if value is None else round(value, 4) for name, value in by_split.items()},
+            "experts_share": [round(float(value), 5) for value in share],
+            "macs": round(mean_macs(macs, share.tolist())),
+        }
+    return result

@@ -1,0 +1,89 @@
+"""Losses that several methods use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def ldam_margins(class_counts: Sequence[int], max_margin: float) -> Tensor:
+    """(C,), in units of the cosine: proportional to n_c^(−1/4), `max_margin` for the rarest class. LDAM, eq. 13."""
+    margins = torch.tensor(class_counts, dtype=torch.float64) ** -0.25
+    return (max_margin * margins / margins.max()).float()
+
+
+def effective_number_weights(class_counts: Sequence[int], beta: float) -> Tensor:
+    """
+    (C,), with mean 1: proportional to (1 − β)/(1 − β^n_c), nearly inverse frequency for β = 0.9999.
+
+    Source: class-balanced loss, arXiv:1901.05555.
+    """
+    counts = torch.tensor(class_counts, dtype=torch.float64)
+    weights = (1 - beta) / (1 - beta**counts)
+    return (weights * len(weights) / weights.sum()).float()
+
+
+def class_temperatures(class_counts: Sequence[int], gamma: float) -> Tensor:
+    """
+    (C,), in (0, 1]: 1 for the most frequent class, smaller for rare ones.
+
+    The paper has β_c + 1 − max β; the authors' code divides by the maximum, and so do we.
+
+    Source: RIDE, arXiv:2010.01809, distribution-aware diversity loss.
+    """
+    counts = torch.tensor(class_counts, dtype=torch.float64)
+    softened = gamma * len(counts) * counts / counts.sum() + (1 - gamma)
+    return (softened / softened.max()).float()
+
+
+def ldam_loss(
+    logits: Tensor, labels: Tensor, margins: Tensor, scale: float, class_weights: Tensor | None = None
+) -> Tensor:
+    """
+    Cross-entropy after the true class's logit was lowered by scale · margin.
+
+    Args:
+        logits: (B, C), scaled by `scale`.
+        labels: (B,).
+        margins: (C,), in units of the cosine.
+        class_weights: (C,); the loss is normalised by the batch's sum of weights.
+
+    Returns:
+        (), in nats.
+
+    Source: LDAM, arXiv:1906.07413.
+    """
+    lowering = (scale * margins[labels]).to(logits.dtype).unsqueeze(1)  # (B, 1)
+    lowered = torch.scatter_add(logits, 1, labels.unsqueeze(1), -lowering)
+    return F.cross_entropy(lowered, labels, weight=class_weights)
+
+
+def diversity_loss(expert_logits: Tensor, temperatures: Tensor) -> Tensor:
+    """
+    How far the experts stand from their mean; enters the total with a negative weight.
+
+    T̄² · KL(softmax(mean logits / T) ‖ softmax(expert logits / T)), the mean detached, summed over experts. The paper
+    compares every pair of experts, O(E²); the authors' code compares each with the mean of all, O(E); we follow the code.
+
+    Args:
+        expert_logits: (E, B, C).
+        temperatures: (C,), positive, a larger value softens that class.
+
+    Returns:
+        (), in nats, mean over images. 0 when all experts agree.
+
+    Raises:
+        ValueError: for fewer than two experts, where it would always be 0.
+
+    Source: RIDE, arXiv:2010.01809, distribution-aware diversity loss.
+    """
+    n_experts, batch, _ = expert_logits.shape
+    if n_experts < 2:
+        raise ValueError(f"diversity needs two experts or more, there is {n_experts}")
+    mean = F.softmax(expert_logits.mean(dim=0).detach() / temperatures, dim=1)
+    each = F.log_softmax(expert_logits / temperatures, dim=2)
+    divergence = F.kl_div(each, mean.expand_as(each), reduction="sum") / batch
+    return temperatures.mean() ** 2 * divergence

@@ -1,0 +1,93 @@
+"""What the loop needs to know of a method: a model and the stages that train it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from training.models.classifiers import CosineClassifier, LinearClassifier
+from training.models.multi_expert import Expert, MultiExpertNet, Outputs, Trunk
+from training.models.resnet_cifar import expert_layers, trunk
+from training.models.router import Routers
+from training.recipe import Recipe
+
+Sampler = Callable[[Tensor, torch.Generator], Tensor]
+Losses = dict[str, Tensor]
+
+
+class Model(nn.Module):
+    """What a checkpoint holds: the network, and its routers where there are several experts."""
+
+    def __init__(self, net: MultiExpertNet, routers: Routers | None) -> None:
+        super().__init__()
+        self.net = net
+        self.routers = routers
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    One stretch of training under one loss, one optimiser and one schedule.
+
+    Attributes:
+        name: "experts", "routers"; names checkpoints and log lines.
+        epochs, batch_size: of this stage.
+        part: what learns. It alone is in training mode; everything else is frozen, in evaluation mode.
+        losses: (outputs of the network, labels, epoch) -> "loss", which is minimised, and the parts it is made of.
+        sampler: which images an epoch visits.
+        lr: learning rate of an epoch, from 0.
+    """
+
+    name: str
+    epochs: int
+    batch_size: int
+    part: nn.Module
+    losses: Callable[[Outputs, Tensor, int], Losses]
+    sampler: Sampler
+    lr: Callable[[int], float]
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+
+
+class Method(Protocol):
+    """From a recipe to a model with fresh weights and its stages, in order."""
+
+    def __call__(
+        self, recipe: Recipe, class_counts: Sequence[int], mean: Sequence[float], std: Sequence[float]
+    ) -> tuple[Model, list[Stage]]: ...
+
+
+def build_model(recipe: Recipe, n_classes: int, mean: Sequence[float], std: Sequence[float]) -> Model:
+    """The network that `recipe` describes, with fresh weights from torch's global generator."""
+
+    def expert() -> Expert:
+        layers, width = expert_layers(recipe.reduced)
+        if recipe.classifier == "cosine":
+            return Expert(layers, CosineClassifier(width, n_classes, recipe.cosine_scale))
+        return Expert(layers, LinearClassifier(width, n_classes))
+
+    net = MultiExpertNet(Trunk(trunk(), mean, std), [expert() for _ in range(recipe.n_experts)])
+    routers = None
+    if recipe.n_experts > 1:
+        width = expert_layers(recipe.reduced)[1]
+        routers = Routers(recipe.n_experts, width, n_classes, recipe.router_top_k, recipe.router_hidden)
+    return Model(net, routers)
+
+
+def stepped_lr(recipe: Recipe, epoch: int) -> float:
+    """Linear warm-up, then `lr_drop_factor` at each of `lr_drops`; constant within an epoch."""
+    if epoch < recipe.warmup_epochs:
+        return recipe.lr * (1 + epoch) / recipe.warmup_epochs
+    drops = sum(epoch >= recipe.epoch_of(share) for share in recipe.lr_drops)
+    return recipe.lr * recipe.lr_drop_factor**drops
+
+
+def cosine_lr(base: float, epochs: int, epoch: int) -> float:
+    """From `base` at epoch 0 towards 0 after the last."""
+    return base * (1 + math.cos(math.pi * epoch / epochs)) / 2

@@ -1,0 +1,113 @@
+"""
+RIDE: experts that share a trunk and are paid for disagreeing, then routers that decide how many of them an image needs.
+
+Source: Wang et al., "Long-tailed Recognition by Routing Diverse Distribution-Aware Experts", arXiv:2010.01809. Where the
+paper and its public code differ we follow the code: diversity against the mean logits, losses summed over experts,
+temperatures divided by their maximum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from training.data.samplers import class_balanced, shuffled
+from training.methods.losses import (
+    class_temperatures,
+    diversity_loss,
+    effective_number_weights,
+    ldam_loss,
+    ldam_margins,
+)
+from training.methods.method import Losses, Model, Stage, build_model, cosine_lr, stepped_lr
+from training.models.multi_expert import Outputs
+from training.models.router import Routers
+from training.recipe import Recipe
+
+
+class RideLoss:
+    """
+    Σ over experts of the individual LDAM loss, plus λ times the diversity; neither is divided by the number of experts.
+
+    Before the deferred epoch class weights and temperatures are all 1.
+    """
+
+    def __init__(self, recipe: Recipe, class_counts: Sequence[int]) -> None:
+        self.recipe = recipe
+        self.margins = ldam_margins(class_counts, recipe.max_margin)
+        self.class_weights = effective_number_weights(class_counts, recipe.effective_beta)
+        self.temperatures = class_temperatures(class_counts, recipe.diversity_gamma)
+
+    def __call__(self, outputs: Outputs, labels: Tensor, epoch: int) -> Losses:
+        """The loss and its two parts, in nats, mean over the batch, sum over experts."""
+        recipe, expert_logits = self.recipe, outputs.expert_logits
+        device = expert_logits.device
+        margins = self.margins.to(device)
+        deferred = recipe.deferred_from is not None and epoch >= recipe.epoch_of(recipe.deferred_from)
+        class_weights = self.class_weights.to(device) if deferred else None
+
+        judged = expert_logits
+        if recipe.collaborative:
+            judged = expert_logits.mean(dim=0, keepdim=True).expand_as(expert_logits)
+        individual = torch.stack(
+            [ldam_loss(logits, labels, margins, recipe.cosine_scale, class_weights) for logits in judged]
+        ).sum()
+        if not recipe.diversity_weight:
+            return {"loss": individual, "individual": individual}
+
+        temperatures = self.temperatures.to(device) if deferred else torch.ones_like(self.temperatures, device=device)
+        diversity = recipe.diversity_weight * diversity_loss(expert_logits, temperatures)
+        return {"loss": individual + diversity, "individual": individual, "diversity": diversity}
+
+
+def another_expert_helps(expert_logits: Tensor, labels: Tensor) -> Tensor:
+    """
+    What the routers are to learn.
+
+    Args:
+        expert_logits: (E, B, C).
+        labels: (B,).
+
+    Returns:
+        (E − 1, B), bool: experts 0..i together are wrong, and some longer prefix is right.
+    """
+    right = expert_logits.cumsum(dim=0).argmax(dim=2) == labels  # (E, B), of every prefix
+    later = right.flip(0).cummax(dim=0).values.flip(0)  # (E, B), right here or at a longer prefix
+    return ~right[:-1] & later[1:]
+
+
+def router_losses(routers: Routers, positive_weight: float, outputs: Outputs, labels: Tensor, epoch: int) -> Losses:
+    """Binary cross-entropy, positives weighted, mean over images and routers."""
+    asked = routers(outputs)
+    wanted = another_expert_helps(outputs.expert_logits, labels).to(asked.dtype)
+    weight = torch.tensor(positive_weight, device=asked.device)
+    return {"loss": F.binary_cross_entropy_with_logits(asked, wanted, pos_weight=weight)}
+
+
+def router_stage(recipe: Recipe, routers: Routers) -> Stage:
+    """The routers alone, on class-balanced draws; every expert runs on every image."""
+    return Stage(
+        name="routers", epochs=recipe.router_epochs, batch_size=recipe.router_batch_size, part=routers,
+        losses=partial(router_losses, routers, recipe.router_positive_weight), sampler=class_balanced,
+        lr=partial(cosine_lr, recipe.router_lr, recipe.router_epochs),
+        momentum=0.9, nesterov=True, weight_decay=recipe.router_weight_decay,
+    )  # fmt: skip
+
+
+def build(
+    recipe: Recipe, class_counts: Sequence[int], mean: Sequence[float], std: Sequence[float]
+) -> tuple[Model, list[Stage]]:
+    """A fresh model; the experts' stage, then the routers'."""
+    model = build_model(recipe, len(class_counts), mean, std)
+    experts = Stage(
+        name="experts", epochs=recipe.epochs, batch_size=recipe.batch_size, part=model.net,
+        losses=RideLoss(recipe, class_counts), sampler=shuffled, lr=partial(stepped_lr, recipe),
+        momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay,
+    )  # fmt: skip
+    if model.routers is None or recipe.router_epochs == 0:
+        return model, [experts]
+    return model, [experts, router_stage(recipe, model.routers)]

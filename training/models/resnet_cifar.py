@@ -1,0 +1,66 @@
+"""CIFAR ResNet-32, cut after its first stage into a trunk and an expert."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BLOCKS = 5  # per stage: 6·5 + 2 = 32 layers
+TRUNK_WIDTH = 16
+
+
+class BasicBlock(nn.Module):
+    """
+    Two 3x3 convolutions and a shortcut without parameters (option A).
+
+    Where the width grows, the shortcut takes every second row and column and pads channels with zeros on both sides.
+    """
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.stride, self.channel_padding = stride, (width - width_in) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width_in, H, W) -> (B, width, H/stride, W/stride)."""
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.channel_padding:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.channel_padding, self.channel_padding))
+        return F.relu(out + x)
+
+
+def _stage(width_in: int, width: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        BasicBlock(width_in, width, stride), *(BasicBlock(width, width, 1) for _ in range(BLOCKS - 1))
+    )
+
+
+def trunk() -> nn.Sequential:
+    """(B, 3, H, W) -> (B, 16, H, W): the first convolution and the first stage."""
+    layers = nn.Sequential(
+        nn.Conv2d(3, TRUNK_WIDTH, 3, padding=1, bias=False), nn.BatchNorm2d(TRUNK_WIDTH), nn.ReLU(),
+        _stage(TRUNK_WIDTH, TRUNK_WIDTH, 1),
+    )  # fmt: skip
+    _initialise(layers)
+    return layers
+
+
+def expert_layers(reduced: bool) -> tuple[nn.Sequential, int]:
+    """
+    (B, 16, H, W) -> (B, D): stages two and three and the global average; and D, 48 when reduced, else 64.
+    """
+    middle, last = (24, 48) if reduced else (32, 64)
+    layers = nn.Sequential(
+        _stage(TRUNK_WIDTH, middle, 2), _stage(middle, last, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    _initialise(layers)
+    return layers, last
+
+
+def _initialise(layers: nn.Module) -> None:
+    for module in layers.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)

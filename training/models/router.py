@@ -1,0 +1,53 @@
+"""Routers: after expert i, how much is expert i + 1 needed?"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training.models.multi_expert import Outputs
+
+
+class Routers(nn.Module):
+    """
+    E − 1 routers with a hidden layer each and one output layer that they share.
+
+    Router i sees the feature of expert i scaled to unit length, and the k largest values, in descending order, of the
+    mean logits of experts 0..i.
+
+    Args:
+        n_experts: E, at least 2.
+        n_features: D.
+        n_classes: C; k is at most C.
+
+    Source: RIDE, arXiv:2010.01809, expert assignment; sizes as in its public code.
+    """
+
+    def __init__(self, n_experts: int, n_features: int, n_classes: int, top_k: int, n_hidden: int) -> None:
+        super().__init__()
+        self.top_k = min(top_k, n_classes)
+        self.hidden = nn.ModuleList(nn.Linear(n_features, n_hidden) for _ in range(n_experts - 1))
+        self.output = nn.Linear(self.top_k + n_hidden, 1)
+
+    def decide(self, router: int, expert_feature: Tensor, logits_sum: Tensor) -> Tensor:
+        """
+        Args:
+            router: i, from 0.
+            expert_feature: (B, D), of expert i.
+            logits_sum: (B, C), summed over experts 0..i.
+
+        Returns:
+            (B,), logits: the next expert runs where the sigmoid reaches the threshold.
+        """
+        direction = expert_feature / expert_feature.norm(dim=1, keepdim=True)
+        largest = torch.topk(logits_sum / (router + 1), self.top_k, dim=1).values
+        hidden = F.relu(self.hidden[router](direction))
+        return self.output(torch.cat([largest, hidden], dim=1)).squeeze(1)
+
+    def forward(self, outputs: Outputs) -> Tensor:
+        """All routers on all images: (E − 1, B), logits."""
+        sums = outputs.expert_logits.cumsum(dim=0)
+        return torch.stack(
+            [self.decide(i, outputs.expert_features[i], sums[i]) for i in range(len(self.hidden))]
+        )

@@ -1,0 +1,201 @@
+"""What a training is: one frozen record, carried whole by every checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR_STD = (0.2023, 0.1994, 0.2010)
+
+
+class RecipeError(ValueError):
+    """A recipe field that does not exist, or a value that it cannot take."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """
+    Everything that decides the outcome of a training. Epochs count from 0; shares are of `epochs`.
+
+    Attributes:
+        name: of the recipe; names the run directory and the exported model.
+        method: "ride", "ldam" or "ce" (training/methods).
+        data: "cifar10", "cifar100", a directory with train*.parquet, or a directory of class directories.
+        profile: how the training set is thinned: "exp" or "step" (long-tailed subset of a balanced set), "natural" (as is).
+        imbalance: largest over smallest class size under "exp" and "step".
+        n_max: size of the largest class under "exp" and "step"; None: the size of class 0.
+        subset_order: which images a class keeps: "shuffled" by `subset_seed` (LDAM, RIDE, BBN) or the "first" ones (SHIKE).
+        subset_seed: of the draw; also of the held-out share of a natural set.
+        holdout_per_class: at most so many images per class, of those the subset leaves out, are kept for calibration.
+        holdout_share, test_share: of each class of a "natural" set; the latter only where the set has no test images.
+        image_size: side of the square network input, pixels.
+        mean, std: per channel (R, G, B), pixels in [0, 1]; None: measured on the training images.
+        n_experts: 1 to 6.
+        reduced: 3/4 of the width in the experts, as in RIDE's tables.
+        classifier: "cosine" (scale `cosine_scale`, no bias) or "linear" (with bias).
+        warmup_epochs: lr·(1 + e)/warmup_epochs while e < warmup_epochs.
+        lr_drops, lr_drop_factor: lr is multiplied by the factor at each of these shares of `epochs`.
+        crop_padding: pixels of zero padding for the random crop; 0 turns it off.
+        rotation: random rotation of up to ± so many degrees; 0 turns it off.
+        max_margin: LDAM margin of the rarest class, in units of the cosine.
+        deferred_from: share of `epochs` from which class weights and temperatures apply; None: never.
+        effective_beta: β of the effective-number class weights.
+        diversity_weight: λ, negative: experts are paid for disagreeing; 0 turns the term off.
+        diversity_gamma: γ in (0, 1), how far class temperatures depart from 1.
+        collaborative: every expert's loss is computed on the mean logits (ablation).
+        router_top_k: how many of the largest mean logits a router sees; at most the number of classes are used.
+        router_positive_weight: weight of "another expert would help" in the router's loss.
+        seed: of initial weights, order and augmentation.
+        precision: "bf16" autocast, "fp32", or "auto": bf16 where the device has bf16 units.
+        compile: use torch.compile.
+        evaluate_every: epochs between evaluations on the test images while training; they decide nothing.
+    """
+
+    name: str
+    method: Literal["ride", "ldam", "ce"]
+    data: str = "cifar100"
+    profile: Literal["exp", "step", "natural"] = "exp"
+    imbalance: float = 100.0
+    n_max: int | None = None
+    subset_order: Literal["shuffled", "first"] = "shuffled"
+    subset_seed: int = 0
+    holdout_per_class: int = 100
+    holdout_share: float = 0.1
+    test_share: float = 0.1
+    image_size: int = 32
+    mean: tuple[float, float, float] | None = CIFAR_MEAN
+    std: tuple[float, float, float] | None = CIFAR_STD
+    n_experts: int = 1
+    reduced: bool = False
+    classifier: Literal["cosine", "linear"] = "cosine"
+    cosine_scale: float = 30.0
+    epochs: int = 200
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 2e-4
+    warmup_epochs: int = 5
+    lr_drops: tuple[float, ...] = (0.8, 0.9)
+    lr_drop_factor: float = 0.01
+    crop_padding: int = 4
+    flip: bool = True
+    rotation: float = 0.0
+    max_margin: float = 0.5
+    deferred_from: float | None = None
+    effective_beta: float = 0.9999
+    diversity_weight: float = 0.0
+    diversity_gamma: float = 0.05
+    collaborative: bool = False
+    router_epochs: int = 5
+    router_batch_size: int = 512
+    router_lr: float = 0.01
+    router_weight_decay: float = 5e-4
+    router_top_k: int = 30
+    router_hidden: int = 16
+    router_positive_weight: float = 100.0
+    seed: int = 0
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    compile: bool = True
+    evaluate_every: int = 20
+
+    def __post_init__(self) -> None:
+        for field, low, high in _RANGES:
+            value = getattr(self, field)
+            if value is not None and not low <= value <= high:
+                raise RecipeError(f"{field}={value}: must be from {low} to {high}")
+        for field, hint in typing.get_type_hints(Recipe).items():
+            choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else None
+            if choices and getattr(self, field) not in choices:
+                raise RecipeError(f"{field}={getattr(self, field)!r}: must be one of {', '.join(choices)}")
+        if list(self.lr_drops) != sorted(self.lr_drops) or not all(0 < share < 1 for share in self.lr_drops):
+            raise RecipeError(f"lr_drops={self.lr_drops}: must be ascending shares of the epochs between 0 and 1")
+        if (self.mean is None) != (self.std is None):
+            raise RecipeError("mean and std: give both, or neither to measure them on the training images")
+        for field in ("mean", "std"):
+            if getattr(self, field) is not None and len(getattr(self, field)) != 3:
+                raise RecipeError(f"{field}={getattr(self, field)}: must be three numbers, one per channel")
+        if self.std is not None and min(self.std) <= 0:
+            raise RecipeError(f"std={self.std}: must be positive")
+        if self.method != "ride" and self.n_experts != 1:
+            raise RecipeError(f"n_experts={self.n_experts}: method {self.method!r} trains one expert")
+        if self.method == "ldam" and self.classifier != "cosine":
+            raise RecipeError("classifier='linear': the margins of LDAM need the cosine classifier")
+
+    def epoch_of(self, share: float) -> int:
+        """The epoch, from 0, at which `share` of the training is done."""
+        return round(share * self.epochs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values; `from_dict` takes it back."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """
+        The recipe that a checkpoint carries.
+
+        Raises:
+            RecipeError: for unknown fields or impossible values.
+        """
+        _refuse_unknown(values)
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+    def override(self, settings: dict[str, str]) -> Recipe:
+        """
+        This recipe with fields replaced by values as a command line gives them.
+
+        Args:
+            settings: field to text; tuples are comma-separated, None is "none".
+
+        Raises:
+            RecipeError: for unknown fields, text that is not of the field's type, impossible values.
+        """
+        _refuse_unknown(settings)
+        hints = typing.get_type_hints(Recipe)
+        return dataclasses.replace(self, **{key: _parse(key, text, hints[key]) for key, text in settings.items()})
+
+
+_INFINITE = float("inf")
+_RANGES = (
+    ("imbalance", 1, _INFINITE), ("n_max", 1, _INFINITE), ("subset_seed", 0, 2**32 - 1), ("holdout_per_class", 1, _INFINITE),
+    ("holdout_share", 0.01, 0.5), ("test_share", 0.01, 0.5), ("image_size", 8, 1024), ("n_experts", 1, 6),
+    ("cosine_scale", 1e-3, 1e3), ("epochs", 1, 100_000), ("batch_size", 1, 65_536), ("lr", 1e-9, 100), ("momentum", 0, 0.9999),
+    ("weight_decay", 0, 1), ("warmup_epochs", 0, 10_000), ("lr_drop_factor", 1e-9, 1), ("crop_padding", 0, 256),
+    ("rotation", 0, 180), ("max_margin", 0, 2), ("deferred_from", 0, 1), ("effective_beta", 0, 1 - 1e-9),
+    ("diversity_weight", -100, 100), ("diversity_gamma", 0, 0.999), ("router_epochs", 0, 10_000), ("router_batch_size", 1, 65_536),
+    ("router_lr", 1e-9, 100), ("router_weight_decay", 0, 1), ("router_top_k", 1, 100_000), ("router_hidden", 1, 65_536),
+    ("router_positive_weight", 1e-6, 1e6), ("seed", 0, 2**32 - 1), ("evaluate_every", 1, 100_000),
+)  # fmt: skip
+
+
+def _refuse_unknown(settings: dict[str, Any]) -> None:
+    valid = [field.name for field in dataclasses.fields(Recipe)]
+    for key in settings:
+        if key not in valid:
+            raise RecipeError(f"{key}: no such recipe field; valid are {', '.join(valid)}")
+
+
+def _parse(key: str, text: str, hint: Any) -> Any:
+    """`text` as a value of the type `hint`."""
+    if isinstance(hint, types.UnionType):
+        if text.lower() == "none":
+            return None
+        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return text
+    if origin is tuple:
+        return tuple(_parse(key, part, float) for part in text.split(",") if part.strip())
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise RecipeError(f"{key}={text}: must be true or false")
+        return text.lower() == "true"
+    try:
+        return hint(text)
+    except ValueError:
+        raise RecipeError(f"{key}={text}: must be {'a whole number' if hint is int else 'a number'}") from None

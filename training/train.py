@@ -1,0 +1,119 @@
+"""A whole training: data, model, stages, evaluation, all in one run directory that can be resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.checkpoint import Checkpoint, CheckpointError, checkpoints_of, current_commit
+from training.data.sets import Data, channel_statistics, load_data
+from training.evaluate import macs_of, predict, summarise
+from training.loop import Log, run_stage
+from training.methods import ride, single
+from training.methods.method import Method, Model, build_model
+from training.recipe import Recipe
+
+METHODS: dict[str, Method] = {"ride": ride.build, "ldam": single.build, "ce": single.build}
+PUBLISHED_THRESHOLD = 0.5
+
+
+def train(recipe: Recipe, run: Path) -> dict[str, Any]:
+    """
+    Train `recipe` in the directory `run`, going on from its newest checkpoint where there is one.
+
+    Returns:
+        The evaluation on the test images after the last epoch, which is also in run/results.json.
+
+    Raises:
+        DataError: for images that are missing, unreadable or too few.
+        CheckpointError: where `run` holds another recipe's checkpoints.
+        DivergedError: when the loss is not finite.
+    """
+    done = checkpoints_of(run)
+    for checkpoint in done.values():
+        _refuse_other_recipe(checkpoint, recipe)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = load_data(recipe)
+    mean, std = (recipe.mean, recipe.std) if recipe.mean and recipe.std else channel_statistics(data.train)
+    torch.manual_seed(recipe.seed)
+    model, stages = METHODS[recipe.method](recipe, data.counts, mean, std)
+    model.to(device)
+    images, test = data.train.to(device), data.test.to(device)
+    macs = macs_of(model, recipe.image_size)
+    info = {
+        "recipe": recipe.to_dict(), "classes": data.classes, "class_counts": data.counts, "mean": mean, "std": std,
+        "commit": current_commit(), "torch": torch.__version__, "device": device.type,
+    }  # fmt: skip
+
+    def evaluate(current: Model) -> dict[str, Any]:
+        thresholds = [PUBLISHED_THRESHOLD] * (recipe.n_experts - 1)
+        return summarise(predict(current, test), data.counts, macs, thresholds)
+
+    run.mkdir(parents=True, exist_ok=True)
+    log = Log.open(run, {name: checkpoint.epochs_done for name, checkpoint in done.items()})
+    try:
+        for stage in stages:
+            start = done.get(stage.name)
+            if start is not None and start.epochs_done == stage.epochs:
+                start.load_into(model)
+                continue
+            run_stage(model, stage, images, recipe, start=start, run=run, log=log, info=info, evaluate=evaluate)
+    finally:
+        log.board.close()
+    results = evaluate(model)
+    write_atomically(run / "results.json", json.dumps(results | {"data": _describe(data)} | info, indent=1) + "\n")
+    return results
+
+
+def trained_model(run: Path) -> tuple[Checkpoint, Model]:
+    """
+    The model of a finished run, on the CPU, in evaluation mode.
+
+    Raises:
+        CheckpointError: where there is no run, or it is not finished.
+    """
+    done = checkpoints_of(run)
+    if not done:
+        raise CheckpointError(f"{run}: no checkpoints there; ride-train makes them")
+    recipe = next(iter(done.values())).recipe
+    stages = {"experts": recipe.epochs}
+    if recipe.n_experts > 1 and recipe.router_epochs:
+        stages["routers"] = recipe.router_epochs
+    for name, epochs in stages.items():
+        reached = done[name].epochs_done if name in done else 0
+        if reached < epochs:
+            raise CheckpointError(f"{run}: stage {name} has {reached} of {epochs} epochs; finish it with ride-train --resume")
+    checkpoint = done[list(stages)[-1]]
+    model = build_model(recipe, len(checkpoint.classes), checkpoint.mean, checkpoint.std)
+    checkpoint.load_into(model)
+    return checkpoint, model.eval()
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """The file has either its old content or all of `text`."""
+    partial = file.with_name(file.name + ".partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(file)
+
+
+def _refuse_other_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """A run goes on only under the recipe that began it; what decides nothing may change."""
+    free = {"evaluate_every": recipe.evaluate_every}
+    theirs, ours = dataclasses.replace(checkpoint.recipe, **free).to_dict(), recipe.to_dict()
+    different = [f"{key}={theirs[key]} (now {ours[key]})" for key in ours if theirs[key] != ours[key]]
+    if different:
+        raise CheckpointError(f"{checkpoint.path}: made with {', '.join(different)}; give another --out directory")
+
+
+def _describe(data: Data) -> dict[str, Any]:
+    return {
+        "train": len(data.train), "heldout": len(data.heldout), "test": len(data.test), "heldout_note": data.heldout_note
+    }  # fmt: skip
