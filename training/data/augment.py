@@ -14,8 +14,6 @@ def augment(
     """
     Random crop of the zero-padded image, then horizontal flip, then rotation about the centre.
 
-    The three are one gather of whole pixels (nearest neighbour, zero fill), which equals doing them one after another.
-
     Args:
         images: (B, H, W, 3), uint8.
         generator: on the CPU, so that a seed means the same on every device.
@@ -25,19 +23,36 @@ def augment(
     Returns:
         (B, H, W, 3), uint8.
     """
-    batch, height, width, _ = images.shape
-    device = images.device
-
-    def uniform(low: float, high: float) -> Tensor:
-        return (torch.rand(batch, 1, 1, generator=generator) * (high - low) + low).to(device)
+    batch = len(images)
 
     def whole(high: int) -> Tensor:
-        return torch.randint(high + 1, (batch, 1, 1), generator=generator).to(device)
+        return torch.randint(high + 1, (batch,), generator=generator)
 
-    angle = uniform(-math.radians(rotation), math.radians(rotation))
+    angle = (torch.rand(batch, generator=generator) * 2 - 1) * math.radians(rotation)
     shift_y, shift_x = whole(2 * crop_padding) - crop_padding, whole(2 * crop_padding) - crop_padding
-    mirrored = whole(1).bool() & flip
+    return transform(images, shift_y, shift_x, whole(1).bool() & flip, angle)
 
+
+def transform(images: Tensor, shift_y: Tensor, shift_x: Tensor, mirrored: Tensor, angle: Tensor) -> Tensor:
+    """
+    Shift, mirror and turn each image by its own amount.
+
+    The three are one gather of whole pixels (nearest neighbour, zero fill), which equals doing them one after another.
+
+    Args:
+        images: (B, H, W, 3), uint8.
+        shift_y, shift_x: (B,), pixels: output pixel (0, 0) shows the image's pixel (shift_y, shift_x).
+        mirrored: (B,), bool.
+        angle: (B,), radians, counter-clockwise.
+
+    Returns:
+        (B, H, W, 3), uint8.
+    """
+    batch, height, width, _ = images.shape
+    device = images.device
+    shift_y, shift_x, mirrored, angle = (
+        value.to(device).view(batch, 1, 1) for value in (shift_y, shift_x, mirrored, angle)
+    )
     y = torch.arange(height, device=device).view(1, height, 1) + 0.5 - height / 2  # pixel centres about the middle
     x = torch.arange(width, device=device).view(1, 1, width) + 0.5 - width / 2
     cos, sin = torch.cos(angle), torch.sin(angle)

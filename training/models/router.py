@@ -40,7 +40,7 @@ class Routers(nn.Module):
         Returns:
             (B,), logits: the next expert runs where the sigmoid reaches the threshold.
         """
-        direction = expert_feature / expert_feature.norm(dim=1, keepdim=True)
+        direction = F.normalize(expert_feature, dim=1)
         largest = torch.topk(logits_sum / (router + 1), self.top_k, dim=1).values
         hidden = F.relu(self.hidden[router](direction))
         return self.output(torch.cat([largest, hidden], dim=1)).squeeze(1)

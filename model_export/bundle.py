@@ -1,0 +1,480 @@
+"""
+The bundle: the directory that training's export writes and the service reads, and the only thing they share.
+
+`manifest.json` says what the ONNX graphs beside it cannot: classes, sizes, costs, thresholds and where they come from.
+Everything is checked on reading and on writing; behind that line it may be trusted.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import tempfile
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+SPLITS = ("many", "medium", "few")
+
+Split = Literal["many", "medium", "few"]
+
+
+class BundleError(ValueError):
+    """A bundle that cannot be trusted: names the file, what was found and what was expected."""
+
+
+def _fail(where: str, problem: str) -> BundleError:
+    return BundleError(f"{MANIFEST}: {where}: {problem}")
+
+
+@dataclass(frozen=True)
+class SplitBounds:
+    """Training images per class: more than `many_above` is *many*, fewer than `few_below` is *few*, else *medium*."""
+
+    many_above: int
+    few_below: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.few_below <= self.many_above + 1:
+            raise _fail(
+                "split_bounds",
+                f"few_below is {self.few_below} and many_above is {self.many_above}; "
+                "expected 0 <= few_below <= many_above + 1, so that no class is both",
+            )
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """
+    How an image of any size becomes the trunk's input.
+
+    Attributes:
+        fit: "crop" scales the shorter side and takes the centre; "stretch" ignores the aspect ratio.
+        interpolation: the antialiased Pillow filter.
+        mean, std: per channel (R, G, B) for pixels in [0, 1]; applied inside the trunk's graph, recorded here to be read.
+    """
+
+    height: int
+    width: int
+    fit: Literal["crop", "stretch"]
+    interpolation: Literal["bilinear", "bicubic"]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        if self.height < 1 or self.width < 1:
+            raise _fail("input", f"size is {self.height}x{self.width}; expected at least 1x1")
+        if min(self.std) <= 0:
+            raise _fail("input.std", f"is {list(self.std)}; expected positive numbers")
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates per image of each graph."""
+
+    trunk: int
+    experts: tuple[int, ...]
+    routers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if min((self.trunk, *self.experts, *self.routers)) < 0:
+            raise _fail("macs", "holds a negative number; expected counts")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output of a graph; None in the shape is the free batch axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One ONNX file: its path inside the bundle, its checksum (hexadecimal) and what goes in and out."""
+
+    file: str
+    sha256: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How close a variant comes to its checkpoint on real images; agreements are shares in [0, 1]."""
+
+    images: int
+    max_abs_logit_difference: float
+    top1_agreement: float
+    experts_used_agreement: float
+
+    def __post_init__(self) -> None:
+        for name in ("top1_agreement", "experts_used_agreement"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise _fail(f"parity.{name}", f"is {getattr(self, name)}; expected a share in [0, 1]")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The graphs of one precision of the model: trunk, E experts, E - 1 routers."""
+
+    trunk: GraphSpec
+    experts: tuple[GraphSpec, ...]
+    routers: tuple[GraphSpec, ...]
+    parity: Parity
+
+    @property
+    def graphs(self) -> tuple[GraphSpec, ...]:
+        """All graphs, in the order in which they run."""
+        return (self.trunk, *self.experts, *self.routers)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 accuracy in percent; None for a split that has no class."""
+
+    all: float
+    many: float | None
+    medium: float | None
+    few: float | None
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value is not None and not 0 <= value <= 100:
+                raise _fail(f"accuracy.{name}", f"is {value}; expected a percentage in [0, 100]")
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """
+    What one choice of thresholds gave on held-out images.
+
+    Attributes:
+        thresholds: one per router; the next expert runs where score >= threshold.
+        mean_macs: multiply-accumulates per image, trunk, experts and routers together.
+        experts_share: share of images that 1, 2, ... E experts answered.
+    """
+
+    thresholds: tuple[float, ...]
+    accuracy: Accuracy
+    mean_experts: float
+    mean_macs: float
+    experts_share: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Operating points in the order of their mean number of experts; `data` says which images they were measured on."""
+
+    data: str
+    images: int
+    points: tuple[OperatingPoint, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """
+    What a bundle says about itself that its graphs cannot. C classes, E experts.
+
+    Attributes:
+        classes: C names, in the order of the logits.
+        class_counts: C numbers of training images, same order.
+        thresholds: the default operating point, E - 1 values in [0, 1].
+        provenance: recipe, seed, commit, data and test figures, for people to read.
+    """
+
+    name: str
+    version: str
+    classes: tuple[str, ...]
+    class_counts: tuple[int, ...]
+    split_bounds: SplitBounds
+    input: InputSpec
+    macs: Macs
+    variants: Mapping[str, Variant]
+    default_variant: str
+    thresholds: tuple[float, ...]
+    calibration: Calibration
+    provenance: Mapping[str, Any]
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def n_experts(self) -> int:
+        """E, the number of experts."""
+        return len(self.macs.experts)
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """The split of each class, in the order of the logits."""
+        return tuple(split_of(count, self.split_bounds) for count in self.class_counts)
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise _fail("schema_version", f"is {self.schema_version}; this release reads {SCHEMA_VERSION}")
+        if not self.name or not self.version:
+            raise _fail("name, version", f"are {self.name!r} and {self.version!r}; expected both to be filled in")
+        self._check_classes()
+        self._check_experts()
+        self._check_calibration()
+        if self.default_variant not in self.variants:
+            raise _fail("default_variant", f"is {self.default_variant!r}; the variants are {sorted(self.variants)}")
+        for name, variant in self.variants.items():
+            self._check_graphs(f"variants.{name}", variant)
+
+    def _check_classes(self) -> None:
+        if not self.classes:
+            raise _fail("classes", "is empty; expected at least one name")
+        if len(self.class_counts) != len(self.classes):
+            raise _fail("class_counts", f"has {len(self.class_counts)} entries for {len(self.classes)} classes")
+        seen: set[str] = set()
+        for index, name in enumerate(self.classes):
+            if not name or name in seen:
+                raise _fail(f"classes[{index}]", f"is {name!r}; expected a name that no other class has")
+            seen.add(name)
+        if min(self.class_counts) < 0:
+            raise _fail("class_counts", f"holds {min(self.class_counts)}; expected counts")
+
+    def _check_experts(self) -> None:
+        n_experts = self.n_experts
+        if n_experts < 1:
+            raise _fail("macs.experts", "is empty; expected at least one expert")
+        _check_length("macs.routers", self.macs.routers, n_experts - 1, "one for each expert but the last")
+        _check_thresholds("thresholds", self.thresholds, n_experts)
+
+    def _check_calibration(self) -> None:
+        n_experts, points = self.n_experts, self.calibration.points
+        for index, point in enumerate(points):
+            where = f"calibration.points[{index}]"
+            _check_thresholds(f"{where}.thresholds", point.thresholds, n_experts)
+            _check_length(f"{where}.experts_share", point.experts_share, n_experts, "one for each expert")
+            if not 1 <= point.mean_experts <= n_experts:
+                raise _fail(f"{where}.mean_experts", f"is {point.mean_experts}; expected 1 to {n_experts}")
+            if min(point.experts_share) < 0 or abs(sum(point.experts_share) - 1) > 1e-3:
+                raise _fail(f"{where}.experts_share", f"is {list(point.experts_share)}; expected shares that add up to 1")
+        if not any(max(point.thresholds, default=0.0) == 0 for point in points):
+            raise _fail("calibration.points", "has no point whose thresholds are all 0, where every expert runs")
+        means = [point.mean_experts for point in points]
+        if means != sorted(means):
+            raise _fail("calibration.points", "is not in the order of mean_experts; expected it to ascend")
+
+    def _check_graphs(self, where: str, variant: Variant) -> None:
+        n_experts, n_classes = self.n_experts, len(self.classes)
+        _check_length(f"{where}.experts", variant.experts, n_experts, "as many as macs.experts")
+        _check_length(f"{where}.routers", variant.routers, n_experts - 1, "one for each expert but the last")
+        logits = (None, n_classes)
+        _check_tensors(
+            f"{where}.trunk",
+            variant.trunk,
+            inputs={"images": ("uint8", (None, self.input.height, self.input.width, 3))},
+            outputs={"features": (None, None)},
+        )
+        features = variant.trunk.outputs[0]
+        for index, expert in enumerate(variant.experts):
+            _check_tensors(
+                f"{where}.experts[{index}]",
+                expert,
+                inputs={"features": (features.dtype, features.shape), "logits_sum": ("float32", logits)},
+                outputs={"new_logits_sum": ("float32", logits), "expert_feature": (None, None)},
+            )
+        for index, router in enumerate(variant.routers):
+            expert_feature = variant.experts[index].outputs[1]
+            _check_tensors(
+                f"{where}.routers[{index}]",
+                router,
+                inputs={
+                    "expert_feature": (expert_feature.dtype, expert_feature.shape),
+                    "logits_sum": ("float32", logits),
+                },
+                outputs={"score": ("float32", (None,))},
+            )
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A checked bundle on disk: every graph its manifest names is there, inside the directory, with the right checksum."""
+
+    path: Path
+    manifest: Manifest
+
+    def graph_path(self, graph: GraphSpec) -> Path:
+        """Where a graph's file lies."""
+        return self.path / graph.file
+
+
+def split_of(count: int, bounds: SplitBounds) -> Split:
+    """The split of a class with `count` training images."""
+    if count > bounds.many_above:
+        return "many"
+    return "few" if count < bounds.few_below else "medium"
+
+
+def sha256_of(path: Path) -> str:
+    """Checksum of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_bundle(path: Path | str) -> Bundle:
+    """
+    Read a bundle's manifest and check it and the graphs it names.
+
+    Raises:
+        BundleError: for anything that is missing, unknown, inconsistent or damaged.
+    """
+    directory = Path(path)
+    try:
+        text = (directory / MANIFEST).read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError(
+            f"{directory}: no {MANIFEST} there; expected a bundle, the directory that ride-export writes"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{directory / MANIFEST}: cannot be read ({error})") from error
+    try:
+        document = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{directory / MANIFEST}: is not JSON ({error})") from error
+    found = document.get("schema_version") if isinstance(document, dict) else None
+    if isinstance(found, int) and found != SCHEMA_VERSION:
+        raise _fail("schema_version", f"is {found}; this release reads {SCHEMA_VERSION}")
+    bundle = Bundle(directory, _build(Manifest, document, ""))
+    for variant in bundle.manifest.variants.values():
+        for graph in variant.graphs:
+            _check_file(directory, graph)
+    return bundle
+
+
+def write_manifest(path: Path | str, manifest: Manifest) -> None:
+    """
+    Write a manifest into the bundle's directory `path`: the same bytes for the same manifest, and all of them or none.
+
+    Raises:
+        BundleError: for what `read_bundle` would refuse, the graphs' files included.
+    """
+    directory = Path(path)
+    document = dataclasses.asdict(manifest)
+    try:
+        text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"{MANIFEST}: cannot be written as JSON ({error})") from error
+    _build(Manifest, json.loads(text), "")
+    for variant in manifest.variants.values():
+        for graph in variant.graphs:
+            _check_file(directory, graph)
+    handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{MANIFEST}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, directory / MANIFEST)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _check_file(directory: Path, graph: GraphSpec) -> None:
+    """A graph's file is inside the bundle, links resolved, and is the one the manifest was written for."""
+    relative = Path(graph.file)
+    if relative.is_absolute() or ".." in relative.parts or "\\" in graph.file:
+        raise BundleError(f"{MANIFEST}: file {graph.file!r} leaves the bundle; expected a path inside it")
+    path = directory / relative
+    if not path.is_file():
+        raise BundleError(f"{graph.file}: is missing; {MANIFEST} lists it")
+    if not path.resolve().is_relative_to(directory.resolve()):
+        raise BundleError(f"{graph.file}: is a link out of the bundle, to {path.resolve()}; expected a file inside it")
+    found = sha256_of(path)
+    if found != graph.sha256:
+        raise BundleError(f"{graph.file}: has sha256 {found}, {MANIFEST} lists {graph.sha256}; was it copied whole?")
+
+
+def _check_length(where: str, values: Sequence[object], expected: int, why: str) -> None:
+    if len(values) != expected:
+        raise _fail(where, f"has {len(values)} entries; expected {expected}, {why}")
+
+
+def _check_thresholds(where: str, thresholds: tuple[float, ...], n_experts: int) -> None:
+    _check_length(where, thresholds, n_experts - 1, "one for each router")
+    if any(not 0 <= threshold <= 1 for threshold in thresholds):
+        raise _fail(where, f"is {list(thresholds)}; expected values in [0, 1]")
+
+
+_Expected = Mapping[str, tuple[str | None, tuple[int | None, ...] | None]]  # name -> dtype, shape; None: any
+
+
+def _check_tensors(where: str, graph: GraphSpec, inputs: _Expected, outputs: _Expected) -> None:
+    """A graph's tensors have these names, in this order, with these types and shapes, the batch axis first and free."""
+    for kind, found, expected in (("inputs", graph.inputs, inputs), ("outputs", graph.outputs, outputs)):
+        names = [tensor.name for tensor in found]
+        if names != list(expected):
+            raise _fail(f"{where}.{kind}", f"are {names}; expected {list(expected)}")
+        for tensor, (dtype, shape) in zip(found, expected.values(), strict=True):
+            at = f"{where}.{kind}: {graph.file}: {tensor.name!r}"
+            if tensor.dtype != dtype and (dtype or tensor.dtype not in ("float32", "float16")):
+                raise _fail(at, f"is {tensor.dtype}; expected {dtype or 'float32 or float16'}")
+            if shape is not None and tensor.shape != shape:
+                raise _fail(at, f"has shape {list(tensor.shape)}; expected {list(shape)}")
+            if len(tensor.shape) < 1 or tensor.shape[0] is not None or None in tensor.shape[1:]:
+                raise _fail(at, f"has shape {list(tensor.shape)}; expected the first axis, and it alone, to be free")
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number")
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """Turn JSON into `kind` (a dataclass, tuple, mapping or plain type), refusing whatever does not fit it exactly."""
+    origin = get_origin(kind)
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, where)
+    if origin in (Union, types.UnionType):
+        inner = next(option for option in get_args(kind) if option is not types.NoneType)
+        return None if value is None else _build(inner, value, where)
+    if origin is Literal:
+        if value not in get_args(kind):
+            raise _fail(where, f"is {value!r}; expected one of {list(get_args(kind))}")
+        return value
+    if origin is tuple:
+        items = get_args(kind)
+        if not isinstance(value, list):
+            raise _fail(where, f"is {_shown(value)}; expected a list")
+        if items[-1] is not Ellipsis and len(value) != len(items):
+            raise _fail(where, f"has {len(value)} entries; expected {len(items)}")
+        return tuple(_build(items[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, dict):
+            raise _fail(where, f"is {_shown(value)}; expected an object")
+        return {key: _build(get_args(kind)[1], item, f"{where}.{key}") for key, item in value.items()}
+    return _build_plain(kind, value, where)
+
+
+def _build_plain(kind: type, value: Any, where: str) -> Any:
+    allowed = (int, float) if kind is float else (kind,)
+    if not isinstance(value, allowed) or isinstance(value, bool):
+        raise _fail(where, f"is {_shown(value)}; expected {kind.__name__}")
+    if isinstance(value, float) and not math.isfinite(value):  # 1e999 is valid JSON
+        raise _fail(where, f"is {value}; expected a finite number")
+    return kind(value)
+
+
+def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise _fail(where or "the document", f"is {_shown(value)}; expected an object")
+    hints = get_type_hints(kind)
+    for problem, keys in (("is missing", hints.keys() - value), ("is not known", value.keys() - hints)):
+        if keys:
+            raise _fail(f"{where}.{min(keys)}".lstrip("."), f"{problem}; expected the keys {sorted(hints)}")
+    return kind(**{key: _build(hint, value[key], f"{where}.{key}".lstrip(".")) for key, hint in hints.items()})
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
