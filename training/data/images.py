@@ -1,51 +1,54 @@
-"""One image file to the pixels that the network sees. The service has the same rules; a test holds them equal."""
+"""One image file to the pixels that the network sees. The service has the same rules of its own; a test holds them equal."""
 
 from __future__ import annotations
 
 import io
-import warnings
 from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 
-Fit = Literal["crop", "stretch"]
-FIT: Fit = "crop"
-INTERPOLATION: Literal["bilinear", "bicubic"] = "bilinear"
-_WHITE = (255, 255, 255, 255)
+FIT: Literal["crop"] = "crop"
+INTERPOLATION: Literal["bilinear"] = "bilinear"
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = 200_000_000
 
 
 def read_image(encoded: bytes, size: int) -> np.ndarray:
     """
-    Decode, turn upright by EXIF, convert to RGB (transparency on white), fit to the square input.
+    Decode, turn upright by EXIF, convert to RGB, fit to the square input. Of an animation the first frame counts.
 
     Returns:
         (size, size, 3), uint8.
 
     Raises:
-        ValueError: for bytes that are no image or a damaged one.
+        ValueError: for bytes that are no image of a known format, a damaged one, or one of more than 200 million pixels.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(encoded)) as image:
-                image.load()
-                return np.asarray(fit(to_rgb(ImageOps.exif_transpose(image)), size, size))
-    except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"not a readable image ({len(encoded):,} bytes): {error}") from None
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS:,} pixels; scale it down")
+            image.load()
+            return np.asarray(fit(to_rgb(ImageOps.exif_transpose(image)), size, size))
+    except Exception as error:  # a decoder may stumble over damaged bytes in any way
+        raise ValueError(f"not a readable image ({len(encoded):,} bytes): {error}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB: 16-bit grey keeps its high byte, transparency is laid on white."""
-    if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8) if image.mode != "F" else image).convert("RGB")
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
-        return Image.alpha_composite(Image.new("RGBA", image.size, _WHITE), image.convert("RGBA")).convert("RGB")
+    """Any mode of 8 or 16 bits per channel to RGB; what is transparent becomes white."""
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.uint32)  # 257 takes 65,535 to 255
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F", "LAB"):
+        raise ValueError(f"pixels of mode {image.mode!r} have no fixed range of brightness; convert to 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
 
 def fit(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Scale so that the shorter side fits and take the centre, with antialiasing; an image of the right size stays."""
+    """Scale so that the shorter side fits and take the centre, antialiased; an image of the right size stays as it is."""
     if image.size == (width, height):
         return image
     scale = min(image.width / width, image.height / height)

@@ -58,7 +58,8 @@ def ldam_loss(
     """
     lowering = (scale * margins[labels]).to(logits.dtype).unsqueeze(1)  # (B, 1)
     lowered = torch.scatter_add(logits, 1, labels.unsqueeze(1), -lowering)
-    return F.cross_entropy(lowered, labels, weight=class_weights)
+    weight = None if class_weights is None else class_weights.to(logits.dtype)
+    return F.cross_entropy(lowered, labels, weight=weight)
 
 
 def diversity_loss(expert_logits: Tensor, temperatures: Tensor) -> Tensor:

@@ -1,0 +1,38 @@
+# make serve   serve the bundle that ships with the package, at port 8000
+# make test    install what the tests need, torch included, and run all of them
+# make lint    ruff and mypy
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP := .venv/bin/pip --disable-pip-version-check --quiet
+# The GPU runtime where an NVIDIA GPU is seen, the CPU runtime otherwise.
+SERVE := $(if $(shell nvidia-smi -L 2>/dev/null),serve-gpu,serve)
+
+.PHONY: serve test lint clean
+
+serve: .venv/serve.installed
+	.venv/bin/ride-serve
+
+test: .venv/test.installed
+	.venv/bin/python -m pytest
+
+lint: .venv/lint.installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/serve.installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) install -c constraints.txt -e '.[$(SERVE)]'
+	@touch $@
+
+.venv/test.installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) install -c constraints.txt -e '.[$(SERVE),train,export,test]'
+	@touch $@
+
+.venv/lint.installed: .venv/test.installed
+	$(PIP) install -c constraints.txt -e '.[lint]'
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

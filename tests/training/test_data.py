@@ -1,0 +1,286 @@
+"""Image sets, long-tailed subsets, augmentation, sampling."""
+
+import io
+import json
+import warnings
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+
+from training.data.augment import augment, transform
+from training.data.images import read_image
+from training.data.longtail import SPLITS, class_counts, draw_subset, split_of
+from training.data.samplers import class_balanced, shuffled
+from training.data.sets import DataError, channel_statistics, load_data
+from training.recipe import Recipe
+
+
+def png(colour: tuple[int, int, int], size: int = 8) -> bytes:
+    """A PNG of one colour."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (size, size), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def recipe_for(data: object, **fields: object) -> Recipe:
+    """A recipe that reads `data` as it is."""
+    return Recipe(**{"name": "t", "method": "ce", "data": str(data), "profile": "natural", "image_size": 8, **fields})
+
+
+@pytest.fixture
+def colours(tmp_path):
+    """Class folders: 12 red, 6 green, 3 blue images."""
+    for name, colour, count in (("red", (255, 0, 0), 12), ("green", (0, 255, 0), 6), ("blue", (0, 0, 255), 3)):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for index in range(count):
+            (tmp_path / "set" / name / f"{index}.png").write_bytes(png(colour))
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize(
+    ("n_max", "classes", "factor", "total", "smallest", "splits"),
+    [
+        (500, 100, 10, 19_573, 50, [69, 31, 0]), (500, 100, 50, 12_608, 10, [41, 41, 18]),
+        (500, 100, 100, 10_847, 5, [35, 35, 30]), (500, 100, 200, 9_502, 2, [30, 31, 39]),
+        (5000, 10, 10, 20_431, 500, None), (5000, 10, 50, 13_996, 100, None),
+        (5000, 10, 100, 12_406, 50, None), (5000, 10, 200, 11_203, 25, None), (300, 100, 100, 6_486, 3, [24, 35, 41]),
+    ],
+)  # fmt: skip
+def test_class_counts_are_the_published_ones(n_max, classes, factor, total, smallest, splits):
+    """Sizes of the exponential profile, free of the rounding trap of ratios raised to powers."""
+    counts = class_counts(n_max, factor, classes)
+
+    assert (sum(counts), min(counts)) == (total, smallest)
+    if splits is not None:
+        assert [sum(split_of(count) == name for count in counts) for name in SPLITS] == splits
+
+
+def test_step_profile_has_two_sizes():
+    """The first half of the classes is full, the second has 1/factor."""
+    assert class_counts(500, 100, 6, "step") == [500, 500, 500, 5, 5, 5]
+
+
+def test_impossible_factor_is_refused():
+    """No class may be left empty."""
+    with pytest.raises(ValueError, match="factor can be 50 at most"):
+        class_counts(50, 100, 10)
+
+
+def test_shuffled_draw_is_that_of_ldam():
+    """The same images as code that seeds NumPy's global generator and shuffles class after class."""
+    labels = np.random.default_rng(5).integers(0, 4, 400)
+    counts = [60, 30, 9, 2]
+    np.random.seed(0)
+    expected = []
+    for label, count in enumerate(counts):
+        indices = np.where(labels == label)[0]
+        np.random.shuffle(indices)
+        expected += indices[:count].tolist()
+
+    assert draw_subset(labels, counts, seed=0).tolist() == expected
+
+
+def test_first_draw_keeps_file_order():
+    """SHIKE's and M2m's subset."""
+    assert draw_subset(np.array([1, 0, 1, 0, 1]), [1, 2], 0, "first").tolist() == [1, 0, 2]
+
+
+def test_transform_is_crop_then_flip_then_rotation():
+    """Against torchvision on Pillow images; a pixel centre on the border of two pixels may fall either way."""
+    from torchvision.transforms import functional
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (32, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    shift_y, shift_x = (torch.randint(-4, 5, (32,), generator=generator) for _ in range(2))
+    mirrored = torch.rand(32, generator=generator) < 0.5
+    degrees = torch.rand(32, generator=generator) * 30 - 15
+
+    found = transform(images, shift_y, shift_x, mirrored, torch.deg2rad(degrees))
+
+    wrong = 0
+    for row in range(32):
+        image = functional.pad(Image.fromarray(images[row].numpy()), 4)
+        image = functional.crop(image, 4 + int(shift_y[row]), 4 + int(shift_x[row]), 32, 32)
+        image = functional.hflip(image) if mirrored[row] else image
+        image = functional.rotate(image, float(degrees[row]))
+        wrong += int((np.asarray(image) != found[row].numpy()).any(axis=-1).sum())
+    assert wrong <= 32  # of 32,768
+
+
+def test_augmentation_can_be_turned_off():
+    """Without crop, flip and rotation the images come back as they are."""
+    images = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8)
+    same = augment(images, torch.Generator().manual_seed(1), crop_padding=0, flip=False, rotation=0)
+    assert torch.equal(same, images)
+
+
+def test_augmentation_follows_its_seed():
+    """One seed, one result; another seed, another."""
+    images = torch.randint(0, 256, (16, 8, 8, 3), dtype=torch.uint8)
+    first, again, other = (
+        augment(images, torch.Generator().manual_seed(seed), crop_padding=2, flip=True, rotation=15) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_shuffled_visits_every_image_once():
+    """Instance-balanced: a permutation."""
+    assert sorted(shuffled(torch.zeros(50), torch.Generator()).tolist()) == list(range(50))
+
+
+def test_class_balanced_draws_classes_evenly_and_images_of_a_class_evenly():
+    """A class of 5 images is drawn as often as one of 500, each of its images equally often, give or take one round."""
+    labels = torch.tensor([0] * 500 + [1] * 95 + [2] * 5)
+    order = class_balanced(labels, torch.Generator().manual_seed(0))
+
+    drawn = torch.bincount(labels[order], minlength=3)
+    rare = torch.bincount(order, minlength=600)[595:]
+    assert len(order) == 600
+    assert drawn.min() > 160
+    assert int(rare.max() - rare.min()) <= 1
+    assert rare.sum() == drawn[2]
+
+
+def test_folder_is_read_and_split_by_class(colours):
+    """Classes in alphabetical order; a share of each is tested and held out, but a class keeps its last two images."""
+    data = load_data(recipe_for(colours, holdout_share=0.2, test_share=0.2))
+
+    assert data.classes == ("blue", "green", "red")
+    assert data.counts == (2, 4, 8)
+    assert [len(part) for part in (data.train, data.heldout, data.test)] == [14, 3, 4]
+    assert data.train.pixels[data.train.labels == 2].unique(dim=0).shape[0] == 1
+    assert data.train.pixels[-1, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_folder_with_train_and_test_keeps_its_test_images(colours, tmp_path):
+    """Where the set has test images of its own, none are taken from training."""
+    (tmp_path / "own").mkdir()
+    colours.rename(tmp_path / "own" / "train")
+    for name in ("red", "green", "blue"):
+        (tmp_path / "own" / "test" / name).mkdir(parents=True)
+        (tmp_path / "own" / "test" / name / "x.png").write_bytes(png((1, 2, 3)))
+
+    data = load_data(recipe_for(tmp_path / "own"))
+
+    assert len(data.test) == 3
+    assert len(data.train) + len(data.heldout) == 21
+
+
+def write_parquet(directory, struct: bool, names: list[str] | None) -> None:
+    """20 training and 4 test images of two classes, as bytes or as the struct of Hugging Face."""
+    for part, count in (("train", 20), ("test", 4)):
+        images = [png((row, 10 * (row % 2), 0)) for row in range(count)]
+        table = pyarrow.table({
+            "image": [{"bytes": image, "path": None} for image in images] if struct else images,
+            "label": [row % 2 for row in range(count)],
+        })  # fmt: skip
+        if names:
+            features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+            table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+        pyarrow.parquet.write_table(table, directory / f"{part}-00000-of-00001.parquet")
+
+
+@pytest.mark.parametrize("struct", [False, True])
+@pytest.mark.parametrize("names", [None, ["cat", "dog"]])
+def test_parquet_is_read_as_bytes_or_struct(tmp_path, struct, names):
+    """Both layouts give the same pixels; class names come from the schema where it has them."""
+    write_parquet(tmp_path, struct, names)
+    data = load_data(recipe_for(tmp_path, profile="exp", imbalance=5))
+
+    assert data.classes == (("cat", "dog") if names else ("class 0", "class 1"))
+    assert data.counts == (10, 2)
+    assert data.test.pixels[3, 0, 0].tolist() == [3, 10, 0]
+    assert len(data.heldout) == 8
+    assert "none for" in data.heldout_note
+
+
+def test_held_out_images_are_those_the_subset_leaves_out(tmp_path):
+    """No held-out image is also trained on."""
+    write_parquet(tmp_path, struct=False, names=None)
+    data = load_data(recipe_for(tmp_path, profile="exp", imbalance=5))
+
+    red = {int(part.pixels[row, 0, 0, 0]) for part in (data.train,) for row in range(len(part))}
+    held = {int(data.heldout.pixels[row, 0, 0, 0]) for row in range(len(data.heldout))}
+    assert len(red) == 12
+    assert not red & held
+
+
+def test_unreadable_images_are_named_all_at_once(colours):
+    """A training does not stop at the first of many."""
+    (colours / "red" / "0.png").write_bytes(b"no image")
+    (colours / "green" / "1.png").write_bytes(png((0, 0, 0))[:40])
+
+    with pytest.raises(DataError, match=r"(?s)2 images cannot be read.*(0|1)\.png.*(0|1)\.png"):
+        load_data(recipe_for(colours))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda root: root / "absent", "no such directory"),
+        (lambda root: (root / "empty").mkdir() or root / "empty", "0 class directories"),
+        (lambda root: (root / "one" / "a").mkdir(parents=True) or root / "one", "1 class directories"),
+        (lambda root: [(root / "void" / n).mkdir(parents=True) for n in "ab"] and root / "void", "no images in a, b"),
+    ],
+)
+def test_sets_that_cannot_be_used_are_refused_by_name(tmp_path, prepare, message):
+    """The message says which directory and what is wrong with it."""
+    with pytest.raises(DataError, match=message):
+        load_data(recipe_for(prepare(tmp_path)))
+
+
+def test_parquet_without_known_columns_is_refused(tmp_path):
+    """The message lists the columns found and the names wanted."""
+    pyarrow.parquet.write_table(pyarrow.table({"picture": [b""], "label": [0]}), tmp_path / "train.parquet")
+    with pytest.raises(DataError, match="columns picture, label; one of them must be named image or img"):
+        load_data(recipe_for(tmp_path))
+
+
+def test_channel_statistics_are_of_the_training_images(colours):
+    """Mean and deviation per channel of pixels in [0, 1]."""
+    data = load_data(recipe_for(colours, holdout_share=0.2, test_share=0.2))
+    mean, std = channel_statistics(data.train)
+
+    assert mean == pytest.approx((8 / 14, 4 / 14, 2 / 14), abs=1e-4)
+    assert std[0] == pytest.approx((8 / 14 * 6 / 14) ** 0.5, abs=1e-3)
+
+
+def odd_images() -> dict[str, bytes]:
+    """Images in every mode and format that both training and service take, none of them square."""
+    generator = np.random.default_rng(0)
+    colour = Image.fromarray(generator.integers(0, 256, (23, 37, 3), dtype=np.uint8))
+    alpha = colour.copy()
+    alpha.putalpha(Image.fromarray(generator.integers(0, 256, (23, 37), dtype=np.uint8)))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    grey16 = Image.fromarray(generator.integers(0, 65_536, (23, 37)).astype(np.uint16))
+    cases = {
+        "JPEG": (colour, {"quality": 90}), "JPEG turned": (colour, {"exif": turned}), "JPEG CMYK": (colour.convert("CMYK"), {}),
+        "PNG": (colour, {}), "PNG alpha": (alpha, {}), "PNG grey": (colour.convert("L"), {}), "PNG 16 bit": (grey16, {}),
+        "PNG palette": (colour.convert("P"), {"transparency": 3}), "WEBP": (colour, {"lossless": True}),
+        "GIF": (colour.convert("P"), {}), "BMP": (colour, {}), "TIFF": (colour, {}), "TIFF turned": (colour, {"exif": turned}),
+        "PNG bit": (colour.convert("1"), {}),
+    }  # fmt: skip
+    encoded = {}
+    for name, (image, options) in cases.items():
+        buffer = io.BytesIO()
+        image.save(buffer, name.split()[0], **options)
+        encoded[name] = buffer.getvalue()
+    return encoded
+
+
+@pytest.mark.parametrize(("name", "encoded"), odd_images().items(), ids=odd_images().keys())
+def test_training_and_service_see_the_same_pixels(name, encoded):
+    """The two decoders are separate so that neither package imports the other; they must not differ by one bit."""
+    from model_export.bundle import InputSpec
+    from service.images import decode
+
+    spec = InputSpec(16, 16, "crop", "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(read_image(encoded, 16), decode(encoded, spec, 10**6))

@@ -1,0 +1,142 @@
+"""Whole trainings: killed and resumed, logged, refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from training.__main__ import main
+from training.checkpoint import CheckpointError, checkpoints_of
+from training.train import trained_model
+
+
+def start(arguments: list[str], run: Path) -> subprocess.Popen[bytes]:
+    """`python -m training` in a process of its own, in a group that can be killed whole."""
+    command = [sys.executable, "-m", "training", *arguments, "--out", str(run)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_arguments, tmp_path_factory):
+    """A training that nobody disturbed."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    assert start(tiny_arguments, run).wait(timeout=120) == 0
+    return run
+
+
+def lines_of(run: Path) -> list[dict[str, object]]:
+    """metrics.jsonl without what a clock says."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+
+
+def test_a_killed_training_resumes_to_the_same_weights(tiny_arguments, finished_run, tmp_path):
+    """kill -9 as soon as the first checkpoint is there, resume: the same bits, the same log, no epoch twice."""
+    run = tmp_path / "killed"
+    process = start(tiny_arguments, run)
+    while not list(run.glob("checkpoints/experts-000?")):
+        assert process.poll() is None, "it ended before its first checkpoint"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not list(run.glob("checkpoints/routers-0002")), "killed too late to show anything"
+    assert start([*tiny_arguments, "--resume"], run).wait(timeout=120) == 0
+
+    ours, theirs = (load_file(r / "checkpoints" / "routers-0002" / "model.safetensors") for r in (run, finished_run))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+    assert lines_of(run) == lines_of(finished_run)
+    results = [json.loads((r / "results.json").read_text()) for r in (run, finished_run)]
+    assert results[0] == results[1]
+
+
+def test_a_run_says_how_it_went(finished_run):
+    """Five epochs in metrics.jsonl, TensorBoard files, a checkpoint of each stage, results with every figure."""
+    assert [(line["stage"], line["epoch"]) for line in lines_of(finished_run)] == [
+        ("experts", 1), ("experts", 2), ("experts", 3), ("routers", 1), ("routers", 2)
+    ]  # fmt: skip
+    assert list((finished_run / "tensorboard").glob("events.*"))
+    assert {stage: c.epochs_done for stage, c in checkpoints_of(finished_run).items()} == {"experts": 3, "routers": 2}
+    results = json.loads((finished_run / "results.json").read_text())
+    assert len(results["experts"]) == 3
+    assert results["routed"].keys() >= {"all", "few", "ece", "macs", "mean_experts", "experts_share", "thresholds"}
+    assert results["class_counts"] == [26, 15, 8, 4]
+
+
+def test_a_checkpoint_carries_recipe_counts_and_commit(finished_run):
+    """Nobody has to remember how a file was made."""
+    checkpoint = checkpoints_of(finished_run)["routers"]
+
+    assert checkpoint.recipe.n_experts == 3
+    assert checkpoint.recipe.epochs == 3
+    assert checkpoint.classes == ("class 0", "class 1", "class 2", "class 3")
+    assert checkpoint.class_counts == (26, 15, 8, 4)
+    assert checkpoint.commit
+    assert checkpoint.metrics["stage"] == "routers"
+
+
+def test_frozen_parts_do_not_move_in_the_router_stage(finished_run):
+    """Weights and running statistics of trunk and experts are those of the first stage."""
+    before = load_file(finished_run / "checkpoints" / "experts-0003" / "model.safetensors")
+    after = load_file(finished_run / "checkpoints" / "routers-0002" / "model.safetensors")
+
+    moved = {name.split(".")[0] for name in before if not before[name].equal(after[name])}
+    assert moved == {"routers"}
+
+
+def test_a_finished_run_is_not_trained_again(finished_run, tiny_arguments, capsys):
+    """Without --resume a run directory in use is refused; with it, a finished one is only evaluated."""
+    assert main([*tiny_arguments, "--out", str(finished_run)]) == 2
+    assert "has checkpoints already; --resume" in capsys.readouterr().err
+
+
+def test_resuming_under_another_recipe_is_refused(finished_run, tiny_arguments, capsys):
+    """The message says which field differs."""
+    assert main([*tiny_arguments, "--out", str(finished_run), "--resume", "--set", "lr=0.2"]) == 2
+    assert "made with lr=0.1 (now 0.2)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["magic"], "magic: no such recipe; there are ride-cifar100"),
+        (["ride-own"], "no data named; give --data"),
+        (["ride-own", "--data", "/nowhere/at/all"], "/nowhere/at/all: no such directory"),
+        (["ride-cifar100", "--set", "epochs"], "--set epochs: must be field=value"),
+        (["ride-cifar100", "--set", "depth=3"], "depth: no such recipe field; valid are"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_explained(arguments, message, tmp_path, capsys):
+    """One line on standard error and exit status 2; no stack trace."""
+    assert main([*arguments, "--out", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unfinished_or_damaged_runs_are_refused_by_name(finished_run, tmp_path):
+    """What is missing, what is damaged, and what to do."""
+    import shutil
+
+    with pytest.raises(CheckpointError, match="no checkpoints there"):
+        trained_model(tmp_path / "none")
+
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    shutil.rmtree(run / "checkpoints" / "routers-0002")
+    with pytest.raises(CheckpointError, match="stage routers has 0 of 2 epochs; finish it with ride-train --resume"):
+        trained_model(run)
+
+    shutil.copytree(finished_run / "checkpoints" / "routers-0002", run / "checkpoints" / "routers-0002")
+    weights = run / "checkpoints" / "routers-0002" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read"):
+        trained_model(run)
+
+    (run / "checkpoints" / "routers-0002" / "checkpoint.json").write_text('{"format": 99}')
+    with pytest.raises(CheckpointError, match="format 99, this version reads 1"):
+        trained_model(run)
