@@ -51,7 +51,7 @@ def table(manifest: Manifest) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ride-export",
-        description="Write a finished run as a bundle: graphs, manifest, parity with the checkpoint, calibration table.",
+        description="Write a finished run as a bundle: graphs, manifest, parity figures, calibration table.",
     )
     parser.add_argument("run", type=Path, help="run directory that ride-train made")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="directory to write")
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", help="where the images lie now, if not where the recipe says")
     parser.add_argument(
         "--max-accuracy-loss", type=float, default=0.3, metavar="POINTS",
-        help="the default thresholds are the cheapest that lose at most so many percentage points on the held-out images; "
+        help="the default thresholds are the cheapest that lose at most so many percentage points on held-out images; "
              "more saves experts and costs accuracy, of rare classes first [default: 0.3]",
     )  # fmt: skip
     return parser

@@ -56,7 +56,7 @@ class InputSpec:
     Attributes:
         fit: "crop" scales the shorter side and takes the centre; "stretch" ignores the aspect ratio.
         interpolation: the antialiased Pillow filter.
-        mean, std: per channel (R, G, B) for pixels in [0, 1]; applied inside the trunk's graph, recorded here to be read.
+        mean, std: per channel (R, G, B) for pixels in [0, 1]; applied in the trunk's graph, recorded here to be read.
     """
 
     height: int
@@ -255,7 +255,9 @@ class Manifest:
             if not 1 <= point.mean_experts <= n_experts:
                 raise _fail(f"{where}.mean_experts", f"is {point.mean_experts}; expected 1 to {n_experts}")
             if min(point.experts_share) < 0 or abs(sum(point.experts_share) - 1) > 1e-3:
-                raise _fail(f"{where}.experts_share", f"is {list(point.experts_share)}; expected shares that add up to 1")
+                raise _fail(
+                    f"{where}.experts_share", f"is {list(point.experts_share)}; expected shares that add up to 1"
+                )
         if not any(max(point.thresholds, default=0.0) == 0 for point in points):
             raise _fail("calibration.points", "has no point whose thresholds are all 0, where every expert runs")
         means = [point.mean_experts for point in points]
@@ -296,7 +298,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A checked bundle on disk: every graph its manifest names is there, inside the directory, with the right checksum."""
+    """A checked bundle on disk: each graph of its manifest is there, inside the directory, with the right checksum."""
 
     path: Path
     manifest: Manifest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 
@@ -26,10 +27,14 @@ def calibrate(
         data: says which images these are.
     """
     shares = np.linspace(0, 1, MOST_POINTS)
-    swept = np.unique(np.quantile(predictions.router_scores, shares)) if predictions.router_scores.size else []
-    thresholds = sorted({0.0, 0.5, 1.0, *(round(float(value), 6) for value in swept)})
-    points = {_point(predictions, threshold, class_counts, macs) for threshold in thresholds}
-    ordered = sorted(points, key=lambda point: (point.mean_experts, point.mean_macs, point.thresholds))
+    thresholds = {0.0, 0.5, 1.0}
+    if predictions.router_scores.size:
+        thresholds |= {round(float(score), 6) for score in np.quantile(predictions.router_scores, shares)}
+    points: dict[tuple[float, ...], OperatingPoint] = {}
+    for threshold in sorted(thresholds):  # of neighbours that send every image the same way, the lowest stays
+        point = _point(predictions, threshold, class_counts, macs)
+        points.setdefault((*point.experts_share, point.accuracy.all), point)
+    ordered = sorted(points.values(), key=lambda point: (point.mean_experts, point.mean_macs))
     return Calibration(data=data, images=len(predictions.labels), points=tuple(ordered))
 
 
@@ -57,7 +62,7 @@ def _point(
     share = (np.bincount(used, minlength=n_experts + 1)[1:] / n_images).tolist()
     return OperatingPoint(
         thresholds=thresholds,
-        accuracy=Accuracy(**accuracy_by_split(correct, predictions.labels, class_counts)),
+        accuracy=Accuracy(**cast(dict[str, Any], accuracy_by_split(correct, predictions.labels, class_counts))),
         mean_experts=round(float(used.mean()), 5),
         mean_macs=round(mean_macs(macs, share), 1),
         experts_share=tuple(round(value, 6) for value in share),

@@ -48,7 +48,7 @@ def export(
         data: where the images of the run lie now; None: where the recipe says.
 
     Raises:
-        BundleError: where the graphs do not say the same as the checkpoint, or `target` is something else than a bundle.
+        BundleError: where the graphs do not say the same as the checkpoint, or `target` is something else.
         CheckpointError, DataError: for a run that is not finished, or images that are not there.
     """
     _refuse_foreign(target)
@@ -80,7 +80,8 @@ def export(
             variants={"fp32": Variant(*graphs, parity)}, default_variant="fp32",
             thresholds=thresholds, calibration=calibration,
             provenance={
-                "recipe": recipe.to_dict(), "seed": recipe.seed, "commit": checkpoint.commit, "torch": torch.__version__,
+                "recipe": recipe.to_dict(), "seed": recipe.seed, "commit": checkpoint.commit,
+                "torch": torch.__version__,
                 "test": summarise(predict(model, images.test), checkpoint.class_counts, macs, thresholds),
             },
         )  # fmt: skip
@@ -115,7 +116,12 @@ def _write_graphs(model: Model, size: int, n_classes: int, directory: Path) -> _
 
 
 def _parity(
-    directory: Path, graphs: _Graphs, expected: Predictions, images: Images, thresholds: tuple[float, ...], n_classes: int
+    directory: Path,
+    graphs: _Graphs,
+    expected: Predictions,
+    images: Images,
+    thresholds: tuple[float, ...],
+    n_classes: int,
 ) -> Parity:
     """On an even choice of the held-out images."""
     chosen = torch.linspace(0, len(images) - 1, min(PARITY_IMAGES, len(images))).round().long()

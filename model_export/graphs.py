@@ -37,6 +37,7 @@ def write_graph(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequen
             module, tuple(inputs.values()), input_names=list(inputs), output_names=list(outputs), opset_version=OPSET,
             dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs), dynamo=True, verbose=False,
         )  # fmt: skip
+    assert program is not None  # it is None only where the exporter writes the file itself
     graph = program.model_proto
     _forget_origin(graph)
     for value in (*graph.graph.input, *graph.graph.output):

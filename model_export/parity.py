@@ -48,7 +48,7 @@ def compare(checkpoint: Predictions, graphs: Predictions, thresholds: tuple[floa
     """
     The largest difference of the mean logits after any number of experts, and how often the answers agree.
 
-    Images whose two best logits, or whose router score and threshold, are closer than 1e-3 count as agreeing either way.
+    Images whose two best logits, or router score and threshold, are closer than 1e-3 count as agreeing either way.
     """
     n_experts, n_images, _ = checkpoint.expert_logits.shape
     difference = 0.0

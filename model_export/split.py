@@ -1,6 +1,8 @@
-"""A trained model as the modules that a bundle holds: trunk, experts, routers, each with the bundle's inputs and outputs."""
+"""A trained model as the modules that a bundle holds: trunk, experts, routers, with the bundle's inputs and outputs."""
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +38,7 @@ class RouterGraph(nn.Module):
 def split(model: Model) -> tuple[nn.Module, list[ExpertGraph], list[RouterGraph]]:
     """Trunk, E experts, E − 1 routers, in evaluation mode, sharing the weights of `model`."""
     model.eval()
-    experts = [ExpertGraph(expert).eval() for expert in model.net.experts]
+    experts = [ExpertGraph(cast(Expert, expert)).eval() for expert in model.net.experts]
     routers = model.routers
-    indices = range(len(experts) - 1) if routers is not None else ()
-    return model.net.trunk, experts, [RouterGraph(routers, index).eval() for index in indices]
+    asked = [RouterGraph(routers, index).eval() for index in range(len(experts) - 1)] if routers is not None else []
+    return model.net.trunk, experts, asked

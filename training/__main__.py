@@ -11,7 +11,14 @@ from typing import Any
 from training.recipe import Recipe, RecipeError
 from training.recipes import RECIPES
 
-SMOKE = {"epochs": "2", "router_epochs": "1", "n_max": "50", "imbalance": "10", "compile": "false", "warmup_epochs": "1"}
+SMOKE = {
+    "epochs": "2",
+    "router_epochs": "1",
+    "n_max": "50",
+    "imbalance": "10",
+    "compile": "false",
+    "warmup_epochs": "1",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,7 +68,9 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     recipe = RECIPES[options.recipe]
     if options.smoke:
         natural = recipe.profile == "natural"
-        recipe = recipe.override({key: text for key, text in SMOKE.items() if not natural or key not in ("n_max", "imbalance")})
+        recipe = recipe.override(
+            {key: text for key, text in SMOKE.items() if not natural or key not in ("n_max", "imbalance")}
+        )
     if options.data:
         recipe = dataclasses.replace(recipe, data=options.data)
     return recipe.override(settings)
@@ -77,9 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", help="name of the recipe")
     parser.add_argument("--data", help="cifar10, cifar100, a directory of class folders, or one with train*.parquet")
     parser.add_argument("--out", type=Path, help="run directory [default: runs/RECIPE]")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field of the recipe")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field of the recipe"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run directory")
-    parser.add_argument("--smoke", action="store_true", help="two epochs on a small subset: shows that all works, learns little")
+    parser.add_argument(
+        "--smoke", action="store_true", help="two epochs on a small subset: shows that all works, learns little"
+    )
     return parser
 
 

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from training.recipe import Recipe, RecipeError
+from training.recipe import Recipe
 
 FORMAT = 1
 
@@ -49,8 +49,8 @@ class Checkpoint:
     recipe: Recipe
     classes: tuple[str, ...]
     class_counts: tuple[int, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
     metrics: dict[str, Any]
     commit: str
 
@@ -66,7 +66,9 @@ class Checkpoint:
         for name in sorted(expected.keys() | stored.keys()):
             has, wants = (tuple(d[name].shape) if name in d else None for d in (stored, expected))
             if has != wants:
-                raise CheckpointError(f"{self.path}: tensor {name} is {has or 'missing'}, the model wants {wants or 'none'}")
+                raise CheckpointError(
+                    f"{self.path}: tensor {name} is {has or 'missing'}, the model wants {wants or 'none'}"
+                )
         model.load_state_dict(stored)
         if optimiser is not None:
             momentum = _load(self.path / "optimiser.safetensors")
@@ -88,7 +90,8 @@ def save_checkpoint(
     partial.mkdir(parents=True)
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     momentum: dict[str, Tensor] = {
-        str(index): optimiser.state[parameter]["momentum_buffer"].contiguous() for index, parameter in enumerate(parameters)
+        str(index): optimiser.state[parameter]["momentum_buffer"].contiguous()
+        for index, parameter in enumerate(parameters)
     }
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial / "model.safetensors")
     save_file(momentum, partial / "optimiser.safetensors")
@@ -120,10 +123,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(
             path=path, stage=content["stage"], epochs_done=content["epochs_done"],
             recipe=Recipe.from_dict(content["recipe"]), classes=tuple(content["classes"]),
-            class_counts=tuple(content["class_counts"]), mean=tuple(content["mean"]), std=tuple(content["std"]),
+            class_counts=tuple(content["class_counts"]), mean=_three(content["mean"]), std=_three(content["std"]),
             metrics=content["metrics"], commit=content["commit"],
         )  # fmt: skip
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, RecipeError) as error:
+    except CheckpointError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: not a checkpoint of this program ({type(error).__name__}: {error})") from None
 
 
@@ -138,12 +143,19 @@ def current_commit() -> str:
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", here, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return "version " + metadata.version("ride-serving")
+
+
+def _three(values: list[float]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return red, green, blue
 
 
 def _load(file: Path) -> dict[str, Tensor]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from training.data.longtail import SPLITS, split_of
 from training.data.sets import Images
@@ -75,8 +76,8 @@ def accuracy_by_split(correct: np.ndarray, labels: np.ndarray, class_counts: Seq
     """
     Percent right: "all", "many", "medium", "few".
 
-    Each is the unweighted mean of the accuracies of its classes; classes without images here are left out, a split without
-    any is None.
+    Each is the unweighted mean of the accuracies of its classes. Classes without images here are left out; a split
+    without any is None.
     """
     values = mean_by_split(100.0 * correct, labels, class_counts)
     return {name: None if value is None else round(value, 3) for name, value in values.items()}
@@ -112,12 +113,11 @@ def macs_of(model: Model, image_size: int) -> tuple[int, list[int], list[int]]:
     image = torch.zeros(1, image_size, image_size, 3, dtype=torch.uint8, device=device)
     with torch.no_grad():
         features = model.net.eval().trunk(image)
-        logits, expert_feature = model.net.experts[0](features)
     experts = [count_macs(expert, features) for expert in model.net.experts]
     routers = []
     if model.routers is not None:
         each = model.routers.output.weight.numel()
-        routers = [hidden.weight.numel() + each for hidden in model.routers.hidden]
+        routers = [cast(Tensor, hidden.weight).numel() + each for hidden in model.routers.hidden]
     return count_macs(model.net.trunk, image), experts, routers
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -130,7 +130,7 @@ def train_step(
 
 
 def forward_of(model: Model, stage: Stage, recipe: Recipe) -> Callable[[Tensor], Any]:
-    """The network's forward pass as this stage needs it: under autocast, compiled where asked, without a graph where frozen."""
+    """The network's forward pass: under autocast, compiled where the recipe says so, without gradients where frozen."""
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last)
     learns = stage.part is model.net

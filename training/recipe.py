@@ -25,10 +25,10 @@ class Recipe:
         name: of the recipe; names the run directory and the exported model.
         method: "ride", "ldam" or "ce" (training/methods).
         data: "cifar10", "cifar100", a directory with train*.parquet, or a directory of class directories.
-        profile: how the training set is thinned: "exp" or "step" (long-tailed subset of a balanced set), "natural" (as is).
+        profile: how the training set is thinned: "exp" or "step" (a subset of a balanced set), "natural" (not).
         imbalance: largest over smallest class size under "exp" and "step".
         n_max: size of the largest class under "exp" and "step"; None: the size of class 0.
-        subset_order: which images a class keeps: "shuffled" by `subset_seed` (LDAM, RIDE, BBN) or the "first" ones (SHIKE).
+        subset_order: which images a class keeps: "shuffled" by `subset_seed` (LDAM, RIDE) or the "first" ones (SHIKE).
         subset_seed: of the draw; also of the held-out share of a natural set.
         holdout_per_class: at most so many images per class, of those the subset leaves out, are kept for calibration.
         holdout_share, test_share: of each class of a "natural" set; the latter only where the set has no test images.
@@ -143,7 +143,8 @@ class Recipe:
             RecipeError: for unknown fields or impossible values.
         """
         _refuse_unknown(values)
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        fields: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
+        return cls(**fields)
 
     def override(self, settings: dict[str, str]) -> Recipe:
         """
@@ -162,12 +163,15 @@ class Recipe:
 
 _INFINITE = float("inf")
 _RANGES = (
-    ("imbalance", 1, _INFINITE), ("n_max", 1, _INFINITE), ("subset_seed", 0, 2**32 - 1), ("holdout_per_class", 1, _INFINITE),
+    ("imbalance", 1, _INFINITE), ("n_max", 1, _INFINITE), ("subset_seed", 0, 2**32 - 1),
+    ("holdout_per_class", 1, _INFINITE),
     ("holdout_share", 0.01, 0.5), ("test_share", 0.01, 0.5), ("image_size", 8, 1024), ("n_experts", 1, 6),
-    ("cosine_scale", 1e-3, 1e3), ("epochs", 1, 100_000), ("batch_size", 1, 65_536), ("lr", 1e-9, 100), ("momentum", 0, 0.9999),
+    ("cosine_scale", 1e-3, 1e3), ("epochs", 1, 100_000), ("batch_size", 1, 65_536), ("lr", 1e-9, 100),
+    ("momentum", 0, 0.9999),
     ("weight_decay", 0, 1), ("warmup_epochs", 0, 10_000), ("lr_drop_factor", 1e-9, 1), ("crop_padding", 0, 256),
     ("rotation", 0, 180), ("max_margin", 0, 2), ("deferred_from", 0, 1), ("effective_beta", 0, 1 - 1e-9),
-    ("diversity_weight", -100, 100), ("diversity_gamma", 0, 0.999), ("router_epochs", 0, 10_000), ("router_batch_size", 1, 65_536),
+    ("diversity_weight", -100, 100), ("diversity_gamma", 0, 0.999), ("router_epochs", 0, 10_000),
+    ("router_batch_size", 1, 65_536),
     ("router_lr", 1e-9, 100), ("router_weight_decay", 0, 1), ("router_top_k", 1, 100_000), ("router_hidden", 1, 65_536),
     ("router_positive_weight", 1e-6, 1e6), ("seed", 0, 2**32 - 1), ("evaluate_every", 1, 100_000),
 )  # fmt: skip

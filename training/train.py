@@ -87,7 +87,9 @@ def trained_model(run: Path) -> tuple[Checkpoint, Model]:
     for name, epochs in stages.items():
         reached = done[name].epochs_done if name in done else 0
         if reached < epochs:
-            raise CheckpointError(f"{run}: stage {name} has {reached} of {epochs} epochs; finish it with ride-train --resume")
+            raise CheckpointError(
+                f"{run}: stage {name} has {reached} of {epochs} epochs; finish it with ride-train --resume"
+            )
     checkpoint = done[list(stages)[-1]]
     model = build_model(recipe, len(checkpoint.classes), checkpoint.mean, checkpoint.std)
     checkpoint.load_into(model)
@@ -106,14 +108,13 @@ def write_atomically(file: Path, text: str) -> None:
 
 def _refuse_other_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
     """A run goes on only under the recipe that began it; what decides nothing may change."""
-    free = {"evaluate_every": recipe.evaluate_every}
-    theirs, ours = dataclasses.replace(checkpoint.recipe, **free).to_dict(), recipe.to_dict()
+    theirs = dataclasses.replace(checkpoint.recipe, evaluate_every=recipe.evaluate_every).to_dict()
+    ours = recipe.to_dict()
     different = [f"{key}={theirs[key]} (now {ours[key]})" for key in ours if theirs[key] != ours[key]]
     if different:
         raise CheckpointError(f"{checkpoint.path}: made with {', '.join(different)}; give another --out directory")
 
 
 def _describe(data: Data) -> dict[str, Any]:
-    return {
-        "train": len(data.train), "heldout": len(data.heldout), "test": len(data.test), "heldout_note": data.heldout_note
-    }  # fmt: skip
+    sizes = {name: len(getattr(data, name)) for name in ("train", "heldout", "test")}
+    return sizes | {"heldout_note": data.heldout_note}

@@ -22,7 +22,14 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_arguments(folder):
     """`ride-train` on that set: three epochs, 16x16 input, no compilation."""
-    settings = {"epochs": 3, "router_epochs": 2, "image_size": 16, "batch_size": 16, "warmup_epochs": 1, "compile": "false"}
+    settings = {
+        "epochs": 3,
+        "router_epochs": 2,
+        "image_size": 16,
+        "batch_size": 16,
+        "warmup_epochs": 1,
+        "compile": "false",
+    }
     settings |= {"evaluate_every": 1, "holdout_share": 0.2, "test_share": 0.2}
     overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     return ["ride-own", "--data", str(folder), *overrides]

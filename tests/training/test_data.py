@@ -122,7 +122,8 @@ def test_augmentation_follows_its_seed():
     """One seed, one result; another seed, another."""
     images = torch.randint(0, 256, (16, 8, 8, 3), dtype=torch.uint8)
     first, again, other = (
-        augment(images, torch.Generator().manual_seed(seed), crop_padding=2, flip=True, rotation=15) for seed in (1, 1, 2)
+        augment(images, torch.Generator().manual_seed(seed), crop_padding=2, flip=True, rotation=15)
+        for seed in (1, 1, 2)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -260,10 +261,13 @@ def odd_images() -> dict[str, bytes]:
     turned[0x0112] = 6
     grey16 = Image.fromarray(generator.integers(0, 65_536, (23, 37)).astype(np.uint16))
     cases = {
-        "JPEG": (colour, {"quality": 90}), "JPEG turned": (colour, {"exif": turned}), "JPEG CMYK": (colour.convert("CMYK"), {}),
-        "PNG": (colour, {}), "PNG alpha": (alpha, {}), "PNG grey": (colour.convert("L"), {}), "PNG 16 bit": (grey16, {}),
+        "JPEG": (colour, {"quality": 90}), "JPEG turned": (colour, {"exif": turned}),
+        "JPEG CMYK": (colour.convert("CMYK"), {}),
+        "PNG": (colour, {}), "PNG alpha": (alpha, {}), "PNG grey": (colour.convert("L"), {}),
+        "PNG 16 bit": (grey16, {}),
         "PNG palette": (colour.convert("P"), {"transparency": 3}), "WEBP": (colour, {"lossless": True}),
-        "GIF": (colour.convert("P"), {}), "BMP": (colour, {}), "TIFF": (colour, {}), "TIFF turned": (colour, {"exif": turned}),
+        "GIF": (colour.convert("P"), {}), "BMP": (colour, {}), "TIFF": (colour, {}),
+        "TIFF turned": (colour, {"exif": turned}),
         "PNG bit": (colour.convert("1"), {}),
     }  # fmt: skip
     encoded = {}

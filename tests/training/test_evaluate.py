@@ -34,7 +34,12 @@ def test_split_accuracy_is_the_mean_of_class_accuracies():
     labels = np.array([0, 0, 0, 0, 1, 2])
     correct = np.array([1, 1, 0, 0, 1, 0], bool)
 
-    assert accuracy_by_split(correct, labels, [500, 500, 50, 7]) == {"all": 50.0, "many": 75.0, "medium": 0.0, "few": None}
+    assert accuracy_by_split(correct, labels, [500, 500, 50, 7]) == {
+        "all": 50.0,
+        "many": 75.0,
+        "medium": 0.0,
+        "few": None,
+    }
 
 
 def test_calibration_error_of_a_known_case():

@@ -32,7 +32,11 @@ def golden_logits() -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("epoch", "individual", "diversity", "total"),
-    [(0, 52.082752, -3.564109, 48.518643), (159, 52.082752, -3.564109, 48.518643), (160, 57.376019, -2.803761, 54.572259)],
+    [
+        (0, 52.082752, -3.564109, 48.518643),
+        (159, 52.082752, -3.564109, 48.518643),
+        (160, 57.376019, -2.803761, 54.572259),
+    ],
 )
 def test_ride_loss_has_its_golden_values_before_and_after_the_deferred_epoch(epoch, individual, diversity, total):
     """Individual and diversity terms are summed over experts; weights and temperatures begin at epoch 160 of 200."""

@@ -18,15 +18,14 @@ MEAN_STD = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 def model_of(n_experts: int, reduced: bool, classifier: str = "cosine") -> Model:
     """A fresh RIDE model for 100 classes."""
-    recipe = dataclasses.replace(
-        RECIPES["ride-cifar100"], n_experts=n_experts, reduced=reduced, classifier=classifier
-    )
+    recipe = dataclasses.replace(RECIPES["ride-cifar100"], n_experts=n_experts, reduced=reduced, classifier=classifier)
     return build_model(recipe, 100, *MEAN_STD)
 
 
 @pytest.mark.parametrize(
     ("n_experts", "reduced", "millions"),
-    [(1, False, "69.475"), (1, True, "50.0"), (2, True, "75.6"), (3, True, "101.3"), (4, True, "126.9"), (6, True, "178.1"),
+    [(1, False, "69.475"), (1, True, "50.0"), (2, True, "75.6"), (3, True, "101.3"), (4, True, "126.9"),
+     (6, True, "178.1"),
      (2, False, "114.6"), (3, False, "159.6"), (4, False, "204.7")],
 )  # fmt: skip
 def test_macs_are_the_published_ones(n_experts, reduced, millions):
@@ -37,7 +36,8 @@ def test_macs_are_the_published_ones(n_experts, reduced, millions):
 
 
 @pytest.mark.parametrize(
-    ("n_experts", "reduced", "thousands"), [(1, False, 470), (2, True, 531), (3, True, 784), (4, True, 1037), (6, True, 1544)]
+    ("n_experts", "reduced", "thousands"),
+    [(1, False, 470), (2, True, 531), (3, True, 784), (4, True, 1037), (6, True, 1544)],
 )
 def test_parameter_counts_are_the_published_ones(n_experts, reduced, thousands):
     """In thousands; the three-expert model has 783,856 exactly."""

@@ -9,7 +9,15 @@ from training.recipes import RECIPES
 def test_overrides_take_the_type_of_the_field():
     """Text from a command line becomes numbers, tuples, booleans, None."""
     recipe = RECIPES["ride-cifar100"].override(
-        {"epochs": "20", "lr": "0.05", "lr_drops": "0.5,0.75", "compile": "false", "mean": "none", "std": "none", "data": "x"}
+        {
+            "epochs": "20",
+            "lr": "0.05",
+            "lr_drops": "0.5,0.75",
+            "compile": "false",
+            "mean": "none",
+            "std": "none",
+            "data": "x",
+        }
     )
 
     assert (recipe.epochs, recipe.lr, recipe.lr_drops, recipe.compile) == (20, 0.05, (0.5, 0.75), False)

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 
-def augment(
-    images: Tensor, generator: torch.Generator, *, crop_padding: int, flip: bool, rotation: float
-) -> Tensor:
+def augment(images: Tensor, generator: torch.Generator, *, crop_padding: int, flip: bool, rotation: float) -> Tensor:
     """
     Random crop of the zero-padded image, then horizontal flip, then rotation about the centre.
 

@@ -1,4 +1,4 @@
-"""One image file to the pixels that the network sees. The service has the same rules of its own; a test holds them equal."""
+"""One image file to the pixels that the network sees. The service has the same rules; a test holds them equal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_image(encoded: bytes, size: int) -> np.ndarray:
         (size, size, 3), uint8.
 
     Raises:
-        ValueError: for bytes that are no image of a known format, a damaged one, or one of more than 200 million pixels.
+        ValueError: for bytes that are no image of a known format, are damaged, or hold more than 200 million pixels.
     """
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
@@ -48,7 +48,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def fit(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Scale so that the shorter side fits and take the centre, antialiased; an image of the right size stays as it is."""
+    """Scale so that the shorter side fits and take the centre, antialiased; an image of the right size stays."""
     if image.size == (width, height):
         return image
     scale = min(image.width / width, image.height / height)

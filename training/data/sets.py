@@ -86,7 +86,7 @@ def load_data(recipe: Recipe) -> Data:
     The images of `recipe`, decoded and split.
 
     Raises:
-        DataError: for a set that is missing or too small, or images that cannot be read, the first twenty named at once.
+        DataError: for a set that is missing or too small, or images that cannot be read, twenty named at once.
     """
     classes, train, test = _open(recipe.data)
     labels = train.labels
@@ -111,9 +111,8 @@ def load_data(recipe: Recipe) -> Data:
         left = np.random.default_rng(recipe.subset_seed).permutation(left)
         heldout = np.concatenate([left[labels[left] == c][: recipe.holdout_per_class] for c in range(len(classes))])
         missing = sorted(set(range(len(classes))) - set(labels[heldout].tolist()))
-        note = (
-            f"training images that the long-tailed subset leaves out, up to {recipe.holdout_per_class} a class"
-            + (f"; none for {', '.join(classes[c] for c in missing)}" if missing else "")
+        note = f"training images that the long-tailed subset leaves out, up to {recipe.holdout_per_class} a class" + (
+            f"; none for {', '.join(classes[c] for c in missing)}" if missing else ""
         )
     if not len(heldout):
         raise DataError(f"{recipe.data}: no images are left for the held-out set; every class needs three or more")
@@ -247,9 +246,13 @@ def _read_parquet(files: list[Path]) -> tuple[Source, list[str] | None]:
     if pyarrow.types.is_struct(images.type):
         images = images.field("bytes")
     if images.null_count or table[label].null_count or not len(images):
-        raise DataError(f"{files[0]}: {images.null_count} rows without image bytes, {table[label].null_count} without label")
+        raise DataError(
+            f"{files[0]}: {images.null_count} rows without image bytes, {table[label].null_count} without label"
+        )
     labels = table[label].to_numpy().astype(np.int64)
-    return Source(labels, lambda row: (images[row].as_py(), f"{files[0].parent}: row {row}")), _feature_names(table, label)
+    return Source(labels, lambda row: (images[row].as_py(), f"{files[0].parent}: row {row}")), _feature_names(
+        table, label
+    )
 
 
 def _column(file: Path, found: list[str], wanted: Sequence[str]) -> str:
@@ -264,7 +267,8 @@ def _feature_names(table: object, label: str) -> list[str] | None:
     metadata = (table.schema.metadata or {}).get(b"huggingface")  # type: ignore[attr-defined]
     if metadata is None:
         return None
-    return json.loads(metadata).get("info", {}).get("features", {}).get(label, {}).get("names")
+    names: list[str] | None = json.loads(metadata).get("info", {}).get("features", {}).get(label, {}).get("names")
+    return names
 
 
 def _open_torchvision(name: str) -> tuple[list[str], Source, Source]:
@@ -277,7 +281,8 @@ def _open_torchvision(name: str) -> tuple[list[str], Source, Source]:
         train, test = (kind(root, train=part, download=True) for part in (True, False))
     except (OSError, RuntimeError) as error:
         raise DataError(
-            f"{name}: cannot be downloaded to {root} ({error}); set RIDE_DATA to a directory that holds {name}/train.parquet"
+            f"{name}: cannot be downloaded to {root} ({error}); "
+            f"or set RIDE_DATA to a directory that holds {name}/train.parquet"
         ) from None
 
     def source(part: CIFAR10) -> Source:

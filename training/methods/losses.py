@@ -67,7 +67,7 @@ def diversity_loss(expert_logits: Tensor, temperatures: Tensor) -> Tensor:
     How far the experts stand from their mean; enters the total with a negative weight.
 
     T̄² · KL(softmax(mean logits / T) ‖ softmax(expert logits / T)), the mean detached, summed over experts. The paper
-    compares every pair of experts, O(E²); the authors' code compares each with the mean of all, O(E); we follow the code.
+    compares every pair of experts, O(E²); the authors' code, which we follow, each with the mean of all, O(E).
 
     Args:
         expert_logits: (E, B, C).

@@ -1,8 +1,8 @@
 """
 RIDE: experts that share a trunk and are paid for disagreeing, then routers that decide how many of them an image needs.
 
-Source: Wang et al., "Long-tailed Recognition by Routing Diverse Distribution-Aware Experts", arXiv:2010.01809. Where the
-paper and its public code differ we follow the code: diversity against the mean logits, losses summed over experts,
+Source: Wang et al., "Long-tailed Recognition by Routing Diverse Distribution-Aware Experts", arXiv:2010.01809. Where
+the paper and its public code differ we follow the code: diversity against the mean logits, losses summed over experts,
 temperatures divided by their maximum.
 """
 

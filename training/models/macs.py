@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -24,11 +26,11 @@ def count_macs(module: nn.Module, *inputs: Tensor) -> int:
     def count(layer: nn.Module, layer_inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal total
         if isinstance(layer, nn.Conv2d):
-            total += output.numel() * layer.in_channels // layer.groups * layer.kernel_size[0] * layer.kernel_size[1]
+            total += output.numel() * layer.weight[0].numel()
         elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
             total += output.numel() * OPERATIONS_PER_BATCH_NORM_ELEMENT
         else:  # a classifier or a linear layer: one product for every weight
-            total += output.shape[0] * layer.weight.numel()
+            total += output.shape[0] * cast(Tensor, layer.weight).numel()
 
     hooks = [
         layer.register_forward_hook(count)

@@ -25,6 +25,9 @@ class Outputs(NamedTuple):
 class Trunk(nn.Module):
     """Bytes to features; scaling and normalisation live here, so that training and serving cannot differ."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, layers: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)

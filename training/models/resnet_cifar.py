@@ -33,9 +33,7 @@ class BasicBlock(nn.Module):
 
 
 def _stage(width_in: int, width: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        BasicBlock(width_in, width, stride), *(BasicBlock(width, width, 1) for _ in range(BLOCKS - 1))
-    )
+    return nn.Sequential(BasicBlock(width_in, width, stride), *(BasicBlock(width, width, 1) for _ in range(BLOCKS - 1)))
 
 
 def trunk() -> nn.Sequential:

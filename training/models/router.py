@@ -48,6 +48,4 @@ class Routers(nn.Module):
     def forward(self, outputs: Outputs) -> Tensor:
         """All routers on all images: (E − 1, B), logits."""
         sums = outputs.expert_logits.cumsum(dim=0)
-        return torch.stack(
-            [self.decide(i, outputs.expert_features[i], sums[i]) for i in range(len(self.hidden))]
-        )
+        return torch.stack([self.decide(i, outputs.expert_features[i], sums[i]) for i in range(len(self.hidden))])

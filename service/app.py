@@ -1,0 +1,173 @@
+"""The application: routes, the web page, and the headers that every answer carries."""
+
+import asyncio
+import dataclasses
+import re
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import fastapi_offline
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import FileResponse, JSONResponse
+from prometheus_client.exposition import choose_encoder
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service import __version__
+from service.classifier import Classifier
+from service.errors import ServiceError
+from service.routes import ClassifyRoute
+from service.schemas import ErrorAnswer, ModelAnswer, classify_operation, schema_components
+
+STATIC: Final = Path(__file__).parent / "static"
+REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
+PAGE_POLICY: Final = (
+    "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
+)
+# Swagger UI starts itself by an inline script and sets inline styles.
+DOCS_POLICY: Final = PAGE_POLICY + "; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'"
+
+
+def create_app(classifier: Classifier) -> FastAPI:
+    """The service around a classifier, which is started and stopped with it."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        start = asyncio.create_task(classifier.start())  # meanwhile /healthz and /readyz answer already
+        yield
+        await start
+        await classifier.stop()
+
+    app = fastapi_offline.FastAPIOffline(
+        title="ride-serving", version=__version__, lifespan=lifespan, redoc_url=None, static_url="/docs/static",
+        description="Classifies images and decides for each how many experts it needs.",
+    )  # fmt: skip
+    app.router.routes.append(Route("/classify", ClassifyRoute(classifier), methods=["POST"], name="classify"))
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    _add_routes(app, classifier)
+    _describe_classify(app)
+    app.add_middleware(CommonHeaders)
+    app.add_exception_handler(HTTPException, _http_error)
+    return app
+
+
+class CommonHeaders:
+    """Gives every request an id, and every answer that id and the security headers."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+        policy = DOCS_POLICY if scope["path"].startswith("/docs") else PAGE_POLICY
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers["x-content-type-options"] = "nosniff"
+                headers["content-security-policy"] = policy
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
+
+
+def _add_routes(app: FastAPI, classifier: Classifier) -> None:
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(STATIC / "index.html")
+
+    @app.get("/healthz", summary="Whether the process lives")
+    async def healthz() -> dict[str, str]:
+        """200 while it does: restart it where this fails."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", summary="Whether it takes work", responses={503: {"model": ErrorAnswer}})
+    async def readyz(request: Request) -> Response:
+        """200 from the warm-up's end until the service is told to stop, else 503: send traffic where this is 200."""
+        try:
+            classifier.check_ready()
+        except ServiceError as error:
+            return _error(request, error)
+        return JSONResponse({"status": "ready"})
+
+    @app.get("/model", summary="What is served, and the operating points to choose from", response_model=ModelAnswer)
+    async def model() -> Response:
+        return JSONResponse(_describe(classifier))
+
+    @app.get("/metrics", summary="Figures for Prometheus", response_class=Response)
+    async def metrics(request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(classifier.metrics.registry), headers={"content-type": content_type})
+
+
+def _describe(classifier: Classifier) -> dict[str, Any]:
+    manifest = classifier.bundle.manifest
+    classes = zip(manifest.classes, manifest.class_counts, manifest.splits, strict=True)
+    return {
+        "name": manifest.name,
+        "version": manifest.version,
+        "variant": classifier.variant,
+        "provider": classifier.provider,
+        "experts": manifest.n_experts,
+        "classes": [{"label": label, "training_images": count, "split": split} for label, count, split in classes],
+        "thresholds": classifier.operation.thresholds,
+        "max_experts": classifier.operation.max_experts,
+        "input": dataclasses.asdict(manifest.input),
+        "macs": dataclasses.asdict(manifest.macs),
+        "parity": dataclasses.asdict(manifest.variants[classifier.variant].parity),
+        "calibration": dataclasses.asdict(manifest.calibration),
+        "provenance": manifest.provenance,
+    }
+
+
+def _describe_classify(app: FastAPI) -> None:
+    """Put POST /classify into the OpenAPI document."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = generate()
+            document["paths"]["/classify"] = {"post": classify_operation()}
+            document.setdefault("components", {}).setdefault("schemas", {}).update(schema_components())
+        return generate()
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's own id where it is a sane one, else a fresh one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
+            return str(value.decode("ascii"))
+    return uuid.uuid4().hex
+
+
+def _error(request: Request, error: ServiceError) -> Response:
+    headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
+    content = {"request_id": request.state.request_id, "error": error.as_json()}
+    return JSONResponse(content, status_code=error.status, headers=headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """404 and 405 of the router, in our shape."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        refusal = ServiceError("method_not_allowed", f"{request.url.path} takes {allowed}, not {request.method}")
+    else:
+        refusal = ServiceError("not_found", f"there is no {request.url.path[:200]}; see /docs")
+    response = _error(request, refusal)
+    response.headers.update(error.headers or {})
+    return response

@@ -1,0 +1,262 @@
+"""Behind the door: decoding threads, batcher, cascade and engine, from start-up to drained."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry
+
+from model_export.bundle import Bundle, Variant
+from service.batcher import Batcher, QueueFullError
+from service.cascade import Cascade, Engine, Job, Outcome
+from service.cores import available_cores
+from service.engine import RUNTIME_VERSION
+from service.errors import ServiceError
+from service.images import decode
+from service.logs import log
+from service.metrics import Metrics
+from service.operating_point import choose_operation
+from service.settings import Settings, SettingsError
+from service.uploads import Upload, UploadMemory
+
+State = Literal["starting", "ready", "draining", "failed"]
+NOT_READY: Final = "graphs are being loaded and run for the first time; retry in 1 s"
+
+
+class RunningEngine(Engine, Protocol):
+    """An engine that says what it runs on."""
+
+    provider: str
+
+
+class OpenEngine(Protocol):
+    """Opens a variant's graphs, as engine.open_engine does; may take its time."""
+
+    def __call__(self, bundle: Bundle, variant: Variant, *, provider: str, threads: int) -> RunningEngine: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How a request wants its images treated; everything is within the bundle's and the operator's limits."""
+
+    thresholds: tuple[float, ...]
+    max_experts: int
+    top_k: int
+
+
+@dataclass(frozen=True, slots=True)
+class Classified:
+    """One image's outcome, and the seconds its decoding took."""
+
+    outcome: Outcome
+    decode_s: float
+
+
+class Classifier:
+    """
+    A bundle being served.
+
+    Attributes:
+        state: "starting" until every graph has run, then "ready"; "draining" for ever once drain() was called; "failed"
+            if it could not start.
+    """
+
+    def __init__(
+        self, bundle: Bundle, settings: Settings, registry: CollectorRegistry, open_engine: OpenEngine
+    ) -> None:
+        """
+        Raises:
+            SettingsError: where the settings ask for what the bundle does not have.
+        """
+        manifest = bundle.manifest
+        self.bundle = bundle
+        self.settings = settings
+        self.operation = choose_operation(manifest, settings)
+        self.variant = settings.variant or manifest.default_variant
+        if self.variant not in manifest.variants:
+            raise SettingsError(
+                f"RIDE_VARIANT is {self.variant!r}, {manifest.name} has the variants {sorted(manifest.variants)}"
+            )
+        self.threads = settings.threads or available_cores()
+        self.provider = ""  # known once the engine is open
+        self.state: State = "starting"
+        self.upload_memory = UploadMemory(settings.max_inflight_bytes)
+        self._open_engine = open_engine
+        self._batcher: Batcher[Job, Outcome] = Batcher(
+            self._run, max_batch=settings.max_batch, max_queue=settings.max_queue
+        )
+        self.metrics = Metrics(registry, manifest, self.operation, lambda: self._batcher.waiting, settings.max_queue)
+        self._decoders = ThreadPoolExecutor(self.threads, thread_name_prefix="ride-decode")
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def start(self) -> None:
+        """Open the engine and run every graph, off the event loop; ready, or failed, when this returns."""
+        started = time.perf_counter()
+        try:
+            await asyncio.to_thread(self._prepare)
+        except Exception as error:
+            self.state = "failed"
+            log(logging.ERROR, "start_failed", error=error, reason=str(error))
+            return
+        self._batcher.start()
+        if self.state == "starting":  # and not told to stop meanwhile
+            self.state = "ready"
+            self.metrics.ready.set(1)
+        log(
+            logging.INFO,
+            "ready",
+            bundle=str(self.bundle.path),
+            model=f"{self.bundle.manifest.name} {self.bundle.manifest.version}",
+            variant=self.variant,
+            provider=self.provider,
+            threads=self.threads,
+            thresholds=self.operation.thresholds,
+            max_experts=self.operation.max_experts,
+            seconds=round(time.perf_counter() - started, 3),
+        )
+
+    async def drain(self, seconds: float) -> bool:
+        """Refuse new work, wait for accepted work; whether all of it was answered in time."""
+        self.state = "draining"
+        self.metrics.ready.set(0)
+        log(logging.INFO, "draining", requests=self._in_flight, seconds=seconds)
+        try:
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        except TimeoutError:
+            log(logging.ERROR, "drain_incomplete", requests=self._in_flight, seconds=seconds)
+            return False
+        return True
+
+    async def stop(self) -> None:
+        """End the threads."""
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+        await self._batcher.stop()
+
+    def check_ready(self) -> None:
+        """Raise ServiceError not_ready or shutting_down unless new work is welcome."""
+        if self.state == "ready":
+            return
+        if self.state == "draining":
+            raise ServiceError("shutting_down", "service is stopping; retry in 1 s, at another instance", retry_after=1)
+        raise ServiceError("not_ready", NOT_READY, retry_after=1)
+
+    @contextmanager
+    def accept(self) -> Iterator[None]:
+        """Let a request in: drain() waits until its block is left."""
+        self.check_ready()
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
+
+    def check_room(self) -> None:
+        """Raise ServiceError overloaded while not even one image would find a place."""
+        self._reserve(1)
+        self._batcher.release(1)
+
+    async def classify(self, uploads: Sequence[Upload], choice: Choice) -> list[Classified | ServiceError]:
+        """
+        Answer images, in order; one that cannot be decoded gets its ServiceError.
+
+        Cancel it, and what has not begun does not begin.
+
+        Raises:
+            ServiceError: overloaded.
+            Exception: whatever failed the batch of one of them.
+        """
+        self._reserve(len(uploads))
+        if len(uploads) == 1:
+            return [await self._classify_one(uploads[0], choice)]
+        tasks = [asyncio.create_task(self._classify_one(upload, choice)) for upload in uploads]
+        try:
+            return list(await asyncio.gather(*tasks))
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+
+    async def _classify_one(self, upload: Upload, choice: Choice) -> Classified | ServiceError:
+        """Decode, queue and answer one image, on a place that is already reserved."""
+        try:
+            pixels, seconds = await asyncio.get_running_loop().run_in_executor(
+                self._decoders, self._decode, upload.data
+            )
+        except ServiceError as error:
+            self._batcher.release(1)
+            return error
+        except BaseException:
+            self._batcher.release(1)
+            raise
+        self.metrics.image_decoded(seconds)
+        job = Job(pixels, choice.thresholds, choice.max_experts, choice.top_k, time.perf_counter())
+        return Classified(await self._batcher.submit(job), seconds)
+
+    def _decode(self, data: bytes) -> tuple[NDArray[np.uint8], float]:
+        started = time.perf_counter()
+        pixels = decode(data, self.bundle.manifest.input, self.settings.max_pixels)
+        return pixels, time.perf_counter() - started
+
+    def _reserve(self, count: int) -> None:
+        try:
+            self._batcher.reserve(count)
+        except QueueFullError as error:
+            kept = f", {error.saved} places are kept for an earlier request" if error.saved else ""
+            raise ServiceError(
+                "overloaded",
+                f"{error.waiting} images are waiting{kept}, the limit is {self.settings.max_queue} (RIDE_MAX_QUEUE), "
+                f"this request has {count}; retry in {error.retry_after} s",
+                retry_after=error.retry_after,
+            ) from None
+
+    def _run(self, jobs: Sequence[Job]) -> Sequence[Outcome | Exception]:
+        return self._cascade.run(jobs)
+
+    def _prepare(self) -> None:
+        """Open the engine and send blank images of several batch sizes through every graph, in a thread."""
+        manifest = self.bundle.manifest
+        engine = self._open_engine(
+            self.bundle, manifest.variants[self.variant], provider=self.settings.provider, threads=self.threads
+        )
+        self.provider = engine.provider
+        self._cascade = Cascade(
+            engine, n_experts=manifest.n_experts, n_classes=len(manifest.classes), observer=_Nobody()
+        )
+        blank = np.zeros((manifest.input.height, manifest.input.width, 3), np.uint8)
+        for size in warm_up_sizes(self.settings.max_batch):
+            # The first half stops after one expert, so that the batch is compacted as well.
+            jobs = [
+                Job(blank, (0.0,) * (manifest.n_experts - 1), 1 if row < size // 2 else manifest.n_experts, 1, 0.0)
+                for row in range(size)
+            ]
+            for outcome in self._cascade.run(jobs):
+                if isinstance(outcome, Exception):
+                    raise outcome
+        self._cascade.observer = self.metrics
+        self.metrics.engine_started(variant=self.variant, provider=self.provider, onnxruntime=RUNTIME_VERSION)
+
+
+class _Nobody:
+    """Watches the warm-up, which is no work and shall not be counted."""
+
+    def batch_done(self, report: object) -> None:
+        pass
+
+
+def warm_up_sizes(max_batch: int) -> list[int]:
+    """Powers of two, and the largest batch."""
+    sizes = [2**power for power in range(max_batch.bit_length()) if 2**power < max_batch]
+    return [*sizes, max_batch]

@@ -1,0 +1,59 @@
+"""How many processor cores this process really has."""
+
+import os
+from pathlib import Path
+
+
+def available_cores(root: Path = Path("/")) -> int:
+    """
+    Cores by affinity and by the cgroup's quota, whichever is fewer; at least 1.
+
+    A quota of 1.5 cores counts as 1: a second thread would be throttled for half of its time.
+
+    Args:
+        root: where /proc and /sys lie; only tests change it.
+    """
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = [*_quotas_v2(root), *_quotas_v1(root)]
+    return max(1, min([affinity, *map(int, quotas)]))
+
+
+def _quotas_v2(root: Path) -> list[float]:
+    """Quotas in cores of this process's cgroup and of every one above it (version 2: one tree)."""
+    tree = root / "sys/fs/cgroup"
+    quotas = []
+    group = tree / _own_group(root, "").lstrip("/")
+    for directory in (group, *group.parents):
+        if not directory.is_relative_to(tree):
+            break
+        words = _read(directory / "cpu.max").split()
+        if len(words) == 2 and words[0] != "max":
+            quotas.append(int(words[0]) / int(words[1]))
+    return quotas
+
+
+def _quotas_v1(root: Path) -> list[float]:
+    """The quota in cores of this process's cgroup (version 1: a tree for each controller)."""
+    tree = root / "sys/fs/cgroup/cpu"
+    quotas = []
+    for directory in (tree, tree / _own_group(root, "cpu").lstrip("/")):
+        quota, period = _read(directory / "cpu.cfs_quota_us"), _read(directory / "cpu.cfs_period_us")
+        if quota and period and int(quota) > 0:
+            quotas.append(int(quota) / int(period))
+    return quotas
+
+
+def _own_group(root: Path, controller: str) -> str:
+    """This process's cgroup in the tree of `controller` ("" is version 2); "" where there is none."""
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controller in controllers.split(","):
+            return group
+    return ""
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,141 @@
+"""From the bytes of one image file to the pixels that the trunk takes."""
+
+import io
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from model_export.bundle import InputSpec
+from service.errors import ServiceError
+
+Image.MAX_IMAGE_PIXELS = None  # Pillow would warn at one size and refuse at another; `decode` has the limit
+
+FILTERS: Final = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+ORIENTATION_TAG: Final = 0x0112
+# What undoes each EXIF orientation; 1 is upright.
+UPRIGHT: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode(data: bytes, spec: InputSpec, max_pixels: int) -> NDArray[np.uint8]:
+    """
+    Decode, turn upright, convert to RGB and resize one image.
+
+    The bytes decide what it is, not a name or declared type. Of an animation the first frame counts. Transparent
+    pixels show white. 16-bit grey is scaled to 8 bits.
+
+    Args:
+        max_pixels: width x height above which the image is refused before it is decoded.
+
+    Returns:
+        (H, W, 3), contiguous.
+
+    Raises:
+        ServiceError: image_unsupported, image_unreadable or image_too_large.
+    """
+    kind = sniff(data)
+    if kind is None:
+        raise _no_image(data)
+    try:
+        with Image.open(io.BytesIO(data), formats=(kind,)) as image:
+            if image.width * image.height > max_pixels:
+                raise ServiceError(
+                    "image_too_large",
+                    f"{kind} of {image.width}x{image.height} has {image.width * image.height:,} pixels, "
+                    f"the limit is {max_pixels:,} (RIDE_MAX_PIXELS); send a smaller one",
+                )
+            orientation = _orientation(image)  # before loading: of a TIFF, loading undoes and forgets it
+            image.load()
+            pixels = to_rgb(image)
+            if kind != "TIFF" and orientation in UPRIGHT:
+                pixels = pixels.transpose(UPRIGHT[orientation])
+            return np.asarray(fit(pixels, spec))
+    except (ServiceError, MemoryError):
+        raise
+    except Exception as error:  # a decoder may stumble over damaged bytes in any way
+        raise _unreadable(kind, data, error) from error
+
+
+def sniff(data: bytes) -> str | None:
+    """Pillow's name of the format that the first bytes announce; None for what we do not take."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data.startswith(b"BM"):
+        return "BMP"
+    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "TIFF"
+    return None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a loaded image of any 8- or 16-bit mode to RGB; what is transparent becomes white."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.uint32)  # 257 takes 65,535 to 255
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F", "LAB"):
+        raise ServiceError(
+            "image_unsupported",
+            f"{image.format} with pixels of mode {image.mode!r} has no fixed range of brightness here; "
+            "send 8 or 16 bits per channel, grey, RGB or CMYK",
+        )
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def fit(image: Image.Image, spec: InputSpec) -> Image.Image:
+    """Resize an RGB image to the input's size, antialiased: of its centre ("crop") or the whole of it ("stretch")."""
+    if image.size == (spec.width, spec.height):
+        return image
+    box = (0.0, 0.0, float(image.width), float(image.height))
+    if spec.fit == "crop":
+        scale = min(image.width / spec.width, image.height / spec.height)
+        left, top = (image.width - spec.width * scale) / 2, (image.height - spec.height * scale) / 2
+        box = (left, top, left + spec.width * scale, top + spec.height * scale)
+    return image.resize((spec.width, spec.height), FILTERS[spec.interpolation], box=box)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation; 1, upright, where the EXIF block is absent or damaged: the pixels are still good."""
+    try:
+        found: Any = image.getexif().get(ORIENTATION_TAG, 1)
+    except Exception:  # EXIF is a TIFF of its own, with as many ways to be broken
+        return 1
+    return found if isinstance(found, int) else 1
+
+
+def _no_image(data: bytes) -> ServiceError:
+    if not data:
+        return ServiceError("image_unreadable", "file is empty (0 bytes); was the upload cut short?")
+    return ServiceError(
+        "image_unsupported",
+        f"{len(data):,} bytes that begin with {data[:8]!r} are no known image; send JPEG, PNG, WebP, GIF, BMP or TIFF",
+    )
+
+
+def _unreadable(kind: str, data: bytes, error: Exception) -> ServiceError:
+    reason = str(error)
+    if not reason or "<" in reason or len(reason) > 120:  # an object's address, or no sentence
+        reason = "its content does not fit its header"
+    return ServiceError(
+        "image_unreadable", f"{kind} of {len(data):,} bytes is damaged ({reason}); was the upload cut short?"
+    )

@@ -1,0 +1,39 @@
+"""Logging: one JSON object per line, on stderr."""
+
+import logging
+import sys
+from typing import Any
+
+import orjson
+
+LOGGER = logging.getLogger("ride")
+
+
+class JsonFormatter(logging.Formatter):
+    """Formats a record as one line of JSON; the fields given to `log` stand beside time, level and event."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without its end."""
+        line = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return orjson.dumps(line, default=str).decode()
+
+
+def set_up(level: str) -> None:
+    """Send every logger's lines to stderr as JSON; uvicorn's only from warnings on."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, LOGGER.getEffectiveLevel()))
+
+
+def log(level: int, event: str, *, error: BaseException | None = None, **fields: Any) -> None:
+    """Log an event; `error` adds its stack trace, which stays on this side."""
+    LOGGER.log(level, event, extra={"fields": fields}, exc_info=error)

@@ -1,0 +1,212 @@
+"""POST /classify, from the door to the answer. Plain ASGI: every request passes here, and each layer would cost it."""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+from urllib.parse import parse_qsl
+
+import orjson
+from starlette.types import Receive, Scope, Send
+
+from service.batcher import BatcherStoppedError
+from service.classifier import Choice, Classified, Classifier
+from service.errors import ClientGoneError, ServiceError
+from service.logs import log
+from service.metrics import CLIENT_GONE, image_macs
+from service.uploads import Body, Upload, read_uploads
+
+MAX_PARAMETERS: Final = 16
+PARAMETERS: Final = ("top_k", "max_experts", "threshold")
+
+
+class ClassifyRoute:
+    """The one hot route."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        manifest = classifier.bundle.manifest
+        self._classifier = classifier
+        self._settings = classifier.settings
+        self._labels = list(zip(manifest.classes, manifest.splits, strict=True))
+        self._model = {"name": manifest.name, "version": manifest.version}
+        self._macs = [image_macs(manifest, used) for used in range(manifest.n_experts + 1)]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request; whatever happens, it is counted and logged, and the client gets JSON."""
+        started = time.perf_counter()
+        request_id: str = scope["state"]["request_id"]
+        body = Body(scope["headers"], receive)
+        try:
+            with self._classifier.accept():
+                status, answer = await self._answer(scope["query_string"], body, request_id, started)
+                await self._send(send, status, answer, body)
+        except ServiceError as error:  # refused, before its images were looked at
+            status = error.status
+            self._note(request_id, error)
+            if not body.complete:
+                await body.discard(2 * self._settings.max_bytes)
+            await self._send(send, status, {"request_id": request_id, "error": error.as_json()}, body, error)
+        except ClientGoneError:
+            status = CLIENT_GONE
+            log(logging.INFO, "client_gone", request_id=request_id)
+        self._classifier.metrics.request_done(status, time.perf_counter() - started)
+
+    async def _answer(self, query: bytes, body: Body, request_id: str, started: float) -> tuple[int, dict[str, Any]]:
+        """The status and body of an answer in which every image was looked at, or a ServiceError."""
+        classifier, settings = self._classifier, self._settings
+        try:
+            async with asyncio.timeout(settings.timeout_s):
+                choice = self._choice(query)
+                classifier.check_room()
+                with classifier.upload_memory.lease() as lease:
+                    uploads = await read_uploads(
+                        body, lease, max_bytes=settings.max_bytes, max_images=settings.max_images
+                    )
+                    outcomes = await self._while_connected(uploads, choice, body)
+        except TimeoutError:
+            step = "answered" if body.complete else "received"
+            raise ServiceError(
+                "timeout",
+                f"not {step} within {settings.timeout_s:g} s (RIDE_TIMEOUT_S); send less at once, or retry later",
+            ) from None
+        except BatcherStoppedError:
+            raise ServiceError(
+                "shutting_down", "service stopped before this image's turn came", retry_after=1
+            ) from None
+        except (ServiceError, ClientGoneError):
+            raise
+        except Exception as error:
+            log(logging.ERROR, "failed", error=error, request_id=request_id)
+            raise ServiceError(
+                "internal", f"our failure, not yours; the log has it under request id {request_id}"
+            ) from error
+        results = [
+            self._result(upload, outcome, choice, started)
+            if isinstance(outcome, Classified)
+            else self._failure(upload, outcome, request_id)
+            for upload, outcome in zip(uploads, outcomes, strict=True)
+        ]
+        errors = [outcome for outcome in outcomes if isinstance(outcome, ServiceError)]
+        if len(errors) == len(results):
+            return errors[0].status, {"request_id": request_id, "error": errors[0].as_json(), "results": results}
+        return 200, {"request_id": request_id, "model": self._model, "results": results}
+
+    async def _while_connected(
+        self, uploads: Sequence[Upload], choice: Choice, body: Body
+    ) -> list[Classified | ServiceError]:
+        """Classify, but stop when the client hangs up: what has not begun then never begins."""
+        work = asyncio.ensure_future(self._classifier.classify(uploads, choice))
+        gone = asyncio.ensure_future(body.client_gone())
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise ClientGoneError
+            return work.result()
+        finally:
+            gone.cancel()
+            if not work.done():
+                work.cancel()
+                await asyncio.wait((work,))
+
+    def _choice(self, query: bytes) -> Choice:
+        """The query's parameters, within the bundle's and the operator's limits; or ServiceError parameter_invalid."""
+        operation, n_classes = self._classifier.operation, len(self._labels)
+        given = _parameters(query)
+        thresholds, max_experts = operation.thresholds, operation.max_experts
+        top_k = min(self._settings.top_k, n_classes)
+        if "top_k" in given:
+            top_k = _whole("top_k", given["top_k"], n_classes, "the model's classes")
+        if "max_experts" in given:
+            n_experts = self._classifier.bundle.manifest.n_experts
+            max_experts = min(
+                max_experts, _whole("max_experts", given["max_experts"], n_experts, "the model's experts")
+            )
+        if "threshold" in given:
+            thresholds = (_share("threshold", given["threshold"]),) * len(thresholds)
+        return Choice(thresholds, max_experts, top_k)
+
+    def _result(self, upload: Upload, classified: Classified, choice: Choice, started: float) -> dict[str, Any]:
+        """One answered image, as JSON, counted."""
+        outcome = classified.outcome
+        self._classifier.metrics.image_answered(outcome)
+        return {
+            "filename": upload.filename,
+            "predictions": [
+                {"label": self._labels[index][0], "index": index, "probability": value, "split": self._labels[index][1]}
+                for index, value in zip(outcome.classes, outcome.probabilities, strict=True)
+            ],
+            "experts_used": outcome.experts_used,
+            "experts_total": len(self._macs) - 1,
+            "exit_reason": outcome.exit_reason,
+            "router_scores": outcome.router_scores,
+            "thresholds": choice.thresholds,
+            "macs": self._macs[outcome.experts_used],
+            "latency_ms": {
+                "decode": _ms(classified.decode_s),
+                "queue": _ms(outcome.queue_s),
+                "trunk": _ms(outcome.trunk_s),
+                "experts": [_ms(seconds) for seconds in outcome.experts_s],
+                "total": _ms(time.perf_counter() - started),
+            },
+        }
+
+    def _failure(self, upload: Upload, error: ServiceError, request_id: str) -> dict[str, Any]:
+        """One image that could not be decoded, as JSON, counted."""
+        self._note(request_id, error)
+        return {"filename": upload.filename, "error": error.as_json()}
+
+    def _note(self, request_id: str, error: ServiceError) -> None:
+        """Count and log a refusal or failure."""
+        self._classifier.metrics.refused.labels(error.code).inc()
+        log(logging.WARNING, "refused", request_id=request_id, code=error.code, message=error.message)
+
+    async def _send(
+        self, send: Send, status: int, answer: dict[str, Any], body: Body, error: ServiceError | None = None
+    ) -> None:
+        content = orjson.dumps(answer)
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+        if error is not None and error.retry_after is not None:
+            headers.append((b"retry-after", str(error.retry_after).encode()))
+        if not body.complete or self._classifier.state == "draining":
+            headers.append((b"connection", b"close"))
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
+
+
+def _parameters(query: bytes) -> dict[str, str]:
+    try:
+        pairs = parse_qsl(query.decode("ascii"), keep_blank_values=True, max_num_fields=MAX_PARAMETERS, errors="strict")
+    except ValueError:  # bytes that are no text, or a hundred fields
+        raise ServiceError("parameter_invalid", f"query is no list of {', '.join(PARAMETERS)}") from None
+    given: dict[str, str] = {}
+    for name, value in pairs:
+        if name not in PARAMETERS:
+            raise ServiceError("parameter_invalid", f"{name[:40]!r} is no parameter; there are {', '.join(PARAMETERS)}")
+        if name in given:
+            raise ServiceError("parameter_invalid", f"{name} is given twice; give it once")
+        given[name] = value
+    return given
+
+
+def _whole(name: str, text: str, limit: int, what: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= limit):
+        raise ServiceError(
+            "parameter_invalid", f"{name} is {text[:40]!r}; must be a whole number from 1 to {limit}, {what}"
+        )
+    return int(text)
+
+
+def _share(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise ServiceError("parameter_invalid", f"{name} is {text[:40]!r}; must be a number from 0 to 1")
+    return value
+
+
+def _ms(seconds: float) -> float:
+    return round(1000 * seconds, 3)

@@ -1,0 +1,213 @@
+"""The service's settings: one name each, on the command line, in the environment and here."""
+
+import argparse
+import difflib
+import os
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, ByteSize, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from service import __version__
+
+PREFIX = "RIDE_"
+DEFAULT_BUNDLE = Path(__file__).parent / "default_bundle"
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be: names it, its value and what would do."""
+
+
+def _split_numbers(value: object) -> object:
+    return value.split(",") if isinstance(value, str) else value
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Settings(BaseSettings):
+    """Everything an operator may choose. The descriptions are the help text, so they tell the consequence."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
+
+    bundle: Path = Field(
+        DEFAULT_BUNDLE, description="Directory that ride-export wrote. Checked whole before anything is served."
+    )
+    host: str = Field(
+        "127.0.0.1",
+        description="Address to listen on. 0.0.0.0 lets other machines in; there is no login, so put a proxy before it.",
+    )
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on. 0 takes a free one and logs it.")
+    provider: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="What runs the graphs. auto takes CUDA where it works; cuda refuses to start where it does not.",
+    )
+    variant: str | None = Field(
+        None, description="Precision variant of the bundle, such as fp32. Without it, the bundle's default."
+    )
+    threads: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="Threads of one graph, and of decoding. 0 takes the cores this process may use (affinity and cgroup "
+        "quota). More than that makes every image slower.",
+    )
+    max_batch: int = Field(
+        32,
+        ge=1,
+        le=4096,
+        description="Images that run together at most. A larger batch answers more images per second under load, and makes "
+        "each of them wait for the whole of it.",
+    )
+    max_queue: int = Field(
+        256,
+        ge=1,
+        description="Images that may wait at once. One more is refused with 429. A longer queue loses fewer requests in a "
+        "burst and makes each wait longer: N / (images per second) is the wait at worst.",
+    )
+    max_images: int = Field(
+        64,
+        ge=1,
+        description="Images in one request. More are refused with 413. At most max-queue, or none could be let in.",
+    )
+    max_bytes: ByteSize = Field(
+        ByteSize(32 * 1024**2),
+        ge=1,
+        description="Size of one request's body, such as 32MiB. More is refused with 413 while it arrives.",
+    )
+    max_inflight_bytes: ByteSize = Field(
+        ByteSize(512 * 1024**2),
+        ge=1,
+        description="Bodies of all requests together that are held in memory, such as 512MiB. One that does not fit is refused "
+        "with 429. Decoding needs memory beside it: about 8 bytes per pixel of max-pixels for each thread.",
+    )
+    max_pixels: int = Field(
+        40_000_000,
+        ge=1,
+        description="Width x height of one image by its header. More is refused with 413, before decoding: a small file can "
+        "hold a huge picture.",
+    )
+    timeout_s: float = Field(
+        10.0, gt=0, le=3600, description="Seconds from a request's first byte to its answer, upload included. Then 504."
+    )
+    drain_s: float = Field(
+        30.0,
+        gt=0,
+        le=3600,
+        description="Seconds that SIGTERM leaves to accepted requests. Should exceed timeout-s and stay below what the "
+        "supervisor grants before it kills (docker stop: 10 unless told otherwise).",
+    )
+    top_k: int = Field(5, ge=1, description="Classes in an answer where the request does not say.")
+    max_experts: int | None = Field(
+        None, ge=1, description="Experts per image at most, whatever a request asks for. Fewer cost less and err more."
+    )
+    thresholds: Annotated[tuple[Share, ...] | None, NoDecode, BeforeValidator(_split_numbers)] = Field(
+        None,
+        min_length=1,
+        description="Router scores from which the next expert runs, such as 0.5,0.4: one for each router, or one for all. 0 "
+        "always goes on. Without this, max-mean-experts and max-accuracy-loss: the bundle's default.",
+    )
+    max_mean_experts: float | None = Field(
+        None,
+        ge=1,
+        description="Take the most accurate operating point of the bundle's table that needs at most so many experts per image.",
+    )
+    max_accuracy_loss: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="Take the cheapest operating point of the bundle's table that loses at most so many percentage points "
+        "against all experts.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info",
+        description="Least severe line to log. warning still shows every refused request; error only our failures.",
+    )
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "Settings":
+        if self.max_images > self.max_queue:
+            raise ValueError(
+                f"{PREFIX}MAX_IMAGES is {self.max_images}, {PREFIX}MAX_QUEUE is {self.max_queue}: "
+                "a request that large would never be let in; lower the first or raise the second"
+            )
+        if self.max_bytes > self.max_inflight_bytes:
+            raise ValueError(
+                f"{PREFIX}MAX_BYTES is {self.max_bytes}, {PREFIX}MAX_INFLIGHT_BYTES is {self.max_inflight_bytes}: "
+                "a request that large would never be let in; lower the first or raise the second"
+            )
+        names = [
+            f"{PREFIX}{name.upper()}"
+            for name in ("thresholds", "max_mean_experts", "max_accuracy_loss")
+            if getattr(self, name) is not None
+        ]
+        if len(names) > 1:
+            raise ValueError(f"{' and '.join(names)} both choose the thresholds; give one of them")
+        return self
+
+
+def read_settings(arguments: Sequence[str] | None = None) -> Settings:
+    """
+    Settings from the command line (None: this process's), then the environment, then the defaults.
+
+    Raises:
+        SettingsError: naming each setting that cannot be.
+        SystemExit: after --help or --version, and for an option that does not exist.
+    """
+    given = vars(_parser().parse_args(arguments))
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        raise SettingsError("\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+def unknown_variables() -> list[str]:
+    """A line for each environment variable that looks like a setting and is none, such as a misspelt one."""
+    known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
+    lines = []
+    for name in sorted(os.environ):
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        if name.startswith(PREFIX) and name not in known and close:
+            lines.append(f"{name} is not a setting and has no effect; is {close[0]} meant?")
+    return lines
+
+
+def _explain(problem: object) -> str:
+    assert isinstance(problem, dict)
+    if not problem["loc"]:
+        return str(problem["msg"]).removeprefix("Value error, ")
+    name = str(problem["loc"][0])
+    option = f"{PREFIX}{name.upper()} (--{name.replace('_', '-')})"
+    return f"{option} is {problem['input']!r}: {problem['msg']}; see ride-serve --help"
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ride-serve",
+        description="Serve a bundle: POST /classify answers images, easy ones after one expert, hard ones after more.",
+        epilog="examples:\n  ride-serve\n  ride-serve --bundle my-bundle --host 0.0.0.0 --max-mean-experts 1.5",
+        formatter_class=lambda prog: _HelpFormatter(prog, max_help_position=24, width=100),
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"ride-serve {__version__}")
+    for name, field in Settings.model_fields.items():
+        default = "the one that ships with the package" if name == "bundle" else field.default
+        if isinstance(default, ByteSize):
+            default = default.human_readable()
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            metavar={"bundle": "DIR", "host": "ADDRESS", "variant": "NAME", "thresholds": "T,T"}.get(name, "N"),
+            choices=getattr(field.annotation, "__args__", None) if name in ("provider", "log_level") else None,
+            help=f"{field.description} [env: {PREFIX}{name.upper()}"
+            + (f", default: {default}]" if default is not None else "]"),
+        )
+    return parser

@@ -1,0 +1,258 @@
+// The web page: sends images to POST /classify and shows what came back. Talks to nothing else than this service.
+
+const FILES_AT_ONCE = 8; // one request each, so that the first answers of many images are seen early
+const REASONS = {
+  confident: "a router was confident",
+  last: "every expert was needed",
+  budget: "stopped at the limit on experts",
+};
+
+const byId = (id) => document.getElementById(id);
+const percent = (share, digits = 0) => `${(100 * share).toFixed(digits)}\u00a0%`;
+const milliseconds = (ms) => `${ms.toFixed(ms < 10 ? 1 : 0)}\u00a0ms`;
+const expertColour = (number) => `var(--expert-${Math.min(number, 6)})`;
+
+/** An element with properties and children; text is never read as HTML. */
+function make(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name === "style") Object.assign(element.style, value);
+    else if (name.includes("-")) element.setAttribute(name, value);
+    else element[name] = value;
+  }
+  element.append(...children.filter((child) => child !== null));
+  return element;
+}
+
+const session = new Map(); // experts used -> images
+let classes = []; // of the model: label, training_images, split
+let cards = 0;
+
+// The model ---------------------------------------------------------------------------------------------------------
+
+async function showModel() {
+  try {
+    const answer = await fetch("model");
+    const model = await answer.json();
+    if (!answer.ok) throw new Error(model.error?.message ?? `the service answered ${answer.status}`);
+    describeModel(model);
+  } catch (error) {
+    byId("model").textContent = `No model: ${error.message}`;
+    byId("model").className = "bad";
+  }
+}
+
+function describeModel(model) {
+  classes = model.classes;
+  byId("model").textContent =
+    `${model.name} ${model.version}: ${model.classes.length} classes, ${model.experts} ${model.experts === 1 ? "expert" : "experts"}`;
+  for (let n = 1; n < model.max_experts; n++) byId("max-experts").append(make("option", { value: n, textContent: n }));
+  if (model.max_experts < model.experts) byId("max-experts").options[0].textContent = model.max_experts;
+  if (model.thresholds.length) byId("threshold").value = model.thresholds[0];
+  else byId("own-threshold").disabled = true; // one expert: no router to ask
+  const calibrated = model.calibration.points.find(({ thresholds }) => `${thresholds}` === `${model.thresholds}`);
+  byId("threshold-says").textContent =
+    `From this router score the next expert runs. The model's: ${model.thresholds.map((t) => t.toFixed(2)).join(", ") || "none"}` +
+    (calibrated ? ` (${calibrated.mean_experts.toFixed(2)} experts per image).` : ".");
+  showThreshold();
+}
+
+function showThreshold() {
+  const own = byId("own-threshold").checked;
+  byId("threshold").disabled = !own;
+  byId("threshold-value").textContent = own ? Number(byId("threshold").value).toFixed(2) : "";
+}
+
+// Sending -----------------------------------------------------------------------------------------------------------
+
+async function classify(files) {
+  const images = [...files];
+  if (!images.length) return;
+  const options = new URLSearchParams();
+  if (byId("max-experts").value) options.set("max_experts", byId("max-experts").value);
+  if (byId("own-threshold").checked) options.set("threshold", byId("threshold").value);
+
+  const waiting = images.map((file) => ({ file, card: newCard(file) }));
+  byId("results").prepend(...waiting.map(({ card }) => card));
+  for (let start = 0; start < waiting.length; start += FILES_AT_ONCE) {
+    await send(waiting.slice(start, start + FILES_AT_ONCE), options);
+  }
+}
+
+async function send(batch, options) {
+  const body = new FormData();
+  for (const { file } of batch) body.append("file", file, file.name);
+  let answer;
+  try {
+    const response = await fetch(`classify?${options}`, { method: "POST", body });
+    answer = await response.json();
+  } catch (error) {
+    answer = { error: { code: "no answer", message: `${error.message}. Is the service running?` } };
+  }
+  batch.forEach(({ card }, i) => {
+    const result = answer.results?.[i] ?? { error: answer.error };
+    card.classList.remove("waiting");
+    card.append(...(result.error ? showError(card, result.error, answer.request_id) : showResult(card, result)));
+  });
+  showSession();
+}
+
+// One image ---------------------------------------------------------------------------------------------------------
+
+function newCard(file) {
+  const id = `card-${++cards}`;
+  const picture = make("img", { className: "picture", alt: "" });
+  const url = URL.createObjectURL(file);
+  const done = () => URL.revokeObjectURL(url);
+  picture.addEventListener("load", () => {
+    picture.classList.toggle("small", picture.naturalWidth < 100);
+    done();
+  });
+  picture.addEventListener("error", () => {
+    // Not an image, or of a format that the service reads and the browser does not show.
+    picture.replaceWith(make("div", { className: "picture", textContent: file.name.split(".").pop() }));
+    done();
+  });
+  picture.src = url;
+  const title = make("h2", { id, title: file.name, textContent: file.name });
+  const top = make("div", { className: "top" }, picture, make("div", { className: "what" }, title));
+  return make("article", { className: "waiting", "aria-labelledby": id }, top);
+}
+
+function showError(card, error, requestId) {
+  const name = card.querySelector("h2").textContent;
+  byId("news").textContent = `${name}: ${error.message}`;
+  const request = requestId ? make("span", { textContent: ` (request ${requestId})` }) : null;
+  return [make("p", { className: "error" }, make("b", { textContent: error.code }), `: ${error.message}`, request)];
+}
+
+function showResult(card, result) {
+  const [best] = result.predictions;
+  session.set(result.experts_used, (session.get(result.experts_used) ?? 0) + 1);
+  const name = card.querySelector("h2").textContent;
+  const experts = `${result.experts_used} of ${result.experts_total} experts`;
+  byId("news").textContent = `${name}: ${best.label}, ${percent(best.probability)}, ${experts}`;
+
+  const dots = make("p", { className: "dots" });
+  for (let n = 1; n <= result.experts_total; n++) {
+    const filled = n <= result.experts_used ? expertColour(result.experts_used) : "";
+    dots.append(make("span", { className: "dot", style: { background: filled, borderColor: filled } }));
+  }
+  dots.append(make("span", { textContent: experts }));
+  card.querySelector(".what").append(
+    make("p", { className: "answer", textContent: best.label }),
+    make("p", { className: `split ${best.split}`, textContent: trainedOn(best) }),
+    dots,
+  );
+  return [classTable(result), routerTable(result), timeBar(result.latency_ms)];
+}
+
+/** A class's split, with the number of its training images where the model is known. */
+function trainedOn({ index, split }) {
+  const trained = classes[index]?.training_images;
+  return trained === undefined ? split : `${split}: ${trained} training ${trained === 1 ? "image" : "images"}`;
+}
+
+function classTable(result) {
+  const rows = result.predictions.map((prediction) => {
+    const { label, probability } = prediction;
+    return make(
+      "tr",
+      { title: trainedOn(prediction) },
+      make("th", { scope: "row", textContent: label }),
+      make("td", {}, make("div", { className: "probability" }, make("span", { style: { width: `${100 * probability}%` } }))),
+      make("td", { textContent: percent(probability, 1) }),
+    );
+  });
+  return make("table", { className: "classes" }, make("caption", { textContent: "Most probable classes" }), ...rows);
+}
+
+function routerTable(result) {
+  const reason = REASONS[result.exit_reason] ?? result.exit_reason;
+  if (!result.router_scores.length) return make("p", { className: "label", textContent: `Stopped: ${reason}. No router was asked.` });
+  const rows = result.router_scores.map((score, router) => {
+    const threshold = result.thresholds[router];
+    const goesOn = score >= threshold;
+    return make(
+      "tr",
+      {},
+      make("th", { scope: "row", textContent: `after expert ${router + 1}` }),
+      make(
+        "td",
+        {},
+        make(
+          "div",
+          { className: "score" },
+          make("span", { style: { width: `${100 * score}%` } }),
+          make("i", { style: { left: `${100 * threshold}%` } }),
+        ),
+      ),
+      make("td", { textContent: `${score.toFixed(2)} ${goesOn ? "≥" : "<"} ${threshold.toFixed(2)} ${goesOn ? "next" : "stop"}` }),
+    );
+  });
+  return make("table", { className: "routers" }, make("caption", { textContent: `Router scores: ${reason}` }), ...rows);
+}
+
+function timeBar(latency) {
+  const steps = [
+    ["decode", latency.decode, "var(--decode)"],
+    ["queue", latency.queue, "var(--queue)"],
+    ["trunk", latency.trunk, "var(--trunk)"],
+    ...latency.experts.map((ms, i) => [`expert ${i + 1}`, ms, expertColour(i + 1)]),
+  ];
+  const rest = latency.total - steps.reduce((sum, [, ms]) => sum + ms, 0);
+  if (rest > 0) steps.push(["other", rest, "var(--rest)"]);
+  const whole = steps.reduce((sum, [, ms]) => sum + ms, 0) || 1;
+  const bar = make("div", { className: "bar", "aria-hidden": "true" });
+  const list = make("ul", { className: "steps" });
+  for (const [name, ms, background] of steps) {
+    bar.append(make("span", { style: { width: `${(100 * ms) / whole}%`, background } }));
+    list.append(make("li", {}, make("i", { style: { background } }), `${name} ${milliseconds(ms)}`));
+  }
+  return make("div", {}, make("p", { className: "label", textContent: `Time: ${milliseconds(latency.total)}` }), bar, list);
+}
+
+// This session ------------------------------------------------------------------------------------------------------
+
+function showSession() {
+  const images = [...session.values()].reduce((sum, n) => sum + n, 0);
+  byId("session").hidden = false;
+  const shares = [...session].sort(([a], [b]) => a - b).map(([experts, n]) => [experts, n / images]);
+  const words = shares.map(([experts, share]) => `${experts}\u00a0${experts === 1 ? "expert" : "experts"} ${percent(share)}`);
+  byId("shares").textContent = `${images} ${images === 1 ? "image" : "images"} this session: ${words.join(" · ") || "no answers yet"}`;
+  byId("shares-bar").replaceChildren(
+    ...shares.map(([experts, share]) =>
+      make("span", { style: { width: `${100 * share}%`, background: expertColour(experts) } }),
+    ),
+  );
+}
+
+byId("clear").addEventListener("click", () => {
+  session.clear();
+  byId("results").replaceChildren();
+  byId("session").hidden = true;
+  byId("files").focus();
+});
+
+// Choosing, dropping, pasting ---------------------------------------------------------------------------------------
+
+byId("form").addEventListener("submit", (event) => event.preventDefault());
+byId("files").addEventListener("change", ({ target }) => {
+  classify(target.files);
+  target.value = ""; // so that the same file can be chosen again
+});
+document.addEventListener("dragover", (event) => {
+  event.preventDefault();
+  byId("drop").classList.add("over");
+});
+document.addEventListener("dragleave", () => byId("drop").classList.remove("over"));
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  byId("drop").classList.remove("over");
+  classify(event.dataTransfer.files);
+});
+document.addEventListener("paste", (event) => classify(event.clipboardData.files));
+byId("own-threshold").addEventListener("change", showThreshold);
+byId("threshold").addEventListener("input", showThreshold);
+
+showModel();

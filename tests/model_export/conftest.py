@@ -1,0 +1,63 @@
+"""A model of the right shape with random weights, wrapped as a finished run."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from training.checkpoint import save_checkpoint
+from training.data.sets import load_data
+from training.methods.method import build_model
+from training.recipes import RECIPES
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """Three classes of noise, 30, 12 and 8 images."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for label, count in enumerate((30, 12, 8)):
+        (root / f"class {label}").mkdir()
+        for index in range(count):
+            pixels = generator.integers(60 * label, 60 * label + 120, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / f"class {label}" / f"{index}.png")
+    return root
+
+
+def make_run(folder, directory, **fields):
+    """A run directory as a finished training leaves it, with random weights and lively running statistics."""
+    recipe = dataclasses.replace(
+        RECIPES["ride-own"], data=str(folder), image_size=16, holdout_share=0.3, test_share=0.2, epochs=1,
+        router_epochs=1,        **fields,
+    )  # fmt: skip
+    data = load_data(recipe)
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    torch.manual_seed(3)
+    model = build_model(recipe, 3, mean, std)
+    model.train()
+    with torch.no_grad():
+        for _ in range(3):
+            outputs = model.net(data.train.pixels)
+        if model.routers is not None:  # so that images differ in how many experts they use
+            asked = model.eval().routers(outputs)
+            model.routers.output.weight.mul_(1 / asked.std())
+            model.routers.output.bias.sub_((asked / asked.std()).mean() - model.routers.output.bias)
+    info = {
+        "recipe": recipe.to_dict(), "classes": data.classes, "class_counts": data.counts, "mean": mean, "std": std,
+        "commit": "0" * 40, "metrics": {},
+    }  # fmt: skip
+    for stage, part in (("experts", model.net), ("routers", model.routers)):
+        if part is not None:
+            optimiser = torch.optim.SGD(part.parameters(), 0.1, momentum=0.9)
+            for parameter in part.parameters():
+                optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            save_checkpoint(directory, stage, 1, model, optimiser, info)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def run(image_folder, tmp_path_factory):
+    """A finished run of three experts."""
+    return make_run(image_folder, tmp_path_factory.mktemp("run"))
