@@ -82,6 +82,7 @@ def export(
             provenance={
                 "recipe": recipe.to_dict(), "seed": recipe.seed, "commit": checkpoint.commit,
                 "torch": torch.__version__,
+                "data": {"name": recipe.data, "train": len(images.train), "test": len(images.test)},
                 "test": summarise(predict(model, images.test), checkpoint.class_counts, macs, thresholds),
             },
         )  # fmt: skip

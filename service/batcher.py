@@ -1,4 +1,4 @@
-"""Collects work while the engine is busy and hands over all that waits when it falls idle. Knows nothing of the work."""
+"""Collects work while the engine is busy, hands over all that waits when it falls idle, knows nothing of the work."""
 
 import asyncio
 import math
@@ -42,8 +42,8 @@ class Batcher(Generic[Item, Result]):
     There is no timer: a lone item is run at once, and whatever comes while it runs makes up the next batch. Every item
     needs a place, which `reserve` takes, `submit` hands on to the queue, and closing the item's batch frees.
 
-    Places are taken all at once or not at all. So that a refused request for many is not overtaken by small ones for ever,
-    its places are saved up from then on, until someone who asks for at least as many gets them or stays away.
+    Places are taken all at once or not at all. So that a refused request for many is not overtaken by small ones for
+    ever, its places are saved up from then on, until someone who asks for at least as many gets them or stays away.
     """
 
     def __init__(

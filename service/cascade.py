@@ -60,7 +60,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The answer for one image. Classes by falling probability; seconds per step, of the batch that the image was in."""
+    """The answer for one image: classes by falling probability; seconds per step, of the batch that it was in."""
 
     classes: list[int]
     probabilities: list[float]

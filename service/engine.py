@@ -16,8 +16,8 @@ CUDA_OPTIONS: Final = {
     "cudnn_conv_algo_search": "HEURISTIC",  # the default measures anew for every batch size, tens of milliseconds each
     "arena_extend_strategy": "kSameAsRequested",
 }
-# Gather along the batch axis, opset 17, for features of any rank: `data`, `rows` -> `taken`. A test holds that these are
-# the bytes that onnx.helper makes; the service itself has no need of the onnx package.
+# Gather along the batch axis, opset 17, for features of any rank: `data`, `rows` -> `taken`. A test holds that these
+# are the bytes that onnx.helper makes; the service itself has no need of the onnx package.
 GATHER_GRAPHS: Final = {
     dtype: b'\x08\x08:b\n(\n\x04data\n\x04rows\x12\x05taken"\x06Gather*\x0b\n\x04axis\x18\x00\xa0\x01\x02\x12\x04take'
     b"Z\x0c\n\x04data\x12\x04\n\x02\x08" + code + b"Z\x13\n\x04rows\x12\x0b\n\t\x08\x07\x12\x05\n\x03\x12\x01N"
@@ -34,8 +34,8 @@ class OnnxEngine:
     """
     One ONNX session per graph, all on one device.
 
-    Features stay there between the graphs: they are bound as they are (I/O binding), on the CPU without a copy. Logits and
-    router scores come to the host, because the cascade decides on them.
+    Features stay there between the graphs: they are bound as they are (I/O binding), on the CPU without a copy. Logits
+    and router scores come to the host, because the cascade decides on them.
 
     Attributes:
         provider: "cpu" or "cuda", what really runs the graphs.
@@ -123,8 +123,8 @@ class OnnxEngine:
             raise EngineError(f"onnxruntime {RUNTIME_VERSION} cannot open it: {error}") from error
         if PROVIDERS[self.provider] not in session.get_providers():  # onnxruntime goes on without
             raise EngineError(
-                f"onnxruntime {RUNTIME_VERSION} could not start {PROVIDERS[self.provider]}; are the NVIDIA driver, CUDA and "
-                "cuDNN that it needs installed? RIDE_PROVIDER=cpu does without"
+                f"onnxruntime {RUNTIME_VERSION} could not start {PROVIDERS[self.provider]}; are the NVIDIA driver, "
+                "CUDA and cuDNN that it needs installed? RIDE_PROVIDER=cpu does without"
             )
         return session
 
@@ -139,8 +139,8 @@ def open_engine(bundle: Bundle, variant: Variant, *, provider: str, threads: int
     if PROVIDERS["cuda"] not in ort.get_available_providers():
         if provider == "cuda":
             raise EngineError(
-                f"RIDE_PROVIDER is cuda, this onnxruntime {RUNTIME_VERSION} was built without; install onnxruntime-gpu in "
-                "place of onnxruntime, or set RIDE_PROVIDER=cpu"
+                f"RIDE_PROVIDER is cuda, this onnxruntime {RUNTIME_VERSION} was built without; install onnxruntime-gpu "
+                "in place of onnxruntime, or set RIDE_PROVIDER=cpu"
             )
         return OnnxEngine(bundle, variant, provider="cpu", threads=threads)
     ort.preload_dlls()  # of the nvidia-* wheels, where they are installed

@@ -87,8 +87,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.uint32)  # 257 takes 65,535 to 255
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+        grey = np.asarray(image).astype(np.uint32)
+        if "transparency" in image.info:  # the one shade that is; Pillow's own conversion would forget it
+            grey[grey == image.info["transparency"]] = 65535
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")  # 257 takes 65,535 to 255
     if image.mode in ("I", "F", "LAB"):
         raise ServiceError(
             "image_unsupported",

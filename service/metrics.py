@@ -86,7 +86,7 @@ class Metrics:
         )
         calibrated = gauge(
             "calibrated_mean_experts",
-            "Experts per image that calibration expects at the thresholds in force; NaN where it has not measured them.",
+            "Experts per image that calibration expects at the thresholds in force; NaN where it did not measure them.",
         )
         share = gauge(
             "calibrated_experts_share", "Share of images that calibration expects to use so many experts.", "experts"

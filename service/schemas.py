@@ -1,4 +1,4 @@
-"""The shapes of questions and answers, for the OpenAPI document. Answers are not validated at run time: we made them."""
+"""Shapes of questions and answers, for the OpenAPI document. Answers are not validated at run time: we made them."""
 
 from typing import Any, Literal
 

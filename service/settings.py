@@ -38,7 +38,7 @@ class Settings(BaseSettings):
     )
     host: str = Field(
         "127.0.0.1",
-        description="Address to listen on. 0.0.0.0 lets other machines in; there is no login, so put a proxy before it.",
+        description="Address to listen on. 0.0.0.0 lets other machines in; there is no login, so put a proxy in front.",
     )
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on. 0 takes a free one and logs it.")
     provider: Literal["auto", "cpu", "cuda"] = Field(
@@ -52,21 +52,21 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=1024,
-        description="Threads of one graph, and of decoding. 0 takes the cores this process may use (affinity and cgroup "
-        "quota). More than that makes every image slower.",
+        description="Threads of one graph, and of decoding. 0 takes the cores that this process has (affinity and "
+        "cgroup quota). More than that makes every image slower.",
     )
     max_batch: int = Field(
         32,
         ge=1,
         le=4096,
-        description="Images that run together at most. A larger batch answers more images per second under load, and makes "
-        "each of them wait for the whole of it.",
+        description="Images that run together at most. A larger batch answers more images per second under load, and "
+        "makes each of them wait for the whole of it.",
     )
     max_queue: int = Field(
         256,
         ge=1,
-        description="Images that may wait at once. One more is refused with 429. A longer queue loses fewer requests in a "
-        "burst and makes each wait longer: N / (images per second) is the wait at worst.",
+        description="Images that may wait at once. One more is refused with 429. A longer queue loses fewer requests "
+        "in a burst and makes each wait longer: N / (images per second) is the wait at worst.",
     )
     max_images: int = Field(
         64,
@@ -81,14 +81,14 @@ class Settings(BaseSettings):
     max_inflight_bytes: ByteSize = Field(
         ByteSize(512 * 1024**2),
         ge=1,
-        description="Bodies of all requests together that are held in memory, such as 512MiB. One that does not fit is refused "
-        "with 429. Decoding needs memory beside it: about 8 bytes per pixel of max-pixels for each thread.",
+        description="Bodies of all requests together that are held in memory, such as 512MiB. One that does not fit is "
+        "refused with 429. Decoding needs memory beside it: about 8 bytes per pixel of max-pixels for each thread.",
     )
     max_pixels: int = Field(
         40_000_000,
         ge=1,
-        description="Width x height of one image by its header. More is refused with 413, before decoding: a small file can "
-        "hold a huge picture.",
+        description="Width x height of one image by its header. More is refused with 413, before decoding: a small "
+        "file can hold a huge picture.",
     )
     timeout_s: float = Field(
         10.0, gt=0, le=3600, description="Seconds from a request's first byte to its answer, upload included. Then 504."
@@ -107,20 +107,21 @@ class Settings(BaseSettings):
     thresholds: Annotated[tuple[Share, ...] | None, NoDecode, BeforeValidator(_split_numbers)] = Field(
         None,
         min_length=1,
-        description="Router scores from which the next expert runs, such as 0.5,0.4: one for each router, or one for all. 0 "
-        "always goes on. Without this, max-mean-experts and max-accuracy-loss: the bundle's default.",
+        description="Router scores from which the next expert runs, such as 0.5,0.4: one for each router, or one for "
+        "all. 0 always goes on. Without this, max-mean-experts and max-accuracy-loss: the bundle's default.",
     )
     max_mean_experts: float | None = Field(
         None,
         ge=1,
-        description="Take the most accurate operating point of the bundle's table that needs at most so many experts per image.",
+        description="Take the most accurate operating point of the bundle's table that needs at most so many experts "
+        "per image.",
     )
     max_accuracy_loss: float | None = Field(
         None,
         ge=0,
         le=100,
-        description="Take the cheapest operating point of the bundle's table that loses at most so many percentage points "
-        "against all experts.",
+        description="Take the cheapest operating point of the bundle's table that loses at most so many percentage "
+        "points against all experts.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info",

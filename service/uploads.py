@@ -206,7 +206,7 @@ class _Multipart:
         except FormParserError as error:
             raise ServiceError(
                 "image_unreadable",
-                f"multipart body breaks off the rules in file {len(self._uploads) + 1} ({error}); is its boundary right?",
+                f"multipart body breaks the rules in file {len(self._uploads) + 1} ({error}); is its boundary right?",
             ) from error
 
     def finish(self) -> list[Upload]:
@@ -248,7 +248,7 @@ class _Multipart:
         if len(self._uploads) == self._max_images:
             raise ServiceError(
                 "too_many_images",
-                f"more than {self._max_images} images in one request, the limit (RIDE_MAX_IMAGES); send them in several",
+                f"more than {self._max_images} images in one request, the limit (RIDE_MAX_IMAGES); send several",
             )
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:

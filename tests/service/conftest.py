@@ -1,0 +1,152 @@
+"""The service as a client meets it: in this process over ASGI, and as a process of its own over a socket."""
+
+import asyncio
+import io
+import os
+import threading
+from contextlib import asynccontextmanager, contextmanager
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from prometheus_client import CollectorRegistry
+
+from model_export.bundle import read_bundle
+from service.app import create_app
+from service.classifier import Classifier
+from service.engine import open_engine
+from service.settings import Settings
+
+PATIENCE_S = 60  # after which a test gives up on what should happen at once
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_settings_from_outside():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith("RIDE_"):
+                patch.delenv(name)
+        yield
+
+
+@pytest.fixture(scope="session")
+def anyio_backend():
+    """Asynchronous tests run on asyncio, as the service does."""
+    return "asyncio"
+
+
+def encode(image, kind="PNG", **options):
+    """The bytes of an image file, from pixels (H, W, 3) or a Pillow image."""
+    file = io.BytesIO()
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+async def until(condition):
+    """Wait for what other tasks or threads bring about."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+class WatchedEngine:
+    """
+    The real engine; it notes the rows of each run, and can be held before its next batch.
+
+    Attributes:
+        runs: (stage, rows), in order.
+        held: whether a batch waits at the gate.
+    """
+
+    def __init__(self, engine):
+        self._engine = engine
+        self._gate = threading.Event()
+        self._gate.set()
+        self.provider = engine.provider
+        self.runs = []
+        self.held = False
+
+    @contextmanager
+    def hold(self):
+        """Batches wait until the block is left."""
+        self._gate.clear()
+        try:
+            yield
+        finally:
+            self._gate.set()
+
+    def trunk(self, images):
+        self.held = not self._gate.is_set()
+        self._gate.wait()
+        self.held = False
+        self.runs.append(("trunk", len(images)))
+        return self._engine.trunk(images)
+
+    def expert(self, index, features, logits_sum):
+        assert len(features.numpy()) == len(logits_sum)
+        self.runs.append((f"expert_{index}", len(logits_sum)))
+        return self._engine.expert(index, features, logits_sum)
+
+    def router(self, index, expert_feature, logits_sum):
+        self.runs.append((f"router_{index}", len(logits_sum)))
+        return self._engine.router(index, expert_feature, logits_sum)
+
+    def take(self, features, rows):
+        return self._engine.take(features, rows)
+
+
+class Running:
+    """A service that runs in this process."""
+
+    def __init__(self, app, client, classifier, registry):
+        self.app = app
+        self.client = client
+        self.classifier = classifier
+        self._registry = registry
+        self.engine = None
+
+    async def post(self, *files, **parameters):
+        """POST /classify: bytes, or (name, bytes), each a file of a multipart body."""
+        named = [file if isinstance(file, tuple) else (f"{number}.png", file) for number, file in enumerate(files)]
+        return await self.client.post("/classify", files=[("file", file) for file in named], params=parameters)
+
+    async def answer(self, *images, **parameters):
+        """The results for images of these pixels."""
+        response = await self.post(*map(encode, images), **parameters)
+        assert response.status_code == 200, response.text
+        return response.json()["results"]
+
+    def metric(self, name, **labels):
+        """A figure that /metrics shows, None where there is none."""
+        return self._registry.get_sample_value(f"ride_{name}", labels)
+
+
+@asynccontextmanager
+async def start(bundle, *, ready=True, opened=open_engine, **settings):
+    """Serve a bundle, by settings, and wait until it is ready; `opened` opens the engine."""
+    registry = CollectorRegistry()
+    engines = []
+
+    def open_watched(*arguments, **options):
+        engines.append(WatchedEngine(opened(*arguments, **options)))
+        return engines[-1]
+
+    classifier = Classifier(read_bundle(bundle), Settings(threads=1, **settings), registry, open_watched)
+    app = create_app(classifier)
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service", timeout=PATIENCE_S)
+    running = Running(app, client, classifier, registry)
+    async with app.router.lifespan_context(app), client:
+        if ready:
+            await until(lambda: classifier.state != "starting")
+            running.engine = engines[0]
+            running.engine.runs.clear()  # of the warm-up
+        yield running
+
+
+@pytest.fixture
+async def service(tiny_bundle):
+    """The tiny bundle, served with the usual settings."""
+    async with start(tiny_bundle) as running:
+        yield running

@@ -1,0 +1,329 @@
+"""Image files of every kind: the same picture gives the same answer."""
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+from tests.service.conftest import encode
+from tests.tiny import SIZE, noise
+
+from model_export.bundle import InputSpec
+from service.errors import ServiceError
+from service.images import decode
+
+pytestmark = pytest.mark.anyio
+PIXELS = noise(1, seed=9)[0]
+GREY = PIXELS[:, :, 0]
+ALPHA = PIXELS[:, :, 1]
+FEW_COLOURS = np.random.default_rng(3).integers(0, 256, (16, 3), dtype=np.uint8)
+INDICES = np.random.default_rng(4).integers(0, 16, (SIZE, SIZE), dtype=np.uint8)
+
+
+def png(samples, colour_type, extra=b""):
+    """A PNG of 16 bits per sample, which Pillow reads and does not write; samples are (H, W, channels)."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = samples.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
+    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + extra
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+def transparent_chunk(*samples):
+    """The colour that a 16-bit PNG declares transparent."""
+    data = struct.pack(f">{len(samples)}H", *samples)
+    return struct.pack(">I", len(data)) + b"tRNS" + data + struct.pack(">I", zlib.crc32(b"tRNS" + data))
+
+
+def palette_image(transparency=None):
+    image = Image.frombytes("P", (SIZE, SIZE), INDICES.tobytes())
+    image.putpalette(FEW_COLOURS.tobytes())
+    if transparency is not None:
+        image.info["transparency"] = transparency
+    return image
+
+
+def grey_as_rgb(grey):
+    return np.repeat(grey[:, :, None], 3, axis=2)
+
+
+def on_white(colours, alpha):
+    """Compose by the book, in whole numbers, to within one step of what any program rounds to."""
+    share = alpha[:, :, None] / 255
+    return np.rint(colours * share + 255 * (1 - share)).astype(np.uint8)
+
+
+WIDE = PIXELS.astype(np.uint16) * 257  # 16 bits that mean the same brightness
+LOSSLESS = {
+    "png": (encode(PIXELS), PIXELS),
+    "png interlaced": (encode(PIXELS, "PNG", interlace=1), PIXELS),
+    "bmp": (encode(PIXELS, "BMP"), PIXELS),
+    "webp": (encode(PIXELS, "WEBP", lossless=True), PIXELS),
+    "tiff": (encode(PIXELS, "TIFF"), PIXELS),
+    "tiff lzw": (encode(PIXELS, "TIFF", compression="tiff_lzw"), PIXELS),
+    "tiff deflate": (encode(PIXELS, "TIFF", compression="tiff_adobe_deflate"), PIXELS),
+    "gif": (encode(palette_image(), "GIF"), FEW_COLOURS[INDICES]),
+    "palette png": (encode(palette_image()), FEW_COLOURS[INDICES]),
+    "palette tiff": (encode(palette_image(), "TIFF"), FEW_COLOURS[INDICES]),
+    "palette bmp": (encode(palette_image(), "BMP"), FEW_COLOURS[INDICES]),
+    "grey png": (encode(GREY), grey_as_rgb(GREY)),
+    "grey bmp": (encode(GREY, "BMP"), grey_as_rgb(GREY)),
+    "grey tiff": (encode(GREY, "TIFF"), grey_as_rgb(GREY)),
+    "black and white png": (encode(Image.fromarray(GREY > 127)), grey_as_rgb(np.where(GREY > 127, 255, 0))),
+    "black and white tiff": (
+        encode(Image.fromarray(GREY > 127), "TIFF", compression="group4"), grey_as_rgb(np.where(GREY > 127, 255, 0))
+    ),
+    "opaque rgba png": (encode(np.dstack([PIXELS, np.full((SIZE, SIZE), 255, np.uint8)])), PIXELS),
+    "invisible rgba png": (
+        encode(np.dstack([PIXELS, np.zeros((SIZE, SIZE), np.uint8)])), np.full_like(PIXELS, 255)
+    ),
+    "half visible rgba png": (
+        encode(np.dstack([PIXELS, np.where(ALPHA > 127, 255, 0).astype(np.uint8)])),
+        np.where(ALPHA[:, :, None] > 127, PIXELS, 255),
+    ),
+    "rgba webp": (
+        encode(np.dstack([PIXELS, np.where(ALPHA > 127, 255, 0).astype(np.uint8)]), "WEBP", lossless=True, exact=True),
+        np.where(ALPHA[:, :, None] > 127, PIXELS, 255),
+    ),
+    "rgba tiff": (
+        encode(np.dstack([PIXELS, np.where(ALPHA > 127, 255, 0).astype(np.uint8)]), "TIFF"),
+        np.where(ALPHA[:, :, None] > 127, PIXELS, 255),
+    ),
+    "grey and alpha png": (
+        encode(Image.fromarray(np.dstack([GREY, np.where(ALPHA > 127, 255, 0).astype(np.uint8)]))),
+        grey_as_rgb(np.where(ALPHA > 127, GREY, 255)),
+    ),
+    "palette png with a transparent colour": (
+        encode(palette_image(3), transparency=3), np.where((INDICES == 3)[:, :, None], 255, FEW_COLOURS[INDICES])
+    ),
+    "gif with a transparent colour": (
+        encode(palette_image(3), "GIF", transparency=3), np.where((INDICES == 3)[:, :, None], 255, FEW_COLOURS[INDICES])
+    ),
+    "rgb png with a transparent colour": (
+        encode(PIXELS, transparency=tuple(PIXELS[2, 2].tolist())),
+        np.where((PIXELS == PIXELS[2, 2]).all(axis=2, keepdims=True), 255, PIXELS),
+    ),
+    "cmyk tiff": (encode(Image.fromarray(255 - PIXELS).convert("CMYK"), "TIFF"), 255 - PIXELS),
+    "16-bit grey png": (encode(Image.fromarray(WIDE[:, :, 0])), grey_as_rgb(GREY)),
+    "16-bit grey tiff": (encode(Image.fromarray(WIDE[:, :, 0]), "TIFF"), grey_as_rgb(GREY)),
+    "16-bit grey png with a transparent shade": (
+        png(WIDE[:, :, :1], 0, transparent_chunk(WIDE[2, 2, 0])), grey_as_rgb(np.where(GREY == GREY[2, 2], 255, GREY))
+    ),
+    "16-bit rgb png": (png(WIDE, 2), PIXELS),
+    "16-bit rgba png": (
+        png(np.dstack([WIDE, np.where(ALPHA > 127, 65535, 0)]), 6), np.where(ALPHA[:, :, None] > 127, PIXELS, 255)
+    ),
+    "16-bit grey and alpha png": (
+        png(np.dstack([WIDE[:, :, 0], np.where(ALPHA > 127, 65535, 0)]), 4), grey_as_rgb(np.where(ALPHA > 127, GREY, 255))
+    ),
+    "animated gif": (
+        encode(palette_image(), "GIF", save_all=True, append_images=[Image.new("P", (SIZE, SIZE))]), FEW_COLOURS[INDICES]
+    ),
+    "animated webp": (
+        encode(PIXELS, "WEBP", save_all=True, append_images=[Image.new("RGB", (SIZE, SIZE))], lossless=True), PIXELS
+    ),
+    "animated png": (encode(PIXELS, save_all=True, append_images=[Image.new("RGB", (SIZE, SIZE))]), PIXELS),
+    "tiff of two pages": (encode(PIXELS, "TIFF", save_all=True, append_images=[Image.new("RGB", (SIZE, SIZE))]), PIXELS),
+}  # fmt: skip
+
+
+def predictions(response):
+    assert response.status_code == 200, response.text
+    (result,) = response.json()["results"]
+    return result["predictions"], result["router_scores"]
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+async def test_every_lossless_kind_gives_the_answer_of_its_pixels(service, name):
+    """Format, mode, depth, palette and transparency make no difference: the answer is that of the plain RGB PNG."""
+    data, pixels = LOSSLESS[name]
+    found = await service.client.post("/classify", content=data)
+    plain = await service.client.post("/classify", content=encode(np.asarray(pixels, np.uint8)))
+
+    assert predictions(found) == predictions(plain)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+async def test_a_jpeg_gives_the_answer_of_its_decoded_pixels(service, mode):
+    """Also progressive, grey and CMYK."""
+    data = encode(Image.fromarray(PIXELS).convert(mode), "JPEG", quality=90, progressive=True)
+    with Image.open(io.BytesIO(data)) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    found = await service.client.post("/classify", content=data)
+    plain = await service.client.post("/classify", content=encode(pixels))
+
+    assert predictions(found) == predictions(plain)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+async def test_a_rotated_picture_is_turned_upright(service, kind, orientation):
+    """Each of the eight EXIF orientations, wherever the format keeps it."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if kind == "WEBP" else {}
+    found = await service.client.post("/classify", content=encode(PIXELS, kind, exif=exif, **options))
+    image = Image.fromarray(PIXELS)
+    image.getexif()[0x0112] = orientation
+    upright = await service.client.post("/classify", content=encode(np.asarray(ImageOps.exif_transpose(image))))
+
+    assert predictions(found) == predictions(upright)
+
+
+async def test_a_rotated_photograph_is_turned_before_it_is_cut(service):
+    """A JPEG that lies on its side gives nearly the pixels of the upright one; the rest is JPEG's loss."""
+    upright = np.zeros((32, 16, 3), np.uint8)
+    upright[:16] = (250, 120, 0)  # the upper half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: turn it clockwise to look at it
+    lying = np.rot90(upright)
+    spec = InputSpec(SIZE, SIZE, "crop", "bilinear", (0.5,) * 3, (0.5,) * 3)
+
+    found = decode(encode(np.ascontiguousarray(lying), "JPEG", quality=100, subsampling=0, exif=exif), spec, 10_000)
+    assert np.abs(found.astype(int) - decode(encode(upright), spec, 10_000)).max() <= 4
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0II*\0garbage", b"Exif\0\0" + bytes(range(200))])
+async def test_a_damaged_exif_block_spoils_nothing(service, exif):
+    """The pixels are still good: upright it is."""
+    found = await service.client.post("/classify", content=encode(PIXELS, "JPEG", exif=exif))
+    plain = await service.client.post("/classify", content=encode(PIXELS, "JPEG"))
+
+    assert predictions(found) == predictions(plain)
+
+
+def fitted(pixels, height, width, fit="crop", interpolation="bilinear"):
+    spec = InputSpec(height, width, fit, interpolation, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    return decode(encode(pixels), spec, 1_000_000)
+
+
+def test_crop_takes_the_centre_and_stretch_takes_all():
+    """Of a wide image, of a high one, and for an input that is itself not square."""
+    wide = noise(1)[0].repeat(3, axis=1)  # 8x24
+    wide[:, 8:16] = PIXELS
+    assert (fitted(wide, SIZE, SIZE) == PIXELS).all()
+    assert (fitted(wide.transpose(1, 0, 2).copy(), SIZE, SIZE) == PIXELS.transpose(1, 0, 2)).all()
+    assert (fitted(wide, 4, 12) == np.asarray(Image.fromarray(wide).resize((12, 4), Image.Resampling.BILINEAR))).all()
+
+    halves = np.zeros((8, 32, 3), np.uint8)
+    halves[:, 16:] = 255
+    assert (
+        fitted(halves, 4, 4, "stretch")[0, :, 0].tolist() == fitted(halves, 4, 4)[0, :, 0].tolist() == [0, 0, 255, 255]
+    )
+    thirds = np.zeros((8, 24, 3), np.uint8)
+    thirds[:, 8:16] = 255
+    assert fitted(thirds, 4, 4)[:, 1:3].min() == 255
+    assert fitted(thirds, 4, 4, "stretch")[:, [0, 3]].max() < 60
+
+
+def test_scaling_is_antialiased_and_enlarging_works():
+    """A fine checkerboard becomes grey, not black or white; one pixel becomes a whole image; both filters are known."""
+    checkerboard = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)
+    for interpolation in ("bilinear", "bicubic"):
+        small = fitted(grey_as_rgb(checkerboard), SIZE, SIZE, interpolation=interpolation)
+        assert np.abs(small.astype(int) - 127).max() <= 2
+    assert (fitted(np.full((1, 1, 3), 77, np.uint8), SIZE, SIZE) == 77).all()
+    step = np.zeros((16, 16, 3), np.uint8)
+    step[:, 8:] = 200
+    assert not (fitted(step, SIZE, SIZE) == fitted(step, SIZE, SIZE, interpolation="bicubic")).all()
+
+
+def test_sixteen_bit_grey_is_rounded_to_the_nearest_of_256_shades():
+    """As a division by 257 would be."""
+    shades = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(SIZE, SIZE)
+    spec = InputSpec(SIZE, SIZE, "crop", "bilinear", (0.5,) * 3, (0.5,) * 3)
+
+    assert (decode(encode(Image.fromarray(shades)), spec, 1000)[:, :, 0] == np.rint(shades / 257)).all()
+
+
+def test_partly_transparent_pixels_are_mixed_with_white():
+    """By their share, to within one step of rounding."""
+    spec = InputSpec(SIZE, SIZE, "crop", "bilinear", (0.5,) * 3, (0.5,) * 3)
+    found = decode(encode(np.dstack([PIXELS, ALPHA])), spec, 1000)
+
+    assert np.abs(found.astype(int) - on_white(PIXELS, ALPHA)).max() <= 1
+
+
+LARGE = {kind: encode(np.zeros((10, 11, 3), np.uint8), kind) for kind in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_an_image_with_too_many_pixels_is_refused_by_its_header(kind):
+    """One pixel above the limit; at the limit it is taken."""
+    spec = InputSpec(SIZE, SIZE, "crop", "bilinear", (0.5,) * 3, (0.5,) * 3)
+    assert decode(LARGE[kind], spec, 110).shape == (SIZE, SIZE, 3)
+    with pytest.raises(
+        ServiceError, match=f"{kind} of 11x10 has 110 pixels, the limit is 109 .RIDE_MAX_PIXELS."
+    ) as found:
+        decode(LARGE[kind], spec, 109)
+    assert found.value.code == "image_too_large"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+async def test_a_truncated_image_of_any_kind_is_unreadable(service, kind, share):
+    """422, with the kind, the size and the likely reason."""
+    whole = encode(noise(1)[0].repeat(8, axis=0).repeat(8, axis=1), kind)
+    data = whole[: int(len(whole) * share)]
+    response = await service.client.post("/classify", content=data)
+
+    assert (response.status_code, response.json()["error"]["code"]) == (422, "image_unreadable")
+    assert response.json()["error"]["message"].startswith(f"{kind} of {len(data):,} bytes is damaged (")
+
+
+NOT_IMAGES = {
+    "text": b"Dear Sir or Madam",
+    "pdf": b"%PDF-1.7\n",
+    "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "ppm": b"P6 1 1 255 \0\0\0",
+    "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n",
+    "zip": b"PK\x03\x04" + bytes(30),
+    "ico": encode(Image.new("RGB", (16, 16)), "ICO"),
+    "heif": b"\0\0\0\x18ftypheic",
+    "tiff of real numbers": encode(Image.fromarray(np.zeros((SIZE, SIZE), np.float32)), "TIFF"),
+    "tiff of 32-bit numbers": encode(Image.fromarray(np.zeros((SIZE, SIZE), np.int32)), "TIFF"),
+    "tiff in Lab colours": encode(Image.new("LAB", (SIZE, SIZE)), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_IMAGES)
+async def test_what_is_no_image_that_we_take_is_unsupported(service, name):
+    """415, whatever the declared type, and with what would do."""
+    response = await service.client.post("/classify", content=NOT_IMAGES[name], headers={"content-type": "image/png"})
+
+    assert (response.status_code, response.json()["error"]["code"]) == (415, "image_unsupported")
+    assert "; send " in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "name", ["png", "webp", "tiff", "gif", "bmp", "palette png", "16-bit rgb png", "animated webp"]
+)
+def test_damaged_bytes_never_do_more_than_fail(name):
+    """Whatever is changed in a file: pixels of the right shape come out, or a refusal that says which kind it was."""
+    data, spec = LOSSLESS[name][0], InputSpec(SIZE, SIZE, "crop", "bilinear", (0.5,) * 3, (0.5,) * 3)
+    random = np.random.default_rng(0)
+    refused = 0
+    for _ in range(200):
+        damaged = bytearray(data)
+        for place in random.integers(0, len(data), random.integers(1, 6)):
+            damaged[place] = random.integers(256)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's, about what it could read all the same
+                assert decode(bytes(damaged), spec, 100_000).shape == (SIZE, SIZE, 3)
+        except ServiceError as error:
+            refused += 1
+            assert error.code in ("image_unreadable", "image_unsupported", "image_too_large")
+    assert refused

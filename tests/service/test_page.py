@@ -1,0 +1,151 @@
+"""The web page: its files, and what it does in a browser where there is one."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from service.app import PAGE_POLICY
+from service.schemas import Answer, ModelAnswer
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+STATIC = Path(__file__).parents[2] / "service" / "static"
+HTML = (STATIC / "index.html").read_text()
+SCRIPT = (STATIC / "app.js").read_text()
+STYLE = (STATIC / "style.css").read_text()
+
+
+def test_the_page_works_under_a_strict_content_security_policy():
+    """No inline script, style or handler, nothing from elsewhere, nothing that turns text into code or HTML."""
+    assert not re.search(r"<style|\sstyle=|\son\w+=|javascript:", HTML)
+    assert all(' src="' in tag for tag in re.findall(r"<script[^>]*>", HTML))
+    assert not re.search(r"https?://|@import|url\(", HTML + STYLE)
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|\beval\b|new Function|https?://", SCRIPT)
+
+
+def test_the_page_refers_to_what_is_there():
+    """Every file that the page loads exists, and every element that the script asks for."""
+    for file in re.findall(r'(?:src|href)="static/([^"]+)"', HTML):
+        assert (STATIC / file).is_file()
+    ids = re.findall(r'\bid="([^"]+)"', HTML)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'byId\("([^"]+)"\)', SCRIPT)) <= set(ids)
+    assert set(re.findall(r'(?<!\w)(?:for|aria-describedby)="([^"]+)"', HTML)) <= set(ids)
+
+
+def test_every_colour_that_the_script_uses_exists_in_light_and_dark():
+    """The style sheet defines each variable twice: once in general, once for a dark screen."""
+    light, dark = re.findall(r":root \{(.*?)\}", STYLE, re.DOTALL)
+    used = set(re.findall(r"var\((--[\w-]+)\)", STYLE + SCRIPT)) | {f"--expert-{n}" for n in range(1, 7)}
+    for scheme in (light, dark):
+        assert used <= set(re.findall(r"(--[\w-]+):", scheme))
+
+
+MODEL = {
+    "name": "pets", "version": "7", "variant": "fp32", "provider": "cpu", "experts": 3, "max_experts": 3,
+    "classes": [
+        {"label": "tiger", "training_images": 9, "split": "few"},
+        {"label": "<b>cat</b>", "training_images": 500, "split": "many"},
+    ],
+    "thresholds": [0.5, 0.4], "input": {}, "macs": {}, "parity": {}, "provenance": {},
+    "calibration": {"points": [{"thresholds": [0.5, 0.4], "mean_experts": 1.52}]},
+}  # fmt: skip
+ANSWERED = {
+    "filename": "tiger.png",
+    "predictions": [
+        {"label": "tiger", "index": 0, "probability": 0.61, "split": "few"},
+        {"label": "<b>cat</b>", "index": 1, "probability": 0.39, "split": "many"},
+    ],
+    "experts_used": 2, "experts_total": 3, "exit_reason": "confident",
+    "router_scores": [0.73, 0.21], "thresholds": [0.5, 0.4], "macs": 1000,
+    "latency_ms": {"decode": 0.2, "queue": 1.1, "trunk": 1.9, "experts": [1.2, 1.0], "total": 6.6},
+}  # fmt: skip
+FAILED = {"filename": "notes.txt", "error": {"code": "image_unsupported", "message": "5 bytes are no known image"}}
+ANSWER = {"request_id": "r1", "model": {"name": "pets", "version": "7"}, "results": [ANSWERED, FAILED]}
+# What a person would do: set a threshold, then paste two files.
+DRIVER = """
+const until = async (done) => { while (!done()) await new Promise((next) => setTimeout(next, 20)); };
+await until(() => document.getElementById("model").textContent.startsWith("pets"));
+document.getElementById("own-threshold").click();
+const canvas = Object.assign(document.createElement("canvas"), { width: 8, height: 8 });
+const picture = await new Promise((done) => canvas.toBlob(done));
+const clipboardData = new DataTransfer();
+clipboardData.items.add(new File([picture], "tiger.png", { type: "image/png" }));
+clipboardData.items.add(new File(["hello"], "notes.txt", { type: "text/plain" }));
+document.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true }));
+await until(() => document.querySelectorAll("article:not(.waiting)").length === 2);
+document.body.dataset.driven = "yes";
+"""
+
+
+class PageServer(BaseHTTPRequestHandler):
+    """The page under the service's own policy, with fixed answers; /drive is the page with a driver."""
+
+    def do_GET(self) -> None:
+        """A file of the page, the model, or the driven page."""
+        if self.path == "/drive":
+            self._send(HTML + '<script type="module" src="driver.js"></script>', "text/html")
+        elif self.path == "/driver.js":
+            self._send(DRIVER, "text/javascript")
+        elif self.path == "/model":
+            self._send(json.dumps(MODEL), "application/json")
+        else:
+            file = STATIC / self.path.rpartition("/")[2]
+            kind = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}[file.suffix]
+            self._send(file.read_text(), kind)
+
+    def do_POST(self) -> None:
+        """The fixed answer, once the question has been looked at."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        assert self.path == "/classify?threshold=0.5"
+        assert body.count(b'name="file"; filename="') == 2
+        self._send(json.dumps(ANSWER), "application/json")
+
+    def _send(self, text: str, kind: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Length", str(len(text.encode())))
+        self.send_header("Content-Security-Policy", PAGE_POLICY)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on the terminal."""
+
+
+def test_the_answers_below_are_of_the_service_s_shapes():
+    """What the page is shown here is what the service may send."""
+    ModelAnswer.model_validate(MODEL)
+    Answer.model_validate(ANSWER)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_a_browser_shows_answers_and_errors(tmp_path):
+    """In a real browser: two pasted files become a card with the answer and a card with the error."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), PageServer) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        dom = subprocess.run(
+            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync",
+             f"--user-data-dir={tmp_path}", "--virtual-time-budget=20000", "--dump-dom",
+             f"http://127.0.0.1:{server.server_port}/drive"],
+            capture_output=True, text=True, check=True, timeout=120,
+        ).stdout  # fmt: skip
+        server.shutdown()
+    assert 'data-driven="yes"' in dom
+    words = re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", dom)))
+    for said in (
+        "pets 7: 2 classes, 3 experts", "The model's: 0.50, 0.40 (1.52 experts per image).",
+        "1 image this session: 2 experts 100 %",
+        "tiger.png tiger few: 9 training images 2 of 3 experts", "<b>cat</b> 39.0 %",
+        "Router scores: a router was confident",
+        "after expert 1 0.73 ≥ 0.50 next after expert 2 0.21 < 0.40 stop", "Time: 6.6 ms", "other 1.2 ms",
+        "notes.txt image_unsupported : 5 bytes are no known image (request r1)",
+    ):  # fmt: skip
+        assert said in words
