@@ -84,7 +84,7 @@ class CommonHeaders:
 
 
 def _add_routes(app: FastAPI, classifier: Classifier) -> None:
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(STATIC / "index.html")
 

@@ -90,13 +90,19 @@ class Batcher(Generic[Item, Result]):
             if not future.done():
                 future.set_exception(BatcherStoppedError())
 
+    def check(self) -> None:
+        """Raise QueueFullError if no place is free. Places that are saved count as free: they may be for the asker."""
+        with self._changed:
+            if self.waiting >= self._max_queue:
+                raise QueueFullError(self.waiting, 0, self._retry_after())
+
     def reserve(self, count: int) -> None:
         """Take `count` places at once, or raise QueueFullError."""
         with self._changed:
             now = time.monotonic()
             saved = self._saved if count < self._saved and now < self._saved_until else 0
             if self.waiting + count + saved > self._max_queue:
-                retry_after = min(MAX_RETRY_S, max(1, math.ceil(self.waiting * self._seconds_per_item)))
+                retry_after = self._retry_after()
                 if not saved:
                     self._saved, self._saved_until = count, now + retry_after + 1
                 raise QueueFullError(self.waiting, saved, retry_after)
@@ -117,6 +123,9 @@ class Batcher(Generic[Item, Result]):
             self._queue.append((item, future))
             self._changed.notify()
         return future
+
+    def _retry_after(self) -> int:
+        return min(MAX_RETRY_S, max(1, math.ceil(self.waiting * self._seconds_per_item)))
 
     def _work(self) -> None:
         """In the thread, until stopped: take what waits, answer it."""

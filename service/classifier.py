@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
-from model_export.bundle import Bundle, Variant
+from model_export.bundle import Bundle, BundleError, Variant
 from service.batcher import Batcher, QueueFullError
 from service.cascade import Cascade, Engine, Job, Outcome
 from service.cores import available_cores
-from service.engine import RUNTIME_VERSION
+from service.engine import RUNTIME_VERSION, EngineError
 from service.errors import ServiceError
 from service.images import decode
 from service.logs import log
@@ -105,7 +105,8 @@ class Classifier:
             await asyncio.to_thread(self._prepare)
         except Exception as error:
             self.state = "failed"
-            log(logging.ERROR, "start_failed", error=error, reason=str(error))
+            explained = isinstance(error, BundleError | EngineError)  # then its message says all
+            log(logging.ERROR, "start_failed", error=None if explained else error, reason=str(error))
             return
         self._batcher.start()
         if self.state == "starting":  # and not told to stop meanwhile
@@ -163,9 +164,11 @@ class Classifier:
                 self._idle.set()
 
     def check_room(self) -> None:
-        """Raise ServiceError overloaded while not even one image would find a place."""
-        self._reserve(1)
-        self._batcher.release(1)
+        """Raise ServiceError overloaded while not even one image would find a place, whoever sends it."""
+        try:
+            self._batcher.check()
+        except QueueFullError as error:
+            raise self._overloaded(error, "") from None
 
     async def classify(self, uploads: Sequence[Upload], choice: Choice) -> list[Classified | ServiceError]:
         """
@@ -214,13 +217,16 @@ class Classifier:
         try:
             self._batcher.reserve(count)
         except QueueFullError as error:
-            kept = f", {error.saved} places are kept for an earlier request" if error.saved else ""
-            raise ServiceError(
-                "overloaded",
-                f"{error.waiting} images are waiting{kept}, the limit is {self.settings.max_queue} (RIDE_MAX_QUEUE), "
-                f"this request has {count}; retry in {error.retry_after} s",
-                retry_after=error.retry_after,
-            ) from None
+            raise self._overloaded(error, f", this request has {count}") from None
+
+    def _overloaded(self, error: QueueFullError, asked: str) -> ServiceError:
+        kept = f", {error.saved} places are kept for an earlier request" if error.saved else ""
+        return ServiceError(
+            "overloaded",
+            f"{error.waiting} images are waiting{kept}, the limit is {self.settings.max_queue} (RIDE_MAX_QUEUE){asked}; "
+            f"retry in {error.retry_after} s",
+            retry_after=error.retry_after,
+        )
 
     def _run(self, jobs: Sequence[Job]) -> Sequence[Outcome | Exception]:
         return self._cascade.run(jobs)

@@ -195,6 +195,7 @@ async def test_a_rotated_photograph_is_turned_before_it_is_cut(service):
     assert np.abs(found.astype(int) - decode(encode(upright), spec, 10_000)).max() <= 4
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's, which the service logs
 @pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0II*\0garbage", b"Exif\0\0" + bytes(range(200))])
 async def test_a_damaged_exif_block_spoils_nothing(service, exif):
     """The pixels are still good: upright it is."""
@@ -217,15 +218,10 @@ def test_crop_takes_the_centre_and_stretch_takes_all():
     assert (fitted(wide.transpose(1, 0, 2).copy(), SIZE, SIZE) == PIXELS.transpose(1, 0, 2)).all()
     assert (fitted(wide, 4, 12) == np.asarray(Image.fromarray(wide).resize((12, 4), Image.Resampling.BILINEAR))).all()
 
-    halves = np.zeros((8, 32, 3), np.uint8)
-    halves[:, 16:] = 255
-    assert (
-        fitted(halves, 4, 4, "stretch")[0, :, 0].tolist() == fitted(halves, 4, 4)[0, :, 0].tolist() == [0, 0, 255, 255]
-    )
     thirds = np.zeros((8, 24, 3), np.uint8)
     thirds[:, 8:16] = 255
-    assert fitted(thirds, 4, 4)[:, 1:3].min() == 255
-    assert fitted(thirds, 4, 4, "stretch")[:, [0, 3]].max() < 60
+    assert fitted(thirds, 4, 4)[:, 1:3].min() == 255  # the middle third alone
+    assert fitted(thirds, 4, 4, "stretch")[:, [0, 3]].max() < 60  # the black thirds as well
 
 
 def test_scaling_is_antialiased_and_enlarging_works():
