@@ -20,6 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS = ("many", "medium", "few")
+LARGEST_INTEGER = 2**53  # that every reader of JSON can hold
 
 Split = Literal["many", "medium", "few"]
 
@@ -338,16 +339,15 @@ def read_bundle(path: Path | str) -> Bundle:
     except (OSError, UnicodeDecodeError) as error:
         raise BundleError(f"{directory / MANIFEST}: cannot be read ({error})") from error
     try:
-        document = json.loads(text, parse_constant=_refuse_constant)
+        document = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        json.dumps(document, ensure_ascii=False).encode()  # half of a surrogate pair is JSON, yet nothing to be sent on
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{directory / MANIFEST}: is not JSON ({error})") from error
     found = document.get("schema_version") if isinstance(document, dict) else None
     if isinstance(found, int) and found != SCHEMA_VERSION:
         raise _fail("schema_version", f"is {found}; this release reads {SCHEMA_VERSION}")
     bundle = Bundle(directory, _build(Manifest, document, ""))
-    for variant in bundle.manifest.variants.values():
-        for graph in variant.graphs:
-            _check_file(directory, graph)
+    _check_files(directory, bundle.manifest)
     return bundle
 
 
@@ -362,16 +362,15 @@ def write_manifest(path: Path | str, manifest: Manifest) -> None:
     document = dataclasses.asdict(manifest)
     try:
         text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        content = text.encode()
     except (TypeError, ValueError) as error:
         raise BundleError(f"{MANIFEST}: cannot be written as JSON ({error})") from error
     _build(Manifest, json.loads(text), "")
-    for variant in manifest.variants.values():
-        for graph in variant.graphs:
-            _check_file(directory, graph)
+    _check_files(directory, manifest)
     handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{MANIFEST}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -379,6 +378,15 @@ def write_manifest(path: Path | str, manifest: Manifest) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def _check_files(directory: Path, manifest: Manifest) -> None:
+    for variant in manifest.variants.values():
+        for graph in variant.graphs:
+            try:
+                _check_file(directory, graph)
+            except OSError as error:
+                raise BundleError(f"{graph.file[:200]}: cannot be read ({error.strerror})") from error
 
 
 def _check_file(directory: Path, graph: GraphSpec) -> None:
@@ -426,8 +434,11 @@ def _check_tensors(where: str, graph: GraphSpec, inputs: _Expected, outputs: _Ex
                 raise _fail(at, f"has shape {list(tensor.shape)}; expected the first axis, and it alone, to be free")
 
 
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number")
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):  # NaN and Infinity are Python's own addition to JSON; 1e999 is JSON
+        raise ValueError(f"{text} is not a finite number")
+    return value
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
@@ -462,8 +473,8 @@ def _build_plain(kind: type, value: Any, where: str) -> Any:
     allowed = (int, float) if kind is float else (kind,)
     if not isinstance(value, allowed) or isinstance(value, bool):
         raise _fail(where, f"is {_shown(value)}; expected {kind.__name__}")
-    if isinstance(value, float) and not math.isfinite(value):  # 1e999 is valid JSON
-        raise _fail(where, f"is {value}; expected a finite number")
+    if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        raise _fail(where, f"is {_shown(value)}; expected at most {LARGEST_INTEGER}, in size")
     return kind(value)
 
 

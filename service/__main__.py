@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import os
 import signal
 import sys
+import time
 from types import FrameType
 
 import uvicorn
@@ -14,20 +16,19 @@ from service.app import create_app
 from service.classifier import Classifier
 from service.engine import open_engine
 from service.logs import log, set_up
+from service.protocol import GuardedProtocol
 from service.settings import SettingsError, read_settings, unknown_variables
 
 KEEP_ALIVE_S = 30
 BACKLOG = 2048
+LAST_WORDS_S = 0.2  # for whoever has connected, but not asked yet, when the service stops to listen
 
 
 class DrainingServer(uvicorn.Server):
     """
     On SIGTERM or SIGINT it goes on listening, so that new work is refused politely, until accepted work is answered.
 
-    A second SIGINT, from an impatient person, ends it at once.
-
-    Attributes:
-        complete: whether all accepted work was answered.
+    A second SIGINT, from an impatient person, ends it at once, and so does the end of the time for it: with status 1.
     """
 
     def __init__(self, config: uvicorn.Config, classifier: Classifier, drain_s: float) -> None:
@@ -36,7 +37,6 @@ class DrainingServer(uvicorn.Server):
         self._drain_s = drain_s
         self._told_to_stop = False
         self._drain: asyncio.Task[None] | None = None
-        self.complete = True
 
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
         """Listen, and say where."""
@@ -61,7 +61,15 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def _drain_then_exit(self) -> None:
-        self.complete = await self._classifier.drain(self._drain_s)
+        started = time.monotonic()
+        if not await self._classifier.drain(self._drain_s):
+            logging.shutdown()
+            os._exit(1)  # a batch that does not end cannot be stopped, and an orderly exit would wait for it
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(LAST_WORDS_S)
+        left = self._drain_s - (time.monotonic() - started)
+        self.config.timeout_graceful_shutdown = max(1, round(left))  # for clients that read their answer slowly
         self.should_exit = True
 
 
@@ -79,15 +87,15 @@ def main(arguments: list[str] | None = None) -> int:
     log(logging.INFO, "starting", settings=settings.model_dump(mode="json"))
     config = uvicorn.Config(
         create_app(classifier), host=settings.host, port=settings.port, log_config=None, access_log=False,
-        loop="uvloop", http="httptools", server_header=False, backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=max(1, round(settings.timeout_s)),
+        loop="uvloop", http=GuardedProtocol, ws="none", server_header=False, backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=1,
     )  # fmt: skip
     server = DrainingServer(config, classifier, settings.drain_s)
     try:
         server.run()
     except SystemExit:  # uvicorn has logged why, such as a port in use
         return 1
-    return 0 if server.complete and classifier.state != "failed" else 1
+    return 1 if server.force_exit or classifier.state == "failed" else 0
 
 
 if __name__ == "__main__":

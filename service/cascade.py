@@ -74,7 +74,7 @@ class Outcome:
 
 @dataclass(slots=True)
 class BatchReport:
-    """What a batch did, for the metrics: (stage, rows, seconds) of each run, all router scores, waits in seconds."""
+    """What a batch did, for the metrics: (stage, rows, seconds) of each run, router scores, waits in seconds."""
 
     stages: list[tuple[str, int, float]] = field(default_factory=list)
     router_scores: list[tuple[int, list[float]]] = field(default_factory=list)
@@ -130,9 +130,9 @@ class Cascade:
                 stops, reason = usable, LAST
             else:
                 asked = self._engine.router(expert, expert_feature, logits_sum)
-                report.router_scores.append((expert, asked.tolist()))
                 scores[rows, expert] = asked
                 usable &= np.isfinite(asked)
+                report.router_scores.append((expert, asked[usable].tolist()))  # NaN would spoil a sum for ever
                 confident = asked < thresholds[rows, expert]
                 stops = usable & (confident | (max_experts[rows] == expert + 1))
                 reason = np.where(confident, CONFIDENT, BUDGET)[stops]
@@ -192,21 +192,14 @@ def softmax(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
 
 
 def top_classes(probabilities: NDArray[np.float64], top_k: NDArray[np.int64]) -> list[Rows]:
-    """
-    The `top_k` most probable classes of each row, most probable first, the lower index first among equals.
-
-    Rows that want equally many are sorted together, so that a row's classes do not depend on what the others want.
-    """
+    """The `top_k` most probable classes of each row, most probable first, the lower index first among equals."""
     classes: list[Rows] = [np.empty(0, np.int64)] * len(probabilities)
     for count in np.unique(top_k):
         rows = np.flatnonzero(top_k == count)
-        wanted = probabilities[rows]
-        n_classes = wanted.shape[1]
-        found = np.argpartition(-wanted, count - 1, axis=1)[:, :count] if count < n_classes else None
-        found = np.sort(found, axis=1) if found is not None else np.broadcast_to(np.arange(n_classes), wanted.shape)
-        order = np.argsort(-np.take_along_axis(wanted, found, axis=1), axis=1, kind="stable")
-        for row, indices in zip(rows, np.take_along_axis(found, order, axis=1), strict=True):
-            classes[row] = indices
+        least = -np.partition(-probabilities[rows], count - 1, axis=1)[:, count - 1]
+        for row, bound in zip(rows, least, strict=True):
+            found = np.flatnonzero(probabilities[row] >= bound)  # more than `count` where some tie for the last place
+            classes[row] = found[np.argsort(-probabilities[row, found], kind="stable")[:count]]
     return classes
 
 

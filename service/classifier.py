@@ -223,8 +223,8 @@ class Classifier:
         kept = f", {error.saved} places are kept for an earlier request" if error.saved else ""
         return ServiceError(
             "overloaded",
-            f"{error.waiting} images are waiting{kept}, the limit is {self.settings.max_queue} (RIDE_MAX_QUEUE){asked}; "
-            f"retry in {error.retry_after} s",
+            f"{error.waiting} images are waiting{kept}, the limit is {self.settings.max_queue} (RIDE_MAX_QUEUE)"
+            f"{asked}; retry in {error.retry_after} s",
             retry_after=error.retry_after,
         )
 

@@ -32,6 +32,7 @@ def set_up(level: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, LOGGER.getEffectiveLevel()))
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # warns of what we refuse, without a request id
 
 
 def log(level: int, event: str, *, error: BaseException | None = None, **fields: Any) -> None:

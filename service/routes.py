@@ -45,7 +45,7 @@ class ClassifyRoute:
         except ServiceError as error:  # refused, before its images were looked at
             status = error.status
             self._note(request_id, error)
-            if not body.complete:
+            if not body.complete and error.code != "timeout":  # whoever was too slow gets no more time
                 await body.discard(2 * self._settings.max_bytes)
             await self._send(send, status, {"request_id": request_id, "error": error.as_json()}, body, error)
         except ClientGoneError:

@@ -14,6 +14,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from service import __version__
 
 PREFIX = "RIDE_"
+METAVARS = {"bundle": "DIR", "host": "ADDRESS", "variant": "NAME", "thresholds": "T,T"} | dict.fromkeys(
+    ("provider", "log_level")  # show their choices
+)
 DEFAULT_BUNDLE = Path(__file__).parent / "default_bundle"
 
 
@@ -206,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
             default = default.human_readable()
         parser.add_argument(
             f"--{name.replace('_', '-')}",
-            metavar={"bundle": "DIR", "host": "ADDRESS", "variant": "NAME", "thresholds": "T,T"}.get(name, "N"),
+            metavar=METAVARS.get(name, "N"),
             choices=getattr(field.annotation, "__args__", None) if name in ("provider", "log_level") else None,
             help=f"{field.description} [env: {PREFIX}{name.upper()}"
             + (f", default: {default}]" if default is not None else "]"),

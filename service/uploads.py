@@ -108,7 +108,7 @@ class Body:
                     limit -= len(chunk)
                     if limit < 0:
                         return
-        except TimeoutError:
+        except (TimeoutError, ClientGoneError):
             return
 
     async def client_gone(self) -> None:

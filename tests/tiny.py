@@ -157,10 +157,16 @@ def operating_points(n_experts: int) -> tuple[OperatingPoint, ...]:
             accuracy=Accuracy(all=accuracy, many=60.0, medium=None, few=30.0),
             mean_experts=mean,
             mean_macs=full * mean / n_experts,
-            experts_share=tuple(float(used == n_experts) for used in range(1, n_experts + 1)),
+            experts_share=_shares(mean, n_experts),
         )
         for threshold, mean, accuracy in rows
     )
+
+
+def _shares(mean: float, n_experts: int) -> tuple[float, ...]:
+    """So many images with one expert and so many with all that the mean comes out."""
+    last = (mean - 1) / (n_experts - 1) if n_experts > 1 else 0.0
+    return (1 - last, *(0.0,) * (n_experts - 2), last)[:n_experts]
 
 
 def _save(directory, file, nodes, constants, inputs, outputs) -> GraphSpec:

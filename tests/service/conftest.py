@@ -47,7 +47,7 @@ def encode(image, kind="PNG", **options):
 async def until(condition):
     """Wait for what other tasks or threads bring about."""
     async with asyncio.timeout(PATIENCE_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110, what it waits for is a thread's as often as a task's
             await asyncio.sleep(0.001)
 
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from tests.service.conftest import encode, start
-from tests.tiny import CLASSES, COUNTS, MACS, TinyModel, noise
 
 from service.schemas import Answer, ErrorAnswer
+from tests.service.conftest import encode, start
+from tests.tiny import CLASSES, COUNTS, MACS, TinyModel, noise
 
 pytestmark = pytest.mark.anyio
 SPLITS = dict(zip(CLASSES, ("many", "many", "many", "medium", "medium", "few", "few"), strict=True))
@@ -56,8 +56,8 @@ async def test_an_answer_has_exactly_the_documented_keys(service):
 
     assert response.json().keys() == {"request_id", "model", "results"}
     assert result.keys() == {
-        "filename", "predictions", "experts_used", "experts_total", "exit_reason", "router_scores", "thresholds", "macs",
-        "latency_ms",
+        "filename", "predictions", "experts_used", "experts_total", "exit_reason", "router_scores", "thresholds",
+        "macs", "latency_ms",
     }  # fmt: skip
     assert result["latency_ms"].keys() == {"decode", "queue", "trunk", "experts", "total"}
     assert result["predictions"][0].keys() == {"label", "index", "probability", "split"}

@@ -3,12 +3,12 @@
 import asyncio
 
 import pytest
-from tests.service.conftest import WatchedEngine, encode, start, until
-from tests.tiny import FAILING_COLOUR, NAN_COLOUR, noise, plain
 
 from service.engine import open_engine
 from service.errors import STATUS
 from service.schemas import ErrorAnswer
+from tests.service.conftest import WatchedEngine, encode, start, until
+from tests.tiny import FAILING_COLOUR, NAN_COLOUR, noise, plain
 
 pytestmark = pytest.mark.anyio
 IMAGE = encode(noise(1)[0])
@@ -144,7 +144,11 @@ async def test_an_image_of_too_many_pixels_is_refused(tiny_bundle):
 
 @pytest.mark.parametrize(
     ("content", "code"),
-    [(b"no image", "image_unsupported"), (IMAGE[:50], "image_unreadable"), (encode(noise(1)[0], "JPEG")[:-300], "image_unreadable")],
+    [
+        (b"no image", "image_unsupported"),
+        (IMAGE[:50], "image_unreadable"),
+        (encode(noise(1)[0], "JPEG")[:-300], "image_unreadable"),
+    ],
 )
 async def test_a_file_that_cannot_be_decoded_is_refused(service, content, code):
     """415 for another kind of file, 422 for a damaged one, as a raw body and as a file."""

@@ -8,12 +8,12 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from tests.service.conftest import encode
-from tests.tiny import SIZE, noise
 
 from model_export.bundle import InputSpec
 from service.errors import ServiceError
 from service.images import decode
+from tests.service.conftest import encode
+from tests.tiny import SIZE, noise
 
 pytestmark = pytest.mark.anyio
 PIXELS = noise(1, seed=9)[0]
@@ -113,29 +113,31 @@ LOSSLESS = {
     ),
     "rgb png with a transparent colour": (
         encode(PIXELS, transparency=tuple(PIXELS[2, 2].tolist())),
-        np.where((PIXELS == PIXELS[2, 2]).all(axis=2, keepdims=True), 255, PIXELS),
+        np.where((PIXELS[2, 2] == PIXELS).all(axis=2, keepdims=True), 255, PIXELS),
     ),
     "cmyk tiff": (encode(Image.fromarray(255 - PIXELS).convert("CMYK"), "TIFF"), 255 - PIXELS),
     "16-bit grey png": (encode(Image.fromarray(WIDE[:, :, 0])), grey_as_rgb(GREY)),
     "16-bit grey tiff": (encode(Image.fromarray(WIDE[:, :, 0]), "TIFF"), grey_as_rgb(GREY)),
     "16-bit grey png with a transparent shade": (
-        png(WIDE[:, :, :1], 0, transparent_chunk(WIDE[2, 2, 0])), grey_as_rgb(np.where(GREY == GREY[2, 2], 255, GREY))
+        png(WIDE[:, :, :1], 0, transparent_chunk(WIDE[2, 2, 0])), grey_as_rgb(np.where(GREY[2, 2] == GREY, 255, GREY))
     ),
     "16-bit rgb png": (png(WIDE, 2), PIXELS),
     "16-bit rgba png": (
         png(np.dstack([WIDE, np.where(ALPHA > 127, 65535, 0)]), 6), np.where(ALPHA[:, :, None] > 127, PIXELS, 255)
     ),
     "16-bit grey and alpha png": (
-        png(np.dstack([WIDE[:, :, 0], np.where(ALPHA > 127, 65535, 0)]), 4), grey_as_rgb(np.where(ALPHA > 127, GREY, 255))
+        png(np.dstack([WIDE[:, :, 0], np.where(ALPHA > 127, 65535, 0)]), 4),
+        grey_as_rgb(np.where(ALPHA > 127, GREY, 255)),
     ),
     "animated gif": (
-        encode(palette_image(), "GIF", save_all=True, append_images=[Image.new("P", (SIZE, SIZE))]), FEW_COLOURS[INDICES]
+        encode(palette_image(), "GIF", save_all=True, append_images=[Image.new("P", (SIZE, SIZE))]),
+        FEW_COLOURS[INDICES],
     ),
     "animated webp": (
         encode(PIXELS, "WEBP", save_all=True, append_images=[Image.new("RGB", (SIZE, SIZE))], lossless=True), PIXELS
     ),
     "animated png": (encode(PIXELS, save_all=True, append_images=[Image.new("RGB", (SIZE, SIZE))]), PIXELS),
-    "tiff of two pages": (encode(PIXELS, "TIFF", save_all=True, append_images=[Image.new("RGB", (SIZE, SIZE))]), PIXELS),
+    "tiff pages": (encode(PIXELS, "TIFF", save_all=True, append_images=[Image.new("RGB", (SIZE, SIZE))]), PIXELS),
 }  # fmt: skip
 
 
@@ -310,7 +312,7 @@ def test_damaged_bytes_never_do_more_than_fail(name):
     """Whatever is changed in a file: pixels of the right shape come out, or a refusal that says which kind it was."""
     data, spec = LOSSLESS[name][0], InputSpec(SIZE, SIZE, "crop", "bilinear", (0.5,) * 3, (0.5,) * 3)
     random = np.random.default_rng(0)
-    refused = 0
+    codes = set()
     for _ in range(200):
         damaged = bytearray(data)
         for place in random.integers(0, len(data), random.integers(1, 6)):
@@ -320,6 +322,6 @@ def test_damaged_bytes_never_do_more_than_fail(name):
                 warnings.simplefilter("ignore")  # Pillow's, about what it could read all the same
                 assert decode(bytes(damaged), spec, 100_000).shape == (SIZE, SIZE, 3)
         except ServiceError as error:
-            refused += 1
-            assert error.code in ("image_unreadable", "image_unsupported", "image_too_large")
-    assert refused
+            codes.add(error.code)
+    assert "image_unreadable" in codes
+    assert codes <= {"image_unreadable", "image_unsupported", "image_too_large"}

@@ -1,0 +1,358 @@
+"""How images travel together, and that none of them notices."""
+
+import asyncio
+import itertools
+import threading
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from service.batcher import Batcher, BatcherStoppedError, QueueFullError
+from service.cascade import top_classes
+from tests.service.conftest import encode, start, until
+from tests.tiny import TinyModel, noise
+
+IMAGES = noise(24, seed=11)
+FILES = [encode(image) for image in IMAGES]
+MODEL = TinyModel()
+SCORES = sorted({score for image in IMAGES for score in MODEL.answer(image, (0.0, 0.0)).router_scores})
+TOLERANCE = 1e-5
+
+
+def rows(service, stage):
+    """The batch sizes in which a stage ran."""
+    return [count for name, count in service.engine.runs if name == stage]
+
+
+async def post_in_order(service, *requests):
+    """Send requests one after another while the engine is held: each waits before the next one is sent."""
+    tasks, waiting = [], service.metric("queue_images")
+    for request in requests:
+        tasks.append(asyncio.create_task(request))
+        waiting += 1
+        await until(lambda: service.metric("queue_images") == waiting)  # noqa: B023
+    return tasks
+
+
+async def held_request(service):
+    """A request whose batch is at the gate."""
+    task = asyncio.create_task(service.post(FILES[0]))
+    await until(lambda: service.engine.held)
+    return task
+
+
+@pytest.mark.anyio
+async def test_whatever_waits_when_the_engine_falls_idle_is_the_next_batch(service):
+    """Five single images that came while a batch ran go together."""
+    with service.engine.hold():
+        first = await held_request(service)
+        others = await post_in_order(service, *[service.post(file) for file in FILES[:5]])
+    for task in (first, *others):
+        assert (await task).status_code == 200
+
+    assert rows(service, "trunk") == [1, 5]
+
+
+@pytest.mark.anyio
+async def test_a_batch_is_never_larger_than_the_limit(tiny_bundle):
+    """The rest goes next, in the order in which it came."""
+    async with start(tiny_bundle, max_batch=4) as service:
+        with service.engine.hold():
+            first = await held_request(service)
+            others = await post_in_order(service, *[service.post(file) for file in FILES[:10]])
+        for task in (first, *others):
+            assert (await task).status_code == 200
+
+        assert rows(service, "trunk") == [1, 4, 4, 2]
+
+
+@pytest.mark.anyio
+async def test_a_lone_request_does_not_wait_for_company(service):
+    """Its batch begins with nobody else there, and requests one by one are batches of one."""
+    with service.engine.hold():
+        lone = await held_request(service)
+        assert service.metric("queue_images") == 0
+    await lone
+    for file in FILES[:4]:
+        await service.post(file)
+
+    assert rows(service, "trunk") == [1] * 5
+
+
+@pytest.mark.anyio
+async def test_finished_images_leave_the_batch_before_the_next_expert(service):
+    """Each expert and router sees exactly the images that the reference sends there."""
+    await service.answer(*IMAGES)
+
+    used = [MODEL.answer(image, (0.5, 0.5)).experts_used for image in IMAGES]
+    reach_second, reach_third = sum(count >= 2 for count in used), sum(count >= 3 for count in used)
+    assert len(used) > reach_second > reach_third > 0
+    totals = {stage: sum(rows(service, stage)) for stage, _ in service.engine.runs}
+    assert totals == {
+        "trunk": 24, "expert_0": 24, "router_0": 24, "expert_1": reach_second, "router_1": reach_second,
+        "expert_2": reach_third,
+    }  # fmt: skip
+
+
+@pytest.mark.anyio
+async def test_experts_that_nobody_needs_do_not_run(service):
+    """Not even with an empty batch; and where everyone goes on, everyone does."""
+    await service.answer(*IMAGES, threshold=1)
+    assert {stage for stage, _ in service.engine.runs} == {"trunk", "expert_0", "router_0"}
+
+    service.engine.runs.clear()
+    with service.engine.hold():
+        first = await held_request(service)
+        others = await post_in_order(service, *[service.post(file, threshold=0) for file in FILES[:6]])
+    await asyncio.gather(first, *others)
+    assert (rows(service, "trunk")[1], rows(service, "expert_2")[-1]) == (6, 6)
+
+
+@pytest.mark.anyio
+async def test_answers_stay_with_their_requests(service):
+    """Requests of different sizes and wishes, all at once: everyone gets the classes of their own images."""
+    requests = [(row, row % 5 + 1, row % 3 + 1, row % 4 / 4) for row in range(16)]
+    answers = await asyncio.gather(
+        *[service.answer(*IMAGES[first : first + count], max_experts=limit, threshold=threshold, top_k=1)
+          for first, count, limit, threshold in requests]
+    )  # fmt: skip
+
+    for (first, count, limit, threshold), results in zip(requests, answers, strict=True):
+        expected = [MODEL.answer(image, (threshold,) * 2, limit) for image in IMAGES[first : first + count]]
+        assert [result["predictions"][0]["index"] for result in results] == [
+            int(one.probabilities.argmax()) for one in expected
+        ]
+        assert [result["experts_used"] for result in results] == [one.experts_used for one in expected]
+
+
+REQUESTS = st.tuples(
+    st.lists(st.integers(0, len(IMAGES) - 1), min_size=1, max_size=5),
+    st.one_of(st.none(), st.floats(0, 1), st.sampled_from([0.0, 1.0, *SCORES])),
+    st.one_of(st.none(), st.integers(1, 3)),
+)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    max_batch=st.integers(1, 9),
+    waves=st.lists(st.tuples(st.booleans(), st.lists(REQUESTS, min_size=1, max_size=6)), min_size=1, max_size=3),
+)
+def test_an_answer_does_not_depend_on_its_company(tiny_bundle, max_batch, waves):
+    """
+    Any interleaving, any batch split, any thresholds and limits: the answer is that of the image alone.
+
+    Probabilities to 1e-5; the number of experts exactly, unless a router's score is within 1e-5 of its threshold.
+    """
+
+    async def serve():
+        answers = []
+        async with start(tiny_bundle, max_batch=max_batch) as service:
+            for held, requests in waves:
+                wishes = [
+                    {"top_k": 7}
+                    | ({} if threshold is None else {"threshold": threshold})
+                    | ({} if limit is None else {"max_experts": limit})
+                    for _, threshold, limit in requests
+                ]
+                with service.engine.hold() if held else nullcontext():
+                    tasks = [
+                        asyncio.create_task(service.answer(*IMAGES[indices], **wish))
+                        for (indices, _, _), wish in zip(requests, wishes, strict=True)
+                    ]
+                    if held:
+                        await until(lambda: service.engine.held)
+                answers += await asyncio.gather(*tasks)
+        return answers
+
+    asked = [request for _, requests in waves for request in requests]
+    for (indices, threshold, limit), results in zip(asked, asyncio.run(serve()), strict=True):
+        for index, result in zip(indices, results, strict=True):
+            assert any(
+                agrees(result, IMAGES[index], near, limit) for near in nearby(0.5 if threshold is None else threshold)
+            )
+
+
+def nearby(threshold):
+    """The threshold for both routers, each as it is or moved by the tolerance."""
+    return itertools.product((threshold, threshold - TOLERANCE, threshold + TOLERANCE), repeat=2)
+
+
+def agrees(result, image, thresholds, limit):
+    """Whether a result is what the reference says of the image."""
+    expected = MODEL.answer(image, thresholds, limit)
+    found = np.zeros(len(expected.probabilities))
+    for prediction in result["predictions"]:
+        found[prediction["index"]] = prediction["probability"]
+    return (
+        result["experts_used"] == expected.experts_used
+        and result["exit_reason"] == expected.exit_reason
+        and np.allclose(result["router_scores"], expected.router_scores, rtol=0, atol=TOLERANCE)
+        and np.allclose(found, expected.probabilities, rtol=0, atol=TOLERANCE)
+    )
+
+
+@given(
+    probabilities=st.lists(
+        st.lists(st.sampled_from([0.0, 0.1, 0.2, 0.3]), min_size=6, max_size=6), min_size=1, max_size=5
+    ),
+    data=st.data(),
+)
+def test_the_top_classes_are_those_of_a_stable_sort(probabilities, data):
+    """Most probable first, the lower index first among equals, however many the neighbours want."""
+    wanted = data.draw(st.lists(st.integers(1, 6), min_size=len(probabilities), max_size=len(probabilities)))
+    found = top_classes(np.array(probabilities), np.array(wanted))
+
+    for row, count, classes in zip(probabilities, wanted, found, strict=True):
+        assert sorted(row, reverse=True)[:count] == [row[index] for index in classes]
+        assert classes.tolist() == sorted(range(6), key=lambda index: (-row[index], index))[:count]
+
+
+class Connection:
+    """A client as ASGI shows it: sends what it has, then hangs up when told."""
+
+    def __init__(self, *pieces, complete=True):
+        self.hang_up = asyncio.Event()
+        self.sent = []
+        self._messages = [
+            {"type": "http.request", "body": piece, "more_body": not complete or number < len(pieces)}
+            for number, piece in enumerate(pieces, 1)
+        ]
+
+    async def receive(self):
+        if self._messages:
+            return self._messages.pop(0)
+        await self.hang_up.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message):
+        self.sent.append(message)
+
+    def post(self, service, query=b"", headers=()):
+        """POST /classify in a task of its own."""
+        scope = {
+            "type": "http", "http_version": "1.1", "method": "POST", "path": "/classify", "raw_path": b"/classify",
+            "query_string": query, "headers": list(headers), "root_path": "", "scheme": "http",
+            "server": ("service", 80), "client": ("127.0.0.1", 1), "asgi": {"version": "3.0"},
+        }  # fmt: skip
+        return asyncio.create_task(service.app(scope, self.receive, self.send))
+
+
+@pytest.mark.anyio
+async def test_a_client_that_hangs_up_costs_no_later_batch(service):
+    """Its image leaves the queue; those beside it are answered; it is counted as 499."""
+    with service.engine.hold():
+        first = await held_request(service)
+        client = Connection(FILES[1])
+        gone = client.post(service)
+        await until(lambda: service.metric("queue_images") == 1)
+        (other,) = await post_in_order(service, service.post(FILES[2]))
+        client.hang_up.set()
+        await gone
+    assert [(await task).status_code for task in (first, other)] == [200, 200]
+
+    assert rows(service, "trunk") == [1, 1]
+    assert client.sent == []
+    assert service.metric("requests_total", code="499") == 1
+    assert sum(service.metric("images_total", experts=str(used)) for used in (1, 2, 3)) == 2
+    assert service.metric("queue_images") == 0
+
+
+@pytest.mark.anyio
+async def test_a_client_that_hangs_up_during_its_upload_leaves_nothing_behind(service):
+    """Neither memory nor a place in the queue."""
+    client = Connection(FILES[0][:20], complete=False)
+    task = client.post(service)
+    await until(lambda: service.classifier.upload_memory.held == 20)
+    client.hang_up.set()
+    await task
+
+    assert (client.sent, service.engine.runs) == ([], [])
+    assert service.classifier.upload_memory.held == service.metric("queue_images") == 0
+    assert service.metric("requests_total", code="499") == 1
+
+
+@pytest.mark.anyio
+async def test_a_refused_client_that_hangs_up_while_still_sending_is_no_failure(service):
+    """It is counted with its refusal."""
+    client = Connection(b"half of a", complete=False)
+    client.hang_up.set()
+    await client.post(service, query=b"top_k=0")
+
+    assert service.metric("requests_total", code="422") == 1
+    assert service.metric("refused_total", reason="parameter_invalid") == 1
+
+
+@pytest.mark.anyio
+async def test_a_refused_client_that_waits_for_leave_to_send_is_answered_at_once(service):
+    """Expect: 100-continue. Nothing is read: reading would invite the upload."""
+    client = Connection(FILES[0])
+    headers = [(b"expect", b"100-continue"), (b"content-length", b"99999999999")]
+    await client.post(service, headers=headers)
+
+    start_message, _ = client.sent
+    assert start_message["status"] == 413
+    assert (b"connection", b"close") in start_message["headers"]
+    assert await client.receive() == {"type": "http.request", "body": FILES[0], "more_body": False}
+
+
+@pytest.mark.anyio
+async def test_hang_ups_at_any_moment_leave_all_places_free(tiny_bundle):
+    """After a hundred clients left at different moments, a request for every place is let in."""
+    async with start(tiny_bundle, max_queue=40, max_images=40, max_batch=4) as service:
+        for turns in range(100):
+            body = b"".join(
+                b'--b\r\nContent-Disposition: form-data; name="f"; filename="x"\r\n\r\n' + file + b"\r\n"
+                for file in FILES[: turns % 4 + 1]
+            )
+            client = Connection(body + b"--b--\r\n")
+            task = client.post(service, headers=[(b"content-type", b"multipart/form-data; boundary=b")])
+            for _ in range(turns // 4):
+                await asyncio.sleep(0)
+            client.hang_up.set()
+            await task
+        await until(lambda: service.metric("queue_images") == 0)
+
+        assert (await service.post(*[FILES[0]] * 40)).status_code == 200
+
+
+@pytest.mark.anyio
+async def test_what_waits_when_the_batcher_ends_is_told_so():
+    """Nothing waits for ever."""
+    running, leave = threading.Event(), threading.Event()
+
+    def run(items):
+        running.set()
+        leave.wait()
+        return items
+
+    batcher = Batcher(run, max_batch=1, max_queue=2)
+    batcher.start()
+    batcher.reserve(2)
+    first, second = batcher.submit("first"), batcher.submit("second")
+    await until(running.is_set)
+    end = asyncio.create_task(batcher.stop())
+    await asyncio.sleep(0)
+    leave.set()
+    await end
+
+    assert await first == "first"
+    with pytest.raises(BatcherStoppedError):
+        await second
+
+
+def test_places_are_taken_all_at_once_or_not_at_all():
+    """And come back when they are released."""
+    batcher = Batcher(list, max_batch=1, max_queue=3)
+    batcher.reserve(2)
+    with pytest.raises(QueueFullError) as refusal:
+        batcher.reserve(2)
+    assert (refusal.value.waiting, refusal.value.saved) == (2, 0)
+    batcher.check()
+    batcher.release(2)
+    batcher.reserve(3)
+    assert batcher.waiting == 3
+    with pytest.raises(QueueFullError):
+        batcher.check()

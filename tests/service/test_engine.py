@@ -1,0 +1,193 @@
+"""The engine: what it opens, what it refuses, and that it runs what the bundle says."""
+
+import dataclasses
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+
+from model_export.bundle import BundleError, TensorSpec, read_bundle, sha256_of, write_manifest
+from service.engine import GATHER_GRAPHS, EngineError, open_engine
+from tests.tiny import TinyModel, noise, write_bundle
+
+ELEMENT_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
+
+
+@pytest.fixture
+def bundle(tiny_bundle):
+    return read_bundle(tiny_bundle)
+
+
+def opened(bundle, **changes):
+    """The engine of a bundle whose fp32 variant says something else than its files."""
+    variant = dataclasses.replace(bundle.manifest.variants["fp32"], **changes)
+    return open_engine(bundle, variant, provider="cpu", threads=1)
+
+
+@pytest.mark.parametrize("dtype", GATHER_GRAPHS)
+def test_the_gather_graphs_are_what_onnx_helper_makes(dtype):
+    """Byte for byte: the service keeps them as bytes so as not to need the onnx package."""
+    kind = ELEMENT_TYPES[dtype]
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["data", "rows"], ["taken"], axis=0)],
+        "take",
+        [
+            helper.make_tensor_value_info("data", kind, None),
+            helper.make_tensor_value_info("rows", TensorProto.INT64, ["N"]),
+        ],
+        [helper.make_tensor_value_info("taken", kind, None)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+    assert model.SerializeToString(deterministic=True) == GATHER_GRAPHS[dtype]
+
+
+@pytest.mark.parametrize("dtype", GATHER_GRAPHS)
+@pytest.mark.parametrize("shape", [(4,), (4, 3), (4, 2, 3), (4, 2, 3, 5)])
+def test_the_gather_graphs_take_rows_of_features_of_any_rank(dtype, shape):
+    """In the order asked for."""
+    data = np.random.default_rng(0).normal(size=shape).astype(dtype)
+    session = onnxruntime.InferenceSession(GATHER_GRAPHS[dtype], providers=["CPUExecutionProvider"])
+    (taken,) = session.run(None, {"data": data, "rows": np.array([3, 0, 2])})
+
+    assert (taken == data[[3, 0, 2]]).all()
+    assert taken.dtype == data.dtype
+
+
+def test_the_graphs_give_the_numbers_of_the_reference(bundle):
+    """Trunk, experts and routers of a batch, with rows taken in between, against plain numpy, one image at a time."""
+    engine, model, images = opened(bundle), TinyModel(), noise(6)
+    features = engine.take(engine.trunk(images), np.array([5, 1, 2]))
+    logits_sum = np.zeros((3, 7), np.float32)
+    scores = []
+    for expert in range(3):
+        logits_sum, expert_feature = engine.expert(expert, features, logits_sum)
+        if expert < 2:
+            scores.append(engine.router(expert, expert_feature, logits_sum))
+    exponentials = np.exp(logits_sum / 3)
+
+    for row, image in enumerate(images[[5, 1, 2]]):
+        expected = model.answer(image, (0.0, 0.0))
+        np.testing.assert_allclose(exponentials[row] / exponentials[row].sum(), expected.probabilities, atol=1e-5)
+        np.testing.assert_allclose([score[row] for score in scores], expected.router_scores, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("graph", "kind", "change", "message"),
+    [
+        ("trunk", "outputs", {"shape": (None, 5, 4, 4)},
+         "trunk.onnx: output 'features' is float32 [N, 4, 4, 4], manifest.json lists float32 [N, 5, 4, 4]"),
+        ("trunk", "outputs", {"dtype": "float16"}, "is float32 [N, 4, 4, 4], manifest.json lists float16 [N, 4, 4, 4]"),
+        ("trunk", "inputs", {"shape": (None, 16, 16, 3)}, "input 'images' is uint8 [N, 8, 8, 3], manifest"),
+        ("trunk", "outputs", {"name": "feature"}, "has outputs ['features'], manifest.json lists ['feature']"),
+    ],
+)  # fmt: skip
+def test_a_graph_that_is_not_what_the_manifest_says_is_refused(bundle, graph, kind, change, message):
+    """With the file, what it has and what is listed."""
+    spec = getattr(bundle.manifest.variants["fp32"], graph)
+    tensors = tuple(dataclasses.replace(tensor, **change) for tensor in getattr(spec, kind))
+    with pytest.raises(BundleError) as refusal:
+        opened(bundle, **{graph: dataclasses.replace(spec, **{kind: tensors})})
+
+    assert message in str(refusal.value)
+
+
+def test_a_missing_input_is_refused(bundle):
+    """An expert that the manifest gives only one input."""
+    spec = bundle.manifest.variants["fp32"].experts[0]
+    listed = dataclasses.replace(spec, inputs=(TensorSpec("features", "float32", (None, 4, 4, 4)),))
+    with pytest.raises(
+        BundleError, match=r"expert_0.onnx: has inputs \['features', 'logits_sum'\], manifest.json lists"
+    ):
+        opened(bundle, experts=(listed, *bundle.manifest.variants["fp32"].experts[1:]))
+
+
+def test_a_file_that_is_no_graph_is_refused(make_bundle):
+    """With its name; its checksum may well be right."""
+    path = make_bundle()
+    (path / "router_1.onnx").write_bytes(b"not a graph")
+    manifest = (path / "manifest.json").read_text()
+    old = listed_checksum(manifest, "router_1.onnx")
+    (path / "manifest.json").write_text(manifest.replace(old, sha256_of(path / "router_1.onnx")))
+    bundle = read_bundle(path)
+
+    with pytest.raises(EngineError, match=r"router_1.onnx: onnxruntime .* cannot open it"):
+        open_engine(bundle, bundle.manifest.variants["fp32"], provider="cpu", threads=1)
+
+
+def listed_checksum(manifest, file):
+    """The checksum that a manifest's text gives for a file."""
+    variant = json.loads(manifest)["variants"]["fp32"]
+    graphs = [variant["trunk"], *variant["experts"], *variant["routers"]]
+    return next(graph["sha256"] for graph in graphs if graph["file"] == file)
+
+
+def test_a_graph_may_not_reach_for_other_files(make_bundle):
+    """Weights outside the graph's own file would be outside its checksum."""
+    path = make_bundle()
+    graph = onnx.load(path / "expert_0.onnx")
+    onnx.save_model(graph, path / "expert_0.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    assert (path / "weights.bin").is_file()
+    manifest = (path / "manifest.json").read_text()
+    old = listed_checksum(manifest, "expert_0.onnx")
+    (path / "manifest.json").write_text(manifest.replace(old, sha256_of(path / "expert_0.onnx")))
+    bundle = read_bundle(path)
+
+    with pytest.raises(EngineError, match=r"expert_0.onnx: onnxruntime .* cannot open it"):
+        open_engine(bundle, bundle.manifest.variants["fp32"], provider="cpu", threads=1)
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this onnxruntime was built with CUDA"
+)
+def test_without_cuda_auto_takes_the_cpu_and_cuda_is_refused(bundle):
+    """With what to install or set."""
+    variant = bundle.manifest.variants["fp32"]
+    assert open_engine(bundle, variant, provider="auto", threads=1).provider == "cpu"
+    with pytest.raises(EngineError, match="install onnxruntime-gpu in place of onnxruntime, or set RIDE_PROVIDER=cpu"):
+        open_engine(bundle, variant, provider="cuda", threads=1)
+
+
+def test_half_precision_features_are_served_too(tmp_path):
+    """The trunk of an fp16 variant hands on float16: it is compacted and gives the same classes."""
+    bundle = half_precision_bundle(tmp_path)
+    engine = open_engine(bundle, bundle.manifest.variants["fp16"], provider="cpu", threads=1)
+    features = engine.take(engine.trunk(noise(4)), np.array([2]))
+    logits_sum, _ = engine.expert(0, features, np.zeros((1, 7), np.float32))
+
+    assert features.numpy().dtype == np.float16
+    assert logits_sum.argmax() == TinyModel(1).answer(noise(4)[2], ()).probabilities.argmax()
+
+
+def half_precision_bundle(directory):
+    """One expert whose features are cast to float16 on their way out of the trunk."""
+    path = write_bundle(directory / "bundle", TinyModel(1))
+    trunk, expert = onnx.load(path / "trunk.onnx"), onnx.load(path / "expert_0.onnx")
+    trunk.graph.node[-1].output[0] = "wide"
+    trunk.graph.node.append(helper.make_node("Cast", ["wide"], ["features"], to=TensorProto.FLOAT16))
+    trunk.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    expert.graph.node[0].input[0] = "wide"
+    expert.graph.node.insert(0, helper.make_node("Cast", ["features"], ["wide"], to=TensorProto.FLOAT))
+    expert.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    manifest = read_bundle(path).manifest
+    variant = manifest.variants["fp32"]
+    specs = []
+    for name, graph, spec in (
+        ("trunk_half.onnx", trunk, variant.trunk),
+        ("expert_half.onnx", expert, variant.experts[0]),
+    ):
+        onnx.save(graph, path / name)
+        half = TensorSpec("features", "float16", (None, 4, 4, 4))
+        specs.append(
+            dataclasses.replace(
+                spec, file=name, sha256=sha256_of(path / name),
+                inputs=tuple(half if tensor.name == "features" else tensor for tensor in spec.inputs),
+                outputs=tuple(half if tensor.name == "features" else tensor for tensor in spec.outputs),
+            )
+        )  # fmt: skip
+    fp16 = dataclasses.replace(variant, trunk=specs[0], experts=(specs[1],))
+    write_manifest(path, dataclasses.replace(manifest, variants={"fp32": variant, "fp16": fp16}))
+    return read_bundle(path)

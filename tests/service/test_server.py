@@ -1,0 +1,300 @@
+"""ride-serve as a process of its own under load and under abuse: nobody is lost, nothing is left behind."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from model_export.bundle import sha256_of
+from tests.service.conftest import PATIENCE_S, encode
+from tests.tiny import SLOW_COLOUR, TinyModel, noise, plain, write_bundle
+
+IMAGE, SLOW = encode(noise(1)[0]), encode(plain(SLOW_COLOUR))
+# Development mode tells of what is never closed or never awaited.
+COMMAND = [sys.executable, "-X", "dev", "-m", "service"]
+
+
+class Server:
+    """A running ride-serve."""
+
+    def __init__(self, process, log_path):
+        self.process = process
+        self._log_path = log_path
+        self.url = self.wait_for("listening")["url"]
+        self.port = int(self.url.rpartition(":")[2])
+        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
+
+    def log(self):
+        """Its log so far, line by line."""
+        return [
+            json.loads(line) for line in self._log_path.read_text().splitlines(keepends=True) if line.endswith("\n")
+        ]
+
+    def wait_for(self, event):
+        """The first line of this event."""
+        return wait(lambda: next((line for line in self.log() if line["event"] == event), None))
+
+    def metric(self, name):
+        """The value of a metric, with its labels as /metrics writes them."""
+        for line in self.client.get("/metrics").text.splitlines():
+            if line.startswith(f"{name} "):
+                return float(line.rpartition(" ")[2])
+        raise KeyError(name)
+
+    def post(self, image=IMAGE):
+        """POST /classify on a connection of its own."""
+        return httpx.post(f"{self.url}/classify", content=image, timeout=PATIENCE_S)
+
+    def connect(self):
+        """A bare socket."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S)
+
+    def end(self, sig=signal.SIGTERM):
+        """Send a signal and return the exit code."""
+        self.process.send_signal(sig)
+        return self.process.wait(PATIENCE_S)
+
+
+def wait(condition):
+    """Poll for what happens in another process."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.01)
+    raise TimeoutError(f"not within {PATIENCE_S} s")
+
+
+@pytest.fixture(scope="module")
+def slow_bundle(tmp_path_factory):
+    """The tiny bundle; a SLOW_COLOUR image keeps it busy for about a second."""
+    return write_bundle(tmp_path_factory.mktemp("bundles") / "slow", TinyModel(), slow_turns=300_000)
+
+
+@pytest.fixture
+def serve(slow_bundle, tmp_path):
+    """Start ride-serve with some options, and wait until it is ready."""
+    with servers(slow_bundle, tmp_path) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def shared(slow_bundle, tmp_path_factory):
+    """A server that several tests treat badly, one after another; it takes 100 kB at most."""
+    with servers(slow_bundle, tmp_path_factory.mktemp("shared")) as start:
+        yield start("--max-bytes", "100KB")
+
+
+@contextmanager
+def servers(bundle, directory):
+    """A function that starts servers, which are ended and whose logs are looked through in the end."""
+    started = []
+
+    def start(*options):
+        log_path = directory / f"log{len(started)}"
+        with log_path.open("w") as log:
+            process = subprocess.Popen(
+                [*COMMAND, "--bundle", str(bundle), "--port", "0", "--threads", "1", *options], stderr=log
+            )
+        try:
+            server = Server(process, log_path)
+        except TimeoutError:
+            process.kill()
+            raise
+        started.append(server)
+        server.wait_for("ready")
+        return server
+
+    yield start
+    for server in started:
+        server.client.close()
+        server.process.kill()
+        server.process.wait()
+        text = server._log_path.read_text()
+        assert "Traceback" not in text
+        assert "ResourceWarning" not in text
+        assert "never awaited" not in text
+
+
+def test_it_serves_until_told_to_stop(serve):
+    """Answers on one connection, one after another; then SIGTERM, and exit code 0. Its log is JSON, line by line."""
+    server = serve()
+    for _ in range(3):
+        assert server.client.post("/classify", content=IMAGE).json()["results"][0]["experts_used"] >= 1
+    assert server.client.get("/readyz").status_code == 200
+
+    assert server.end() == 0
+    events = [line["event"] for line in server.log()]
+    assert {"starting", "listening", "ready", "draining"} <= set(events)
+
+
+def test_on_sigterm_accepted_work_is_answered_and_new_work_refused(serve):
+    """Four requests are in the house, one of them running: all get 200; who comes now gets 503; exit code 0."""
+    server = serve("--max-batch", "1", "--timeout-s", "60", "--drain-s", "60")
+    with ThreadPoolExecutor(4) as clients:
+        accepted = [clients.submit(server.post, SLOW) for _ in range(4)]
+        wait(lambda: server.metric('ride_stage_seconds_count{stage="decode"}') == 4)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for("draining")
+
+        refused = server.post()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        assert (refused.headers["retry-after"], refused.headers["connection"]) == ("1", "close")
+        assert server.client.get("/readyz").status_code == 503
+        assert server.client.get("/healthz").status_code == 200
+        assert not all(request.done() for request in accepted)
+        assert [request.result().status_code for request in accepted] == [200] * 4
+    assert server.process.wait(PATIENCE_S) == 0
+
+
+def test_under_constant_load_every_request_gets_an_answer_or_a_refusal(serve):
+    """Six clients post without a pause while SIGTERM comes: 200 until then, 503 after, and nobody is cut off."""
+    server = serve()
+    stop = threading.Event()
+
+    def keep_posting():
+        statuses = []
+        while not stop.is_set():
+            try:
+                statuses.append(server.post().status_code)
+            except httpx.TransportError:  # it has ended; but nobody may be cut off before it began to
+                assert "draining" in [line["event"] for line in server.log()]
+                break
+        return statuses
+
+    with ThreadPoolExecutor(6) as clients:
+        running = [clients.submit(keep_posting) for _ in range(6)]
+        try:
+            wait(lambda: server.metric('ride_requests_total{code="200"}') > 30)
+            code = server.end()
+        finally:
+            stop.set()
+        histories = [client.result() for client in running]
+    assert code == 0
+    for statuses in histories:
+        assert set(statuses) <= {200, 503}
+        assert statuses == sorted(statuses)
+
+
+def read_all(connection):
+    """What comes until the other side closes."""
+    pieces = []
+    while piece := connection.recv(65536):
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def test_a_client_that_is_gone_is_not_worked_for(serve):
+    """It is counted as 499, its image never runs, and the others are answered."""
+    server = serve("--max-batch", "1", "--timeout-s", "60")
+    with ThreadPoolExecutor(1) as clients:
+        running = clients.submit(server.post, SLOW)
+        wait(lambda: server.metric('ride_stage_seconds_count{stage="decode"}') == 1)
+        with server.connect() as impatient:
+            impatient.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(IMAGE) + IMAGE)
+            wait(lambda: server.metric('ride_stage_seconds_count{stage="decode"}') == 2)
+        wait(lambda: server.metric('ride_requests_total{code="499"}') == 1)
+        assert running.result().status_code == 200
+    assert server.post().status_code == 200
+    assert server.metric('ride_batch_images_count{stage="trunk"}') == 2
+    assert server.end() == 0
+
+
+def test_a_client_that_asks_first_is_spared_the_upload(shared):
+    """Expect: 100-continue is answered with 413 at once where the declared length is too much, else with 100."""
+    head = (
+        b"POST /classify HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+    )
+    with shared.connect() as connection:
+        connection.sendall(head % 10**9)
+        assert read_all(connection).startswith(b"HTTP/1.1 413 ")
+    with shared.connect() as connection:
+        connection.sendall(head % len(IMAGE))
+        assert connection.recv(100).startswith(b"HTTP/1.1 100 Continue\r\n")
+        connection.sendall(IMAGE)
+        assert read_all(connection).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500),
+        b"GET\r\n\r\n",
+        b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: minus one\r\n\r\n",
+        b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
+        b"POST /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZZ\r\n",
+        b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef",
+    ],
+)
+def test_what_is_not_http_ends_its_connection_and_nothing_else(shared, garbage):
+    """With a 4xx where an answer is possible."""
+    with shared.connect() as connection:
+        connection.sendall(garbage)
+        connection.shutdown(socket.SHUT_WR)
+        answer = read_all(connection)
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 4")
+    assert shared.post().status_code == 200
+
+
+def test_after_all_of_that_the_server_ends_as_it_should(shared):
+    """Nothing is left that keeps it."""
+    assert shared.end() == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--bundle", "nowhere"], 2, "ride-serve: nowhere: no manifest.json there; expected a bundle"),
+        (["--colour", "red"], 2, "unrecognized arguments: --colour red"),
+    ],
+)
+def test_a_wrong_start_is_exit_code_2_with_one_clear_line(tiny_bundle, options, code, words):
+    """And no stack trace."""
+    run = subprocess.run(
+        [*COMMAND, "--bundle", str(tiny_bundle), *options],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+
+    assert run.returncode == code
+    assert words in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_graphs_that_cannot_be_opened_are_exit_code_1(make_bundle):
+    """The manifest is in order, the graph is not: it stops by itself, with the reason in the log."""
+    path = make_bundle()
+    old = sha256_of(path / "trunk.onnx")
+    (path / "trunk.onnx").write_bytes(b"not a graph")
+    text = (path / "manifest.json").read_text()
+    (path / "manifest.json").write_text(text.replace(old, sha256_of(path / "trunk.onnx")))
+    run = subprocess.run(
+        [*COMMAND, "--bundle", str(path), "--port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+
+    assert run.returncode == 1
+    (failure,) = [line for line in map(json.loads, run.stderr.splitlines()) if line["event"] == "start_failed"]
+    assert failure["reason"].startswith("trunk.onnx: onnxruntime")
+
+
+def test_the_command_is_installed():
+    """ride-serve is the module's main."""
+    command = Path(sys.executable).parent / "ride-serve"
+    run = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+
+    assert run.stdout.startswith("ride-serve ")
