@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from model_export.bundle import Bundle, BundleError, Variant
 from service.batcher import Batcher, QueueFullError
-from service.cascade import Cascade, Engine, Job, Outcome
+from service.cascade import Cascade, Engine, Job, NotFiniteError, Outcome
 from service.cores import available_cores
 from service.engine import RUNTIME_VERSION, EngineError
 from service.errors import ServiceError
@@ -206,7 +206,10 @@ class Classifier:
             raise
         self.metrics.image_decoded(seconds)
         job = Job(pixels, choice.thresholds, choice.max_experts, choice.top_k, time.perf_counter())
-        return Classified(await self._batcher.submit(job), seconds)
+        try:
+            return Classified(await self._batcher.submit(job), seconds)
+        except NotFiniteError as error:
+            return ServiceError("internal", f"{error} for this image; please report it with the request id")
 
     def _decode(self, data: bytes) -> tuple[NDArray[np.uint8], float]:
         started = time.perf_counter()

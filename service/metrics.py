@@ -4,13 +4,15 @@ import platform
 from collections.abc import Callable
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
 
 from model_export.bundle import SPLITS, Manifest
 from service import __version__
 from service.cascade import EXIT_REASONS, BatchReport, Outcome
 from service.errors import STATUS
 from service.operating_point import Operation
+
+disable_created_metrics()  # a second series for every first one, which nobody reads
 
 CLIENT_GONE: Final = 499  # nginx's number for a client that hung up before its answer
 REQUEST_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)

@@ -122,6 +122,10 @@ class Running:
         """A figure that /metrics shows, None where there is none."""
         return self._registry.get_sample_value(f"ride_{name}", labels)
 
+    def decoded(self):
+        """Images decoded so far, which are in the queue or beyond; its gauge also counts those on their way."""
+        return self.metric("stage_seconds_count", stage="decode")
+
 
 @asynccontextmanager
 async def start(bundle, *, ready=True, opened=open_engine, **settings):

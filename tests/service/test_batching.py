@@ -29,11 +29,11 @@ def rows(service, stage):
 
 async def post_in_order(service, *requests):
     """Send requests one after another while the engine is held: each waits before the next one is sent."""
-    tasks, waiting = [], service.metric("queue_images")
+    tasks, decoded = [], service.decoded()
     for request in requests:
         tasks.append(asyncio.create_task(request))
-        waiting += 1
-        await until(lambda: service.metric("queue_images") == waiting)  # noqa: B023
+        decoded += 1
+        await until(lambda: service.decoded() == decoded)  # noqa: B023
     return tasks
 
 
@@ -247,7 +247,7 @@ async def test_a_client_that_hangs_up_costs_no_later_batch(service):
         first = await held_request(service)
         client = Connection(FILES[1])
         gone = client.post(service)
-        await until(lambda: service.metric("queue_images") == 1)
+        await until(lambda: service.decoded() == 2)
         (other,) = await post_in_order(service, service.post(FILES[2]))
         client.hang_up.set()
         await gone

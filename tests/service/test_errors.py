@@ -313,8 +313,7 @@ async def test_a_failing_batch_is_the_fate_of_those_in_it_and_of_nobody_else(tin
             tasks = []
             for images in (IMAGE, IMAGE, encode(plain(FAILING_COLOUR)), IMAGE):
                 tasks.append(asyncio.create_task(service.post(images)))
-                waiting = len(tasks) - 1
-                await until(lambda: service.engine.held and service.metric("queue_images") == waiting)  # noqa: B023
+                await until(lambda: service.engine.held and service.decoded() == len(tasks))
         statuses = [(await task).status_code for task in tasks]
     # The first ran alone; then two by two.
     assert statuses == [200, 500, 500, 200] or statuses == [200, 200, 500, 500]
@@ -327,11 +326,22 @@ async def test_nan_is_a_500_for_its_image_and_for_no_other(service):
         await until(lambda: service.engine.held)
         bad = asyncio.create_task(service.post(encode(plain(NAN_COLOUR))))
         good = asyncio.create_task(service.post(IMAGE))
-        await until(lambda: service.metric("queue_images") == 2)
+        await until(lambda: service.decoded() == 3)
 
     refused(await bad, "internal")
     assert (await good).json()["results"][0]["predictions"] == (await first).json()["results"][0]["predictions"]
     assert ("trunk", 2) in service.engine.runs
+
+
+async def test_nan_spoils_no_other_image_of_its_request(service):
+    """It gets an error of its own beside the others' answers."""
+    files = [("file", ("good.png", IMAGE)), ("file", ("bad.png", encode(plain(NAN_COLOUR))))]
+    answer = await service.client.post("/classify", files=files)
+
+    good, bad = answer.json()["results"]
+    assert answer.status_code == 200
+    assert good["predictions"]
+    assert bad["error"]["code"] == "internal"
 
 
 @pytest.mark.parametrize(

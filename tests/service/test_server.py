@@ -193,6 +193,39 @@ def read_all(connection):
     return b"".join(pieces)
 
 
+def test_an_interrupt_from_the_keyboard_drains_too(serve):
+    """Ctrl-C once: the running request is answered, exit code 0."""
+    server = serve("--timeout-s", "60", "--drain-s", "60")
+    with ThreadPoolExecutor(1) as clients:
+        accepted = clients.submit(server.post, SLOW)
+        wait(lambda: server.metric('ride_stage_seconds_count{stage="decode"}') == 1)
+        assert server.end(signal.SIGINT) == 0
+        assert accepted.result().status_code == 200
+
+
+def test_work_that_does_not_end_in_the_time_to_drain_is_left_behind(serve):
+    """Exit code 1, and a line that says how much."""
+    server = serve("--drain-s", "0.1", "--timeout-s", "30")
+    with ThreadPoolExecutor(1) as clients:
+        lost = clients.submit(server.post, SLOW)
+        wait(lambda: server.metric('ride_stage_seconds_count{stage="decode"}') == 1)
+        assert server.end() == 1
+        assert isinstance(lost.exception(), httpx.TransportError)
+    assert server.wait_for("drain_incomplete")["requests"] == 1
+
+
+def test_an_upload_that_trickles_is_ended_by_the_time_limit(serve):
+    """504 for it, and its connection is closed; meanwhile others are answered."""
+    server = serve("--timeout-s", "0.5")
+    with server.connect() as slow:
+        slow.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n" + IMAGE[:10])
+        assert server.post().status_code == 200
+        answer = read_all(slow)
+    assert answer.startswith(b"HTTP/1.1 504 ")
+    assert b"not received within 0.5 s (RIDE_TIMEOUT_S)" in answer
+    assert b"connection: close" in answer.lower()
+
+
 def test_a_client_that_is_gone_is_not_worked_for(serve):
     """It is counted as 499, its image never runs, and the others are answered."""
     server = serve("--max-batch", "1", "--timeout-s", "60")
@@ -207,6 +240,23 @@ def test_a_client_that_is_gone_is_not_worked_for(serve):
     assert server.post().status_code == 200
     assert server.metric('ride_batch_images_count{stage="trunk"}') == 2
     assert server.end() == 0
+
+
+def test_a_refused_client_that_is_still_sending_gets_to_read_why(shared):
+    """413 for a body above the limit, with and without a declared length, though its sender listens only afterwards."""
+    for body in (bytes(199_000), iter([bytes(1000)] * 199)):
+        response = httpx.post(f"{shared.url}/classify", content=body, timeout=PATIENCE_S)
+        assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
+
+
+def test_a_client_that_hangs_up_in_the_midst_of_its_upload_harms_nobody(shared):
+    """Whether it was welcome or is just being refused: it is counted, and the next one is served."""
+    for query, code in (("", "499"), ("?nonsense=1", "422")):
+        before = shared.metric(f'ride_requests_total{{code="{code}"}}')
+        with shared.connect() as hasty:
+            hasty.sendall(f"POST /classify{query} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nhalf".encode())
+        wait(lambda: shared.metric(f'ride_requests_total{{code="{code}"}}') == before + 1)  # noqa: B023
+        assert shared.post().status_code == 200
 
 
 def test_a_client_that_asks_first_is_spared_the_upload(shared):
@@ -270,6 +320,18 @@ def test_a_wrong_start_is_exit_code_2_with_one_clear_line(tiny_bundle, options, 
     assert run.returncode == code
     assert words in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_a_port_in_use_is_exit_code_1(tiny_bundle):
+    """With the address in the log."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        run = subprocess.run(
+            [*COMMAND, "--bundle", str(tiny_bundle), "--port", str(port)],
+            capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+        )  # fmt: skip
+    assert run.returncode == 1
+    assert f"('127.0.0.1', {port})" in run.stderr
 
 
 def test_graphs_that_cannot_be_opened_are_exit_code_1(make_bundle):

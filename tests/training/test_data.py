@@ -265,6 +265,7 @@ def odd_images() -> dict[str, bytes]:
         "JPEG CMYK": (colour.convert("CMYK"), {}),
         "PNG": (colour, {}), "PNG alpha": (alpha, {}), "PNG grey": (colour.convert("L"), {}),
         "PNG 16 bit": (grey16, {}),
+        "PNG 16 bit transparent": (grey16, {"transparency": int(np.asarray(grey16)[3, 4])}),
         "PNG palette": (colour.convert("P"), {"transparency": 3}), "WEBP": (colour, {"lossless": True}),
         "GIF": (colour.convert("P"), {}), "BMP": (colour, {}), "TIFF": (colour, {}),
         "TIFF turned": (colour, {"exif": turned}),

@@ -37,8 +37,10 @@ def read_image(encoded: bytes, size: int) -> np.ndarray:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode of 8 or 16 bits per channel to RGB; what is transparent becomes white."""
     if image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.uint32)  # 257 takes 65,535 to 255
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+        grey = np.asarray(image).astype(np.uint32)
+        if "transparency" in image.info:  # the one shade that is; Pillow's own conversion would forget it
+            grey[grey == image.info["transparency"]] = 65535
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")  # 257 takes 65,535 to 255
     if image.mode in ("I", "F", "LAB"):
         raise ValueError(f"pixels of mode {image.mode!r} have no fixed range of brightness; convert to 8 or 16 bits")
     if image.has_transparency_data:
