@@ -12,7 +12,7 @@ from service.cascade import EXIT_REASONS, BatchReport, Outcome
 from service.errors import STATUS
 from service.operating_point import Operation
 
-disable_created_metrics()  # a second series for every first one, which nobody reads
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for every first, which nobody reads
 
 CLIENT_GONE: Final = 499  # nginx's number for a client that hung up before its answer
 REQUEST_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
