@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         manifest = export(
             options.run, options.output, name=options.name, version=options.version,
-            max_accuracy_loss=options.max_accuracy_loss, data=options.data,
+            max_mean_experts=options.max_mean_experts, max_accuracy_loss=options.max_accuracy_loss, data=options.data,
         )  # fmt: skip
     except (BundleError, CheckpointError, DataError) as error:
         print(f"ride-export: {error}", file=sys.stderr)
@@ -37,14 +37,14 @@ def table(manifest: Manifest) -> str:
         f"parity on {parity.images} held-out images: logits within {parity.max_abs_logit_difference:g}, "
         f"same class on {parity.top1_agreement:.2%}, same number of experts on {parity.experts_used_agreement:.2%}",
         f"calibration on {manifest.calibration.images} images ({manifest.calibration.data}); * is the default",
-        "  threshold  experts  M MACs    all   many  medium   few",
+        "  experts  M MACs    all   many  medium   few  thresholds",
     ]
     for point in manifest.calibration.points:
         accuracy = (point.accuracy.all, point.accuracy.many, point.accuracy.medium, point.accuracy.few)
         cells = " ".join("     –" if value is None else f"{value:6.2f}" for value in accuracy)
         mark = "*" if point.thresholds == manifest.thresholds else " "
-        threshold = f"{point.thresholds[0]:9.4f}" if point.thresholds else "        –"
-        lines.append(f"{mark} {threshold}  {point.mean_experts:7.3f}  {point.mean_macs / 1e6:6.1f} {cells}")
+        thresholds = " ".join(f"{threshold:.4f}" for threshold in point.thresholds)
+        lines.append(f"{mark} {point.mean_experts:7.3f}  {point.mean_macs / 1e6:6.1f} {cells}  {thresholds}")
     return "\n".join(lines)
 
 
@@ -58,6 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", help="of the model, in every answer [default: the recipe's]")
     parser.add_argument("--version", default="1", help="of the model, in every answer [default: 1]")
     parser.add_argument("--data", help="where the images lie now, if not where the recipe says")
+    parser.add_argument(
+        "--max-mean-experts", type=float, metavar="N",
+        help="the default thresholds are instead the most accurate that need at most so many experts per image",
+    )  # fmt: skip
     parser.add_argument(
         "--max-accuracy-loss", type=float, default=0.3, metavar="POINTS",
         help="the default thresholds are the cheapest that lose at most so many percentage points on held-out images; "

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from model_export.bundle import (
     BundleError,
@@ -21,7 +22,7 @@ from model_export.bundle import (
     read_bundle,
     write_manifest,
 )
-from model_export.calibrate import calibrate, choose
+from model_export.calibrate import calibrate, choose, spread_of_decisions
 from model_export.graphs import write_graph
 from model_export.parity import compare, require, run_variant
 from model_export.split import split
@@ -32,19 +33,27 @@ from training.evaluate import Predictions, macs_of, predict, summarise
 from training.methods.method import Model
 from training.train import trained_model
 
-PARITY_IMAGES = 1000
+SAMPLE_IMAGES = 1000  # for parity and for the spread of the routers' decisions
 _EXAMPLE_BATCH = 2
 
 
 def export(
-    run: Path, target: Path, *, name: str | None, version: str, max_accuracy_loss: float, data: str | None
+    run: Path,
+    target: Path,
+    *,
+    name: str | None,
+    version: str,
+    max_mean_experts: float | None,
+    max_accuracy_loss: float,
+    data: str | None,
 ) -> Manifest:
     """
     Write the model of `run` as a bundle at `target`, replacing a bundle that is there.
 
     Args:
         name, version: of the model in every answer; the name is the recipe's unless given.
-        max_accuracy_loss: percentage points that the default thresholds may cost on the held-out images.
+        max_mean_experts, max_accuracy_loss: what the default thresholds may cost on the held-out images, in experts per
+            image or, where that is None, in percentage points of accuracy.
         data: where the images of the run lie now; None: where the recipe says.
 
     Raises:
@@ -58,15 +67,18 @@ def export(
     if (images.classes, images.counts) != (checkpoint.classes, checkpoint.class_counts):
         raise BundleError(f"{data or recipe.data}: other classes or class counts than {checkpoint.path} was trained on")
     macs = macs_of(model, recipe.image_size)
+    sample = _sample(images.heldout)
+    if model.routers is not None:
+        model.routers.temperature = spread_of_decisions(model, images.heldout.pixels[sample])
     heldout = predict(model, images.heldout)
     calibration = calibrate(heldout, checkpoint.class_counts, macs, images.heldout_note)
-    thresholds = choose(calibration, max_accuracy_loss).thresholds
+    thresholds = choose(calibration, max_mean_experts, max_accuracy_loss).thresholds
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
         directory = Path(scratch, "bundle")
         directory.mkdir()
         graphs = _write_graphs(model, recipe.image_size, len(checkpoint.classes), directory)
-        parity = _parity(directory, graphs, heldout, images.heldout, thresholds, len(checkpoint.classes))
+        parity = _parity(directory, graphs, heldout, images.heldout, sample, thresholds)
         require(parity, "fp32")
         manifest = Manifest(
             name=name or recipe.name, version=version,
@@ -82,6 +94,7 @@ def export(
             provenance={
                 "recipe": recipe.to_dict(), "seed": recipe.seed, "commit": checkpoint.commit,
                 "torch": torch.__version__,
+                "router_temperature": model.routers.temperature if model.routers is not None else None,
                 "data": {"name": recipe.data, "train": len(images.train), "test": len(images.test)},
                 "test": summarise(predict(model, images.test), checkpoint.class_counts, macs, thresholds),
             },
@@ -116,19 +129,22 @@ def _write_graphs(model: Model, size: int, n_classes: int, directory: Path) -> _
     )
 
 
+def _sample(images: Images) -> Tensor:
+    """Positions of an even choice of the images."""
+    return torch.linspace(0, len(images) - 1, min(SAMPLE_IMAGES, len(images))).round().long()
+
+
 def _parity(
     directory: Path,
     graphs: _Graphs,
     expected: Predictions,
     images: Images,
+    sample: Tensor,
     thresholds: tuple[float, ...],
-    n_classes: int,
 ) -> Parity:
-    """On an even choice of the held-out images."""
-    chosen = torch.linspace(0, len(images) - 1, min(PARITY_IMAGES, len(images))).round().long()
+    rows = sample.numpy()
     unmeasured = Variant(*graphs, Parity(0, 0.0, 0.0, 0.0))
-    found = run_variant(directory, unmeasured, images.pixels[chosen].numpy(), n_classes)
-    rows = chosen.numpy()
+    found = run_variant(directory, unmeasured, images.pixels[sample].numpy(), expected.expert_logits.shape[2])
     same_rows = Predictions(expected.expert_logits[:, rows], expected.router_scores[:, rows], expected.labels[rows])
     return compare(same_rows, found, thresholds)
 

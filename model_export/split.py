@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from training.methods.method import Model
@@ -32,7 +31,7 @@ class RouterGraph(nn.Module):
         self.routers, self.index = routers, index
 
     def forward(self, expert_feature: Tensor, logits_sum: Tensor) -> Tensor:
-        return torch.sigmoid(self.routers.decide(self.index, expert_feature, logits_sum))
+        return self.routers.score(self.index, expert_feature, logits_sum)
 
 
 def split(model: Model) -> tuple[nn.Module, list[ExpertGraph], list[RouterGraph]]:

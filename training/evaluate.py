@@ -45,7 +45,7 @@ def predict(model: Model, images: Images) -> Predictions:
             outputs = model.net(pixels)
             logits.append(outputs.expert_logits.cpu())
             if model.routers is not None:
-                scores.append(torch.sigmoid(model.routers(outputs)).cpu())
+                scores.append(torch.sigmoid(model.routers(outputs) / model.routers.temperature).cpu())
     model.train(was_training)
     routed = torch.cat(scores, dim=1).numpy() if scores else np.empty((0, len(images)), np.float32)
     return Predictions(torch.cat(logits, dim=1).numpy(), routed, images.labels.cpu().numpy())

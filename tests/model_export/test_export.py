@@ -175,12 +175,12 @@ def test_the_default_is_the_cheapest_point_within_the_allowed_loss():
     full = table.points[-1].accuracy.all
 
     for loss in (0.0, 1.0, 5.0):
-        point = choose(table, loss)
+        point = choose(table, None, loss)
         assert point.accuracy.all >= full - loss
         assert all(other.accuracy.all < full - loss for other in table.points if other.mean_macs < point.mean_macs)
-    assert choose(table, 100).mean_experts == 1
+    assert choose(table, None, 100).mean_experts == 1
     with pytest.raises(BundleError, match="max_accuracy_loss is -1"):
-        choose(table, -1)
+        choose(table, None, -1)
 
 
 def test_parity_counts_disagreements_but_not_ties():

@@ -16,6 +16,10 @@ class Routers(nn.Module):
     Router i sees the feature of expert i scaled to unit length, and the k largest values, in descending order, of the
     mean logits of experts 0..i.
 
+    Attributes:
+        temperature: what decisions are divided by before the sigmoid. It moves none across 0.5 and changes no order;
+            export fits it, because as trained the decisions reach ±100 and their sigmoids 0 and 1 exactly.
+
     Args:
         n_experts: E, at least 2.
         n_features: D.
@@ -27,6 +31,7 @@ class Routers(nn.Module):
     def __init__(self, n_experts: int, n_features: int, n_classes: int, top_k: int, n_hidden: int) -> None:
         super().__init__()
         self.top_k = min(top_k, n_classes)
+        self.temperature = 1.0
         self.hidden = nn.ModuleList(nn.Linear(n_features, n_hidden) for _ in range(n_experts - 1))
         self.output = nn.Linear(self.top_k + n_hidden, 1)
 
@@ -38,14 +43,18 @@ class Routers(nn.Module):
             logits_sum: (B, C), summed over experts 0..i.
 
         Returns:
-            (B,), logits: the next expert runs where the sigmoid reaches the threshold.
+            (B,), the decision as trained: positive where the next expert should run.
         """
         direction = F.normalize(expert_feature, dim=1)
         largest = torch.topk(logits_sum / (router + 1), self.top_k, dim=1).values
         hidden = F.relu(self.hidden[router](direction))
         return self.output(torch.cat([largest, hidden], dim=1)).squeeze(1)
 
+    def score(self, router: int, expert_feature: Tensor, logits_sum: Tensor) -> Tensor:
+        """(B,), in [0, 1]: the next expert runs where it reaches the threshold. Arguments as of `decide`."""
+        return torch.sigmoid(self.decide(router, expert_feature, logits_sum) / self.temperature)
+
     def forward(self, outputs: Outputs) -> Tensor:
-        """All routers on all images: (E − 1, B), logits."""
+        """All routers' decisions on all images: (E − 1, B)."""
         sums = outputs.expert_logits.cumsum(dim=0)
         return torch.stack([self.decide(i, outputs.expert_features[i], sums[i]) for i in range(len(self.hidden))])
