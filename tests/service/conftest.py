@@ -25,7 +25,7 @@ PATIENCE_S = 60  # after which a test gives up on what should happen at once
 def _no_settings_from_outside():
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
-            if name.startswith("RIDE_"):
+            if name.startswith("RIDE_") and name != "RIDE_DATA":  # no setting: tests of real images need it
                 patch.delenv(name)
         yield
 
