@@ -19,6 +19,7 @@ class ExpertGraph(nn.Module):
         self.expert = expert
 
     def forward(self, features: Tensor, logits_sum: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, ...), (N, C) -> (N, C), (N, D)."""
         logits, expert_feature = self.expert(features)
         return logits_sum + logits, expert_feature
 
@@ -31,6 +32,7 @@ class RouterGraph(nn.Module):
         self.routers, self.index = routers, index
 
     def forward(self, expert_feature: Tensor, logits_sum: Tensor) -> Tensor:
+        """(N, D), (N, C) -> (N,)."""
         return self.routers.score(self.index, expert_feature, logits_sum)
 
 
