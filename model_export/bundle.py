@@ -17,12 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 SPLITS = ("many", "medium", "few")
 LARGEST_INTEGER = 2**53  # that every reader of JSON can hold
 
+MAX_VARIANT_LOSS = 0.3  # percentage points in any split; a variant that loses more is not used unless it is asked for
+
 Split = Literal["many", "medium", "few"]
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
+Rule = Literal["router", "confidence", "margin", "agreement", "depth"]
 
 
 class BundleError(ValueError):
@@ -107,36 +111,6 @@ class GraphSpec:
 
 
 @dataclass(frozen=True)
-class Parity:
-    """How close a variant comes to its checkpoint on real images; agreements are shares in [0, 1]."""
-
-    images: int
-    max_abs_logit_difference: float
-    top1_agreement: float
-    experts_used_agreement: float
-
-    def __post_init__(self) -> None:
-        for name in ("top1_agreement", "experts_used_agreement"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise _fail(f"parity.{name}", f"is {getattr(self, name)}; expected a share in [0, 1]")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """The graphs of one precision of the model: trunk, E experts, E - 1 routers."""
-
-    trunk: GraphSpec
-    experts: tuple[GraphSpec, ...]
-    routers: tuple[GraphSpec, ...]
-    parity: Parity
-
-    @property
-    def graphs(self) -> tuple[GraphSpec, ...]:
-        """All graphs, in the order in which they run."""
-        return (self.trunk, *self.experts, *self.routers)
-
-
-@dataclass(frozen=True)
 class Accuracy:
     """Top-1 accuracy in percent; None for a split that has no class."""
 
@@ -152,16 +126,78 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class OperatingPoint:
+class Parity:
     """
-    What one choice of thresholds gave on held-out images.
+    How close a variant comes to its checkpoint on held-out images, at the default rule and thresholds.
 
     Attributes:
-        thresholds: one per router; the next expert runs where score >= threshold.
+        top1_agreement, experts_used_agreement: shares of the images, in [0, 1].
+        accuracy: of the variant; of the checkpoint it is `checkpoint_accuracy`.
+        mean_experts: of the variant; of the checkpoint it is `checkpoint_mean_experts`.
+    """
+
+    images: int
+    max_abs_logit_difference: float
+    top1_agreement: float
+    experts_used_agreement: float
+    accuracy: Accuracy
+    checkpoint_accuracy: Accuracy
+    mean_experts: float
+    checkpoint_mean_experts: float
+
+    def __post_init__(self) -> None:
+        for name in ("top1_agreement", "experts_used_agreement"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise _fail(f"parity.{name}", f"is {getattr(self, name)}; expected a share in [0, 1]")
+
+    @property
+    def largest_loss(self) -> float:
+        """Percentage points of accuracy lost against the checkpoint, overall or in the split that loses most."""
+        pairs = zip(dataclasses.astuple(self.checkpoint_accuracy), dataclasses.astuple(self.accuracy), strict=True)
+        return max(before - after for before, after in pairs if before is not None and after is not None)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """
+    The graphs of one precision of the model: trunk, E experts, E - 1 routers.
+
+    Attributes:
+        precision: what the graphs are computed in. bf16 has the files of fp32: the runtime rounds (OpenVINO).
+    """
+
+    precision: Precision
+    trunk: GraphSpec
+    experts: tuple[GraphSpec, ...]
+    routers: tuple[GraphSpec, ...]
+    parity: Parity
+
+    @property
+    def graphs(self) -> tuple[GraphSpec, ...]:
+        """All graphs, in the order in which they run."""
+        return (self.trunk, *self.experts, *self.routers)
+
+    @property
+    def faithful(self) -> bool:
+        """Whether it loses so little in every split that it may be used without being asked for."""
+        return self.parity.largest_loss <= MAX_VARIANT_LOSS
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """
+    What one choice of rule and thresholds gave on held-out images.
+
+    Attributes:
+        rule: what the score after an expert is. "router": the learned router's; "confidence": 1 - the highest
+            probability; "margin": 1 - the difference of the two highest; "agreement": the share of the experts so far
+            whose own best class is not the best class of their mean, 1 after the first; "depth": 0.5.
+        thresholds: one per expert but the last; the next expert runs where score >= threshold.
         mean_macs: multiply-accumulates per image, trunk, experts and routers together.
         experts_share: share of images that 1, 2, ... E experts answered.
     """
 
+    rule: Rule
     thresholds: tuple[float, ...]
     accuracy: Accuracy
     mean_experts: float
@@ -170,12 +206,47 @@ class OperatingPoint:
 
 
 @dataclass(frozen=True)
+class Risk:
+    """
+    A bound on what early exit loses against running all experts, on images that did not help to choose the thresholds.
+
+    Attributes:
+        max_risk: percentage points of accuracy that may be lost at most.
+        confidence: probability with which the bound holds, in (0, 1).
+        images: held-out images that the bound was tested on.
+        loss: percentage points lost on them; negative where early exit was better.
+        upper_bound: on `loss`, at that confidence; at most `max_risk`.
+        loss_by_split: many, medium, few, on the same images.
+    """
+
+    max_risk: float
+    confidence: float
+    images: int
+    loss: float
+    upper_bound: float
+    loss_by_split: Mapping[str, float | None]
+
+    def __post_init__(self) -> None:
+        if not 0 < self.confidence < 1:
+            raise _fail("calibration.risk.confidence", f"is {self.confidence}; expected a probability in (0, 1)")
+        if set(self.loss_by_split) != set(SPLITS):
+            raise _fail("calibration.risk.loss_by_split", f"has {sorted(self.loss_by_split)}; expected {list(SPLITS)}")
+
+
+@dataclass(frozen=True)
 class Calibration:
-    """Operating points in the order of their mean number of experts; `data` says which images they were measured on."""
+    """
+    Operating points in the order of their mean number of experts.
+
+    Attributes:
+        data: which images they were measured on.
+        risk: how the default was chosen, where it was by its risk.
+    """
 
     data: str
     images: int
     points: tuple[OperatingPoint, ...]
+    risk: Risk | None
 
 
 @dataclass(frozen=True)
@@ -186,7 +257,7 @@ class Manifest:
     Attributes:
         classes: C names, in the order of the logits.
         class_counts: C numbers of training images, same order.
-        thresholds: the default operating point, E - 1 values in [0, 1].
+        rule, thresholds: the default operating point; E - 1 thresholds in [0, 1].
         provenance: recipe, seed, commit, data and test figures, for people to read.
     """
 
@@ -199,6 +270,7 @@ class Manifest:
     macs: Macs
     variants: Mapping[str, Variant]
     default_variant: str
+    rule: Rule
     thresholds: tuple[float, ...]
     calibration: Calibration
     provenance: Mapping[str, Any]
@@ -224,6 +296,12 @@ class Manifest:
         self._check_calibration()
         if self.default_variant not in self.variants:
             raise _fail("default_variant", f"is {self.default_variant!r}; the variants are {sorted(self.variants)}")
+        if not self.variants[self.default_variant].faithful:
+            raise _fail(
+                "default_variant",
+                f"is {self.default_variant!r}, which loses {self.variants[self.default_variant].parity.largest_loss:.2f} "
+                f"points in a split; expected one that loses at most {MAX_VARIANT_LOSS}",
+            )
         for name, variant in self.variants.items():
             self._check_graphs(f"variants.{name}", variant)
 
