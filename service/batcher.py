@@ -1,12 +1,12 @@
-"""Collects work while the engine is busy, hands over all that waits when it falls idle, knows nothing of the work."""
+"""Collects what comes while the engine is busy and hands it over when the engine is free; knows nothing of the work."""
 
 import asyncio
 import math
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, Protocol, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -35,131 +35,155 @@ class BatcherStoppedError(Exception):
     """The batcher ended before the item's turn came."""
 
 
+class Work(Protocol[Item, Result]):
+    """What is done with the items, a step at a time."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether items that were begun are not finished yet."""
+
+    def wants(self, waiting: int) -> int:
+        """How many of the `waiting` items the next step begins with; 0: it goes on with those that were begun."""
+
+    def step(self, items: Sequence[Item]) -> list[tuple[Item, Result | Exception]]:
+        """Begin with these, or go on without any; return those that are finished now, begun in this step or before."""
+
+
 class Batcher(Generic[Item, Result]):
     """
-    A bounded queue with one thread behind it.
+    A bounded queue with the work behind it.
 
-    There is no timer: a lone item is run at once, and whatever comes while it runs makes up the next batch. Every item
-    needs a place, which `reserve` takes, `submit` hands on to the queue, and closing the item's batch frees.
+    There is no timer: a lone item is begun at once, and whatever comes during a step may begin with the next. Every
+    item needs a place, which `reserve` takes, `submit` hands on to the queue, and the beginning of its work frees.
 
     Places are taken all at once or not at all. So that a refused request for many is not overtaken by small ones for
     ever, its places are saved up from then on, until someone who asks for at least as many gets them or stays away.
+
+    Steps run in the event loop, which between two of them serves whoever else is ready; or in a thread of their own,
+    where a step takes so long that the loop cannot wait for it. Everything else is for the event loop's thread only.
     """
 
-    def __init__(
-        self, run: Callable[[Sequence[Item]], Sequence[Result | Exception]], *, max_batch: int, max_queue: int
-    ) -> None:
+    def __init__(self, *, max_queue: int) -> None:
         """
         Args:
-            run: answers a batch, in order, with a result or an exception for each item; what it raises, all items get.
-            max_batch: items in a batch.
             max_queue: places.
         """
-        self._run = run
-        self._max_batch = max_batch
         self._max_queue = max_queue
-        self._queue: deque[tuple[Item, asyncio.Future[Result]]] = deque()
-        self._changed = threading.Condition()
+        self._queue: deque[Item] = deque()
+        self._futures: dict[Item, asyncio.Future[Result]] = {}
         self._reserved = 0
-        self._saved = 0
+        self._saved = 0  # places that are kept for the largest refused request
         self._saved_until = 0.0
         self._seconds_per_item = 0.0
+        self._seconds = 0.0  # worked since an item was finished
+        self._due = False  # whether a step is about to begin, or runs in the thread
+        self._thread: ThreadPoolExecutor | None = None
+        self._in_thread: asyncio.Future[None] | None = None  # the step that runs there
         self._stopping = False
-        self._thread: threading.Thread | None = None
 
     @property
     def waiting(self) -> int:
-        """Places taken: items in the queue, and those on their way to it."""
-        return self._reserved + len(self._queue)
+        """Places that are taken."""
+        return len(self._queue) + self._reserved
 
-    def start(self) -> None:
-        """Start the thread; answers go to the event loop that is running now."""
+    def start(self, work: Work[Item, Result], *, threaded: bool) -> None:
+        """Begin to work for the event loop that is running now."""
+        self._work = work
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._work, name="ride-engine", daemon=True)
-        self._thread.start()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ride-engine") if threaded else None
 
     async def stop(self) -> None:
-        """End after the batch that is running. What still waits gets BatcherStoppedError."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify()
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
-        while self._queue:
-            _, future = self._queue.popleft()
+        """End after the step that is running. What is not finished gets BatcherStoppedError."""
+        self._stopping = True
+        if self._in_thread is not None:
+            await self._in_thread
+        for future in self._futures.values():
             if not future.done():
                 future.set_exception(BatcherStoppedError())
+        self._futures.clear()
+        self._queue.clear()
 
     def check(self) -> None:
         """Raise QueueFullError if no place is free. Places that are saved count as free: they may be for the asker."""
-        with self._changed:
-            if self.waiting >= self._max_queue:
-                raise QueueFullError(self.waiting, 0, self._retry_after())
+        if self.waiting >= self._max_queue:
+            raise QueueFullError(self.waiting, 0, self._retry_after())
 
     def reserve(self, count: int) -> None:
         """Take `count` places at once, or raise QueueFullError."""
-        with self._changed:
-            now = time.monotonic()
-            saved = self._saved if count < self._saved and now < self._saved_until else 0
-            if self.waiting + count + saved > self._max_queue:
-                retry_after = self._retry_after()
-                if not saved:
-                    self._saved, self._saved_until = count, now + retry_after + 1
-                raise QueueFullError(self.waiting, saved, retry_after)
-            if count >= self._saved:
-                self._saved = 0
-            self._reserved += count
+        now = time.monotonic()
+        saved = self._saved if count < self._saved and now < self._saved_until else 0
+        if self.waiting + count + saved > self._max_queue:
+            retry_after = self._retry_after()
+            if not saved:
+                self._saved, self._saved_until = count, now + retry_after + 1
+            raise QueueFullError(self.waiting, saved, retry_after)
+        if count >= self._saved:
+            self._saved = 0
+        self._reserved += count
 
     def release(self, count: int) -> None:
         """Give back places that were reserved and will not be used."""
-        with self._changed:
-            self._reserved -= count
+        self._reserved -= count
 
     def submit(self, item: Item) -> "asyncio.Future[Result]":
-        """Queue an item on a reserved place. Cancel the future, and the item is dropped if its batch has not begun."""
+        """Queue an item on a reserved place. Cancel the future, and the item is dropped if it has not begun."""
         future: asyncio.Future[Result] = self._loop.create_future()
-        with self._changed:
-            self._reserved -= 1
-            self._queue.append((item, future))
-            self._changed.notify()
+        self._reserved -= 1
+        self._queue.append(item)
+        self._futures[item] = future
+        self._schedule()
         return future
 
     def _retry_after(self) -> int:
         return min(MAX_RETRY_S, max(1, math.ceil(self.waiting * self._seconds_per_item)))
 
-    def _work(self) -> None:
-        """In the thread, until stopped: take what waits, answer it."""
-        while batch := self._take():
-            started = time.perf_counter()
-            results: Sequence[Result | Exception]
-            try:
-                results = self._run([item for item, _ in batch])
-            except Exception as error:
-                results = [error] * len(batch)
-            seconds = (time.perf_counter() - started) / len(batch)
-            self._seconds_per_item += 0.2 * (seconds - self._seconds_per_item)
-            self._loop.call_soon_threadsafe(_deliver, [future for _, future in batch], results)
+    def _schedule(self) -> None:
+        """Have a step soon: after all that the event loop already has to do, which may bring more items."""
+        if not self._due and not self._stopping:
+            self._due = True
+            self._loop.call_soon(self._begin_step)
 
-    def _take(self) -> list[tuple[Item, "asyncio.Future[Result]"]]:
-        """The next batch, at least one item; empty when stopped."""
-        with self._changed:
-            while not self._stopping:
-                batch: list[tuple[Item, asyncio.Future[Result]]] = []
-                while self._queue and len(batch) < self._max_batch:
-                    item, future = self._queue.popleft()
-                    if not future.cancelled():  # its client hung up, or its time is over
-                        batch.append((item, future))
-                if batch:
-                    return batch
-                self._changed.wait()
-        return []
-
-
-def _deliver(futures: "Sequence[asyncio.Future[Result]]", results: Sequence[Result | Exception]) -> None:
-    for future, result in zip(futures, results, strict=True):
-        if future.done():
-            continue
-        if isinstance(result, Exception):
-            future.set_exception(result)
+    def _begin_step(self) -> None:
+        items = self._take()
+        if self._stopping or not (items or self._work.busy):
+            self._due = False
+        elif self._thread is None:
+            self._end_step(*self._step(items))
         else:
-            future.set_result(result)
+            self._in_thread = asyncio.ensure_future(self._step_in_thread(self._thread, items))
+
+    def _take(self) -> list[Item]:
+        """What the next step begins with. An item whose future is cancelled is dropped."""
+        items: list[Item] = []
+        wanted = self._work.wants(len(self._queue)) if self._queue else 0
+        while self._queue and len(items) < wanted:
+            item = self._queue.popleft()
+            if self._futures[item].cancelled():  # its client hung up, or its time is over
+                del self._futures[item]
+            else:
+                items.append(item)
+        return items
+
+    async def _step_in_thread(self, thread: ThreadPoolExecutor, items: list[Item]) -> None:
+        self._end_step(*await self._loop.run_in_executor(thread, self._step, items))
+
+    def _step(self, items: list[Item]) -> tuple[list[tuple[Item, Result | Exception]], float]:
+        started = time.perf_counter()
+        return self._work.step(items), time.perf_counter() - started
+
+    def _end_step(self, finished: list[tuple[Item, Result | Exception]], seconds: float) -> None:
+        self._due = False
+        self._seconds += seconds
+        if finished:
+            self._seconds_per_item += 0.2 * (self._seconds / len(finished) - self._seconds_per_item)
+            self._seconds = 0.0
+        for item, result in finished:
+            future = self._futures.pop(item)
+            if future.done():
+                continue
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+        if self._queue or self._work.busy:
+            self._schedule()

@@ -1,23 +1,27 @@
 """
-Trunk, expert, router, stop or go on: the early exit.
+Trunk, expert, exit rule, stop or go on: the early exit.
 
-Rows that are finished leave the batch before the next expert runs. An image never stops early, or is carried along,
-because of the company it happens to be in.
+Rows that are finished leave the batch before the next expert runs, and are answered at once. An image never stops
+early, or is carried along, because of the company it happens to be in.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from model_export.bundle import Rule
+from service.schedule import Schedule
+
 Floats: TypeAlias = NDArray[np.float32]
 Rows: TypeAlias = NDArray[np.int64]
 
 EXIT_REASONS: Final = ("confident", "last", "budget")
 CONFIDENT, LAST, BUDGET = range(3)
+FEW_CLASSES: Final = 12  # up to here, looking for the best so many times is faster than sorting all
 
 
 class Engine(Protocol):
@@ -39,23 +43,30 @@ class Engine(Protocol):
     def take(self, features: Any, rows: Rows) -> Any:
         """The features of these rows only."""
 
+    def join(self, features: Sequence[Any]) -> Any:
+        """The features of several batches, one after the other."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True, eq=False)
 class Job:
     """
     One image and how far its caller lets it go.
 
     Attributes:
         image: (H, W, 3), uint8.
-        thresholds: one per router; the next expert runs where score >= threshold.
+        thresholds: one per expert but the last; the next expert runs where score >= threshold.
+        min_confidence: the next expert also runs where the highest probability is below this.
         queued_at: time.perf_counter() when it began to wait.
+        abandoned: nobody waits for the answer any more; it leaves its batch before the next expert.
     """
 
     image: NDArray[np.uint8]
     thresholds: tuple[float, ...]
     max_experts: int
+    min_confidence: float
     top_k: int
     queued_at: float
+    abandoned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +85,7 @@ class Outcome:
 
 @dataclass(slots=True)
 class BatchReport:
-    """What a batch did, for the metrics: (stage, rows, seconds) of each run, router scores, waits in seconds."""
+    """What a step did, for the metrics: (stage, rows, seconds) of each run, scores by expert, waits in seconds."""
 
     stages: list[tuple[str, int, float]] = field(default_factory=list)
     router_scores: list[tuple[int, list[float]]] = field(default_factory=list)
@@ -82,107 +93,254 @@ class BatchReport:
 
 
 class Observer(Protocol):
-    """Is told of every batch."""
+    """Is told of every step."""
 
     def batch_done(self, report: BatchReport) -> None:
-        """Called from the engine's thread."""
+        """Called from the thread that runs the engine."""
 
 
 class NotFiniteError(ArithmeticError):
     """A graph gave NaN or infinity for this image."""
 
 
-class Cascade:
-    """Answers batches of jobs. Not thread-safe: one thread at a time, as the engine."""
+class AbandonedError(Exception):
+    """Nobody waited for this image any more, so that it was not answered."""
 
-    def __init__(self, engine: Engine, *, n_experts: int, n_classes: int, observer: Observer) -> None:
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """B images that have come equally far; `expert` runs next. The seconds: waiting, trunk, each expert so far."""
+
+    expert: int
+    jobs: list[Job]
+    features: Any
+    logits_sum: Floats  # (B, C)
+    thresholds: Floats  # (B, E - 1)
+    max_experts: Rows  # (B,)
+    min_confidence: Floats  # (B,)
+    scores: Floats  # (B, E - 1)
+    seconds: NDArray[np.float64]  # (B, 2 + E)
+    best: Rows  # (B, E), each expert's own best class; kept only where the rule asks for it
+
+    def keep(self, rows: Rows, features: Any) -> None:
+        """Go on with these rows, whose features are given."""
+        self.jobs = [self.jobs[row] for row in rows]
+        self.features = features
+        for name in _ROW_ARRAYS:
+            setattr(self, name, getattr(self, name)[rows])
+
+
+_ROW_ARRAYS: Final = ("logits_sum", "thresholds", "max_experts", "min_confidence", "scores", "seconds", "best")
+Finished: TypeAlias = list[tuple[Job, Outcome | Exception]]
+
+
+class Cascade:
+    """
+    Answers jobs, one stage a step. Not thread-safe: one step at a time, as the engine.
+
+    A fresh batch passes trunk and first expert in one step; its survivors then wait for their next one, alone or, where
+    the schedule says that it pays, for company.
+    """
+
+    def __init__(
+        self, engine: Engine, *, n_experts: int, n_classes: int, rule: Rule, schedule: Schedule, observer: Observer
+    ) -> None:
         self._engine = engine
         self._n_experts = n_experts
         self._n_classes = n_classes
+        self._rule = rule
+        self._schedule = schedule
+        self._score: Callable[[_Group, Any, NDArray[np.float64] | None], Floats] = {
+            "router": self._router_score, "confidence": _confidence_score, "margin": _margin_score,
+            "agreement": _agreement_score, "depth": _depth_score,
+        }[rule]  # fmt: skip
+        self._under_way: list[_Group] = []  # the one that came furthest last
+        self._catching_up = False  # a batch was let pass; whoever came furthest waits until it has come as far
         self.observer = observer
 
-    def run(self, jobs: Sequence[Job]) -> list[Outcome | Exception]:
+    @property
+    def busy(self) -> bool:
+        """Whether images are between two stages."""
+        return bool(self._under_way)
+
+    def wants(self, waiting: int) -> int:
+        """How many of the `waiting` jobs the next step begins with; 0: it goes on with those under way."""
+        if not self._under_way:
+            return min(waiting, self._schedule.max_batch)
+        if self._catching_up:
+            return 0
+        furthest = self._under_way[-1]
+        fresh = self._schedule.fresh_first(furthest.expert, len(furthest.jobs), waiting)
+        self._catching_up = fresh > 0
+        return fresh
+
+    def step(self, jobs: Sequence[Job]) -> Finished:
         """
-        Answer a batch, in its order.
+        Begin with `jobs`, or, without any, run the next expert on those that came furthest; return what is finished.
 
         An image for which a graph gives NaN or infinity gets NotFiniteError, the others their answers. What the engine
-        raises goes through, and is the fate of all.
+        raises is the fate of all that were in the step.
         """
+        report = BatchReport()
+        groups = [] if jobs else self._next_groups()
+        finished: Finished = []
+        try:
+            group = self._meet(groups, finished) if groups else self._begin(jobs, report)
+            if group.jobs:
+                finished += self._run_expert(group, report)
+        except Exception as error:
+            return [(job, error) for job in (*jobs, *(job for one in groups for job in one.jobs))]
+        self.observer.batch_done(report)
+        return finished
+
+    def run(self, jobs: Sequence[Job]) -> list[Outcome | Exception]:
+        """Answer a batch to its end, in its order."""
+        outcomes = dict(self.step(jobs))
+        while self._under_way:
+            outcomes.update(self.step([]))
+        return [outcomes[job] for job in jobs]
+
+    def _begin(self, jobs: Sequence[Job], report: BatchReport) -> _Group:
         started = time.perf_counter()
         n_jobs, n_experts = len(jobs), self._n_experts
-        report = BatchReport(waits=[started - job.queued_at for job in jobs])
-        thresholds = np.array([job.thresholds for job in jobs], np.float32).reshape(n_jobs, n_experts - 1)
-        max_experts = np.array([job.max_experts for job in jobs])
-        final_logits = np.zeros((n_jobs, self._n_classes), np.float32)
-        scores = np.zeros((n_jobs, n_experts - 1), np.float32)
-        experts_used = np.zeros(n_jobs, np.int64)  # 0 until finished, and for failures
-        reasons = np.zeros(n_jobs, np.int64)
-
+        report.waits = [started - job.queued_at for job in jobs]
         features = self._engine.trunk(np.stack([job.image for job in jobs]))
-        report.stages.append(("trunk", n_jobs, _since(started)))
-        rows = np.arange(n_jobs)  # the jobs that are still under way, by their place in the batch
-        logits_sum = np.zeros((n_jobs, self._n_classes), np.float32)
-        for expert in range(n_experts):
-            stage_started = time.perf_counter()
-            logits_sum, expert_feature = self._engine.expert(expert, features, logits_sum)
-            usable = np.isfinite(logits_sum).all(axis=1)
-            if expert == n_experts - 1:
-                stops, reason = usable, LAST
-            else:
-                asked = self._engine.router(expert, expert_feature, logits_sum)
-                scores[rows, expert] = asked
-                usable &= np.isfinite(asked)
-                report.router_scores.append((expert, asked[usable].tolist()))  # NaN would spoil a sum for ever
-                confident = asked < thresholds[rows, expert]
-                stops = usable & (confident | (max_experts[rows] == expert + 1))
-                reason = np.where(confident, CONFIDENT, BUDGET)[stops]
-            final_logits[rows[stops]] = logits_sum[stops]
-            experts_used[rows[stops]] = expert + 1
-            reasons[rows[stops]] = reason
-            goes_on = np.flatnonzero(usable & ~stops)
-            n_ran = len(rows)
-            if 0 < len(goes_on) < n_ran:
-                rows, logits_sum = rows[goes_on], logits_sum[goes_on]
-                features = self._engine.take(features, goes_on)
-            report.stages.append((f"expert_{expert}", n_ran, _since(stage_started)))
-            if not len(goes_on):
-                break
-        outcomes = self._outcomes(jobs, final_logits, experts_used, reasons, scores, report)
-        self.observer.batch_done(report)
-        return outcomes
+        seconds = np.zeros((n_jobs, 2 + n_experts))
+        seconds[:, 0] = report.waits
+        seconds[:, 1] = taken = time.perf_counter() - started
+        report.stages.append(("trunk", n_jobs, taken))
+        return _Group(
+            expert=0, jobs=list(jobs), features=features,
+            logits_sum=np.zeros((n_jobs, self._n_classes), np.float32),
+            thresholds=np.array([job.thresholds for job in jobs], np.float32).reshape(n_jobs, n_experts - 1),
+            max_experts=np.array([job.max_experts for job in jobs]),
+            min_confidence=np.array([job.min_confidence for job in jobs], np.float32),
+            scores=np.zeros((n_jobs, n_experts - 1), np.float32),
+            seconds=seconds,
+            best=np.zeros((n_jobs, n_experts if self._rule == "agreement" else 0), np.int64),
+        )  # fmt: skip
 
-    def _outcomes(
-        self,
-        jobs: Sequence[Job],
-        final_logits: Floats,
-        experts_used: Rows,
-        reasons: Rows,
-        scores: Floats,
-        report: BatchReport,
-    ) -> list[Outcome | Exception]:
-        probabilities = softmax(final_logits / np.maximum(experts_used, 1)[:, None])
+    def _next_groups(self) -> list[_Group]:
+        """Those whose turn it is and, where survivors of several batches may meet, all that wait beside them."""
+        experts = [group.expert for group in self._under_way]
+        self._catching_up &= experts[0] < experts[-1]
+        expert = experts[0] if self._catching_up else experts[-1]
+        beside = [group for group in self._under_way if group.expert == expert]
+        groups, room = [beside[-1]], self._schedule.max_batch - len(beside[-1].jobs)
+        for group in beside[-2::-1] if self._schedule.merges else []:
+            if len(group.jobs) <= room:
+                groups.append(group)
+                room -= len(group.jobs)
+        self._under_way = [group for group in self._under_way if group not in groups]
+        return groups
+
+    def _meet(self, groups: list[_Group], finished: Finished) -> _Group:
+        """One group of several, without the jobs that nobody waits for any more: those are finished."""
+        group = groups[0]
+        if len(groups) > 1:
+            jobs = [job for one in groups for job in one.jobs]
+            arrays = {name: np.concatenate([getattr(one, name) for one in groups]) for name in _ROW_ARRAYS}
+            group = _Group(group.expert, jobs, self._engine.join([one.features for one in groups]), **arrays)
+        if any(job.abandoned for job in group.jobs):
+            finished += [(job, AbandonedError()) for job in group.jobs if job.abandoned]
+            wanted = np.flatnonzero([not job.abandoned for job in group.jobs])
+            group.keep(wanted, self._engine.take(group.features, wanted) if len(wanted) else None)
+        return group
+
+    def _run_expert(self, group: _Group, report: BatchReport) -> Finished:
+        """One expert, and the rule behind it; whoever goes on is under way again."""
+        started = time.perf_counter()
+        expert, n_rows = group.expert, len(group.jobs)
+        before = group.logits_sum
+        group.logits_sum, expert_feature = self._engine.expert(expert, group.features, before)
+        usable = np.isfinite(group.logits_sum).all(axis=1)
+        if group.best.size:
+            group.best[:, expert] = (group.logits_sum - before).argmax(axis=1)
+        probabilities = None
+        if expert == self._n_experts - 1:
+            stops, reasons = usable, np.full(n_rows, LAST)
+        else:
+            if self._rule in ("confidence", "margin") or group.min_confidence.any():
+                probabilities = softmax(np.where(usable[:, None], group.logits_sum, 0) / (expert + 1))
+            asked = self._score(group, expert_feature, probabilities)
+            group.scores[:, expert] = asked
+            usable &= np.isfinite(asked)
+            report.router_scores.append((expert, asked[usable].tolist()))  # NaN would spoil a sum for ever
+            confident = asked < group.thresholds[:, expert]
+            if probabilities is not None:
+                confident &= probabilities.max(axis=1) >= group.min_confidence
+            stops = usable & (confident | (group.max_experts == expert + 1))
+            reasons = np.where(confident, CONFIDENT, BUDGET)
+        taken = time.perf_counter() - started
+        group.seconds[:, 2 + expert] = taken
+        report.stages.append((f"expert_{expert}", n_rows, taken))
+
+        finished: Finished = [
+            (group.jobs[row], NotFiniteError("a graph gave NaN or infinity")) for row in np.flatnonzero(~usable)
+        ]
+        finished += self._outcomes(group, np.flatnonzero(stops), reasons)
+        goes_on = np.flatnonzero(usable & ~stops)
+        if len(goes_on):
+            if len(goes_on) < n_rows:
+                group.keep(goes_on, self._engine.take(group.features, goes_on))
+            group.expert += 1
+            self._under_way.append(group)
+            self._under_way.sort(key=lambda one: one.expert)
+        return finished
+
+    def _outcomes(self, group: _Group, rows: Rows, reasons: Rows) -> Finished:
+        """The answers of these rows, which stop after the group's expert."""
+        if not len(rows):
+            return []
+        used = group.expert + 1
+        jobs = [group.jobs[row] for row in rows]
+        probabilities = softmax(group.logits_sum[rows] / used)
         classes = top_classes(probabilities, np.array([job.top_k for job in jobs]))
-        seconds = [stage[2] for stage in report.stages]
-        outcomes: list[Outcome | Exception] = []
-        for row, (used, reason, row_scores) in enumerate(
-            zip(experts_used.tolist(), reasons.tolist(), scores.tolist(), strict=True)
-        ):
-            if not used:
-                outcomes.append(NotFiniteError("a graph gave NaN or infinity"))
-                continue
-            outcomes.append(
+        scores = group.scores[rows, :used].tolist()
+        seconds = group.seconds[rows].tolist()
+        return [
+            (
+                job,
                 Outcome(
                     classes=classes[row].tolist(),
                     probabilities=probabilities[row, classes[row]].tolist(),
                     experts_used=used,
                     exit_reason=EXIT_REASONS[reason],
-                    router_scores=row_scores[:used],
-                    queue_s=report.waits[row],
-                    trunk_s=seconds[0],
-                    experts_s=seconds[1 : used + 1],
-                )
+                    router_scores=scores[row],
+                    queue_s=seconds[row][0],
+                    trunk_s=seconds[row][1],
+                    experts_s=seconds[row][2 : 2 + used],
+                ),
             )
-        return outcomes
+            for row, (job, reason) in enumerate(zip(jobs, reasons[rows].tolist(), strict=True))
+        ]
+
+    def _router_score(self, group: _Group, expert_feature: Any, _: NDArray[np.float64] | None) -> Floats:
+        return self._engine.router(group.expert, expert_feature, group.logits_sum)
+
+
+def _confidence_score(_: _Group, __: Any, probabilities: NDArray[np.float64] | None) -> Floats:
+    assert probabilities is not None
+    return (1 - probabilities.max(axis=1)).astype(np.float32)
+
+
+def _margin_score(_: _Group, __: Any, probabilities: NDArray[np.float64] | None) -> Floats:
+    assert probabilities is not None
+    if probabilities.shape[1] == 1:
+        return np.zeros(len(probabilities), np.float32)
+    best_two = np.partition(probabilities, -2, axis=1)[:, -2:]
+    return (1 - (best_two[:, 1] - best_two[:, 0])).astype(np.float32)
+
+
+def _agreement_score(group: _Group, _: Any, __: NDArray[np.float64] | None) -> Floats:
+    if group.expert == 0:
+        return np.ones(len(group.jobs), np.float32)
+    dissent = group.best[:, : group.expert + 1] != group.logits_sum.argmax(axis=1)[:, None]
+    return dissent.mean(axis=1).astype(np.float32)
+
+
+def _depth_score(group: _Group, _: Any, __: NDArray[np.float64] | None) -> Floats:
+    return np.full(len(group.jobs), 0.5, np.float32)
 
 
 def softmax(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
@@ -193,15 +351,13 @@ def softmax(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
 
 def top_classes(probabilities: NDArray[np.float64], top_k: NDArray[np.int64]) -> list[Rows]:
     """The `top_k` most probable classes of each row, most probable first, the lower index first among equals."""
-    classes: list[Rows] = [np.empty(0, np.int64)] * len(probabilities)
-    for count in np.unique(top_k):
-        rows = np.flatnonzero(top_k == count)
-        least = -np.partition(-probabilities[rows], count - 1, axis=1)[:, count - 1]
-        for row, bound in zip(rows, least, strict=True):
-            found = np.flatnonzero(probabilities[row] >= bound)  # more than `count` where some tie for the last place
-            classes[row] = found[np.argsort(-probabilities[row, found], kind="stable")[:count]]
-    return classes
-
-
-def _since(started: float) -> float:
-    return time.perf_counter() - started
+    most = int(top_k.max())
+    if most > FEW_CLASSES:
+        order = np.argsort(-probabilities, axis=1, kind="stable")
+    else:
+        left, rows = probabilities.copy(), np.arange(len(probabilities))
+        order = np.empty((len(rows), most), np.int64)
+        for place in range(most):
+            order[:, place] = left.argmax(axis=1)
+            left[rows, order[:, place]] = -1
+    return [row[:count] for row, count in zip(order, top_k.tolist(), strict=True)]

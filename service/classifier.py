@@ -13,33 +13,37 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
-from model_export.bundle import Bundle, BundleError, Variant
+from model_export.bundle import Bundle, BundleError
 from service.batcher import Batcher, QueueFullError
-from service.cascade import Cascade, Engine, Job, NotFiniteError, Outcome
+from service.cascade import BatchReport, Cascade, Engine, Job, NotFiniteError, Observer, Outcome
 from service.cores import available_cores
 from service.engine import RUNTIME_VERSION, EngineError
 from service.errors import ServiceError
-from service.images import decode
+from service.images import decode, is_small
 from service.logs import log
 from service.metrics import Metrics
 from service.operating_point import choose_operation
+from service.schedule import Profile, Schedule
 from service.settings import Settings, SettingsError
 from service.uploads import Upload, UploadMemory
 
 State = Literal["starting", "ready", "draining", "failed"]
 NOT_READY: Final = "graphs are being loaded and run for the first time; retry in 1 s"
+LONG_STEP_S: Final = 0.025  # for which the event loop shall not stand still
+PROFILE_RUNS: Final = 3
 
 
 class RunningEngine(Engine, Protocol):
-    """An engine that says what it runs on."""
+    """An engine that says what it runs, and on what."""
 
     provider: str
+    variant: str
 
 
 class OpenEngine(Protocol):
-    """Opens a variant's graphs, as engine.open_engine does; may take its time."""
+    """Opens a bundle's graphs, as engine.open_engine does; may take its time."""
 
-    def __call__(self, bundle: Bundle, variant: Variant, *, provider: str, threads: int) -> RunningEngine: ...
+    def __call__(self, bundle: Bundle, variant: str | None, *, provider: str, threads: int) -> RunningEngine: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,7 @@ class Choice:
 
     thresholds: tuple[float, ...]
     max_experts: int
+    min_confidence: float
     top_k: int
 
 
@@ -79,19 +84,17 @@ class Classifier:
         self.bundle = bundle
         self.settings = settings
         self.operation = choose_operation(manifest, settings)
-        self.variant = settings.variant or manifest.default_variant
-        if self.variant not in manifest.variants:
+        if settings.variant not in (None, *manifest.variants):
             raise SettingsError(
-                f"RIDE_VARIANT is {self.variant!r}, {manifest.name} has the variants {sorted(manifest.variants)}"
+                f"RIDE_VARIANT is {settings.variant!r}, {manifest.name} has the variants {sorted(manifest.variants)}"
             )
+        self.variant = settings.variant or manifest.default_variant  # the engine may choose another
         self.threads = settings.threads or available_cores()
         self.provider = ""  # known once the engine is open
         self.state: State = "starting"
         self.upload_memory = UploadMemory(settings.max_inflight_bytes)
         self._open_engine = open_engine
-        self._batcher: Batcher[Job, Outcome] = Batcher(
-            self._run, max_batch=settings.max_batch, max_queue=settings.max_queue
-        )
+        self._batcher: Batcher[Job, Outcome] = Batcher(max_queue=settings.max_queue)
         self.metrics = Metrics(registry, manifest, self.operation, lambda: self._batcher.waiting, settings.max_queue)
         self._decoders = ThreadPoolExecutor(self.threads, thread_name_prefix="ride-decode")
         self._in_flight = 0
@@ -102,13 +105,13 @@ class Classifier:
         """Open the engine and run every graph, off the event loop; ready, or failed, when this returns."""
         started = time.perf_counter()
         try:
-            await asyncio.to_thread(self._prepare)
+            cascade, threaded = await asyncio.to_thread(self._prepare)
         except Exception as error:
             self.state = "failed"
             explained = isinstance(error, BundleError | EngineError)  # then its message says all
             log(logging.ERROR, "start_failed", error=None if explained else error, reason=str(error))
             return
-        self._batcher.start()
+        self._batcher.start(cascade, threaded=threaded)
         if self.state == "starting":  # and not told to stop meanwhile
             self.state = "ready"
             self.metrics.ready.set(1)
@@ -120,6 +123,8 @@ class Classifier:
             variant=self.variant,
             provider=self.provider,
             threads=self.threads,
+            engine_thread=threaded,
+            rule=self.operation.rule,
             thresholds=self.operation.thresholds,
             max_experts=self.operation.max_experts,
             seconds=round(time.perf_counter() - started, 3),
@@ -195,9 +200,11 @@ class Classifier:
     async def _classify_one(self, upload: Upload, choice: Choice) -> Classified | ServiceError:
         """Decode, queue and answer one image, on a place that is already reserved."""
         try:
-            pixels, seconds = await asyncio.get_running_loop().run_in_executor(
-                self._decoders, self._decode, upload.data
-            )
+            if is_small(upload.data):
+                pixels, seconds = self._decode(upload.data)
+            else:
+                loop = asyncio.get_running_loop()
+                pixels, seconds = await loop.run_in_executor(self._decoders, self._decode, upload.data)
         except ServiceError as error:
             self._batcher.release(1)
             return error
@@ -205,15 +212,21 @@ class Classifier:
             self._batcher.release(1)
             raise
         self.metrics.image_decoded(seconds)
-        job = Job(pixels, choice.thresholds, choice.max_experts, choice.top_k, time.perf_counter())
+        job = Job(
+            pixels, choice.thresholds, choice.max_experts, choice.min_confidence, choice.top_k, time.perf_counter()
+        )
         try:
             return Classified(await self._batcher.submit(job), seconds)
+        except asyncio.CancelledError:
+            job.abandoned = True
+            raise
         except NotFiniteError as error:
             return ServiceError("internal", f"{error} for this image; please report it with the request id")
 
     def _decode(self, data: bytes) -> tuple[NDArray[np.uint8], float]:
         started = time.perf_counter()
-        pixels = decode(data, self.bundle.manifest.input, self.settings.max_pixels)
+        settings = self.settings
+        pixels = decode(data, self.bundle.manifest.input, settings.max_pixels, scaled=settings.scaled_decode)
         return pixels, time.perf_counter() - started
 
     def _reserve(self, count: int) -> None:
@@ -231,38 +244,67 @@ class Classifier:
             retry_after=error.retry_after,
         )
 
-    def _run(self, jobs: Sequence[Job]) -> Sequence[Outcome | Exception]:
-        return self._cascade.run(jobs)
-
-    def _prepare(self) -> None:
-        """Open the engine and send blank images of several batch sizes through every graph, in a thread."""
-        manifest = self.bundle.manifest
-        engine = self._open_engine(
-            self.bundle, manifest.variants[self.variant], provider=self.settings.provider, threads=self.threads
+    def _prepare(self) -> tuple[Cascade, bool]:
+        """Open the engine and measure every stage at several batch sizes, in a thread; whether steps need one too."""
+        settings, manifest = self.settings, self.bundle.manifest
+        engine = self._open_engine(self.bundle, settings.variant, provider=settings.provider, threads=self.threads)
+        self.provider, self.variant = engine.provider, engine.variant
+        profile = self._profile(engine)
+        on_gpu = engine.provider in ("cuda", "tensorrt")
+        point = self.operation.expected
+        share = point.experts_share if point is not None else (0.0,) * (manifest.n_experts - 1) + (1.0,)
+        schedule = Schedule(
+            settings.max_batch,
+            merges=on_gpu if settings.merge == "auto" else settings.merge == "on",
+            profile=profile,
+            reach=[sum(share[expert:]) for expert in range(manifest.n_experts)],
         )
-        self.provider = engine.provider
-        self._cascade = Cascade(
-            engine, n_experts=manifest.n_experts, n_classes=len(manifest.classes), observer=_Nobody()
-        )
-        blank = np.zeros((manifest.input.height, manifest.input.width, 3), np.uint8)
-        for size in warm_up_sizes(self.settings.max_batch):
-            # The first half stops after one expert, so that the batch is compacted as well.
-            jobs = [
-                Job(blank, (0.0,) * (manifest.n_experts - 1), 1 if row < size // 2 else manifest.n_experts, 1, 0.0)
-                for row in range(size)
-            ]
-            for outcome in self._cascade.run(jobs):
-                if isinstance(outcome, Exception):
-                    raise outcome
-        self._cascade.observer = self.metrics
         self.metrics.engine_started(variant=self.variant, provider=self.provider, onnxruntime=RUNTIME_VERSION)
+        threaded = on_gpu or profile.longest_step(settings.max_batch) > LONG_STEP_S
+        return self._cascade(engine, schedule, self.metrics), (
+            threaded if settings.engine_thread == "auto" else settings.engine_thread == "on"
+        )
+
+    def _cascade(self, engine: Engine, schedule: Schedule, observer: Observer) -> Cascade:
+        manifest = self.bundle.manifest
+        return Cascade(
+            engine, n_experts=manifest.n_experts, n_classes=len(manifest.classes), rule=self.operation.rule,
+            schedule=schedule, observer=observer,
+        )  # fmt: skip
+
+    def _profile(self, engine: Engine) -> Profile:
+        """
+        Send blank images of several batch sizes through every graph, which also warms them up; keep the shortest times.
+
+        Raises:
+            NotFiniteError: where a graph gives NaN or infinity even for a blank image.
+        """
+        manifest, watch = self.bundle.manifest, _Stopwatch()
+        cascade = self._cascade(engine, Schedule(self.settings.max_batch), watch)
+        blank = np.zeros((manifest.input.height, manifest.input.width, 3), np.uint8)
+        thresholds = (0.0,) * (manifest.n_experts - 1)
+        for size in warm_up_sizes(self.settings.max_batch):
+            for _ in range(PROFILE_RUNS):
+                for outcome in cascade.run(
+                    [Job(blank, thresholds, manifest.n_experts, 0.0, 1, 0.0) for _ in range(size)]
+                ):
+                    if isinstance(outcome, Exception):
+                        raise outcome
+        if self.settings.max_batch > 1:  # the first half stops after one expert, so that a batch is compacted as well
+            cascade.run([Job(blank, thresholds, 1 + row % 2, 0.0, 1, 0.0) for row in range(self.settings.max_batch)])
+        return Profile(watch.shortest)
 
 
-class _Nobody:
-    """Watches the warm-up, which is no work and shall not be counted."""
+class _Stopwatch:
+    """Watches the warm-up, which is no work and shall not be counted: stage -> batch size -> shortest seconds."""
 
-    def batch_done(self, report: object) -> None:
-        pass
+    def __init__(self) -> None:
+        self.shortest: dict[str, dict[int, float]] = {}
+
+    def batch_done(self, report: BatchReport) -> None:
+        for stage, images, seconds in report.stages:
+            times = self.shortest.setdefault(stage, {})
+            times[images] = min(seconds, times.get(images, seconds))
 
 
 def warm_up_sizes(max_batch: int) -> list[int]:

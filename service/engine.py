@@ -1,17 +1,32 @@
-"""Runs a bundle's graphs. The only file that touches onnxruntime."""
+"""Runs a bundle's graphs with onnxruntime, and chooses provider and variant. The only file that touches onnxruntime."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from model_export.bundle import Bundle, BundleError, GraphSpec, TensorSpec, Variant
+from model_export.bundle import Bundle, BundleError, GraphSpec, Manifest, Precision, TensorSpec, Variant
 from service.cascade import Floats, Rows
 
 RUNTIME_VERSION: Final = str(ort.__version__)
-PROVIDERS: Final = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
+PROVIDERS: Final = {
+    "tensorrt": "TensorrtExecutionProvider", "cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider",
+}  # fmt: skip
+# What each provider is fastest at, best first, among the variants that lose next to nothing.
+PREFERRED: Final[Mapping[str, tuple[Precision, ...]]] = {
+    "cpu": ("int8", "fp32"), "openvino": ("int8", "bf16", "fp32"), "cuda": ("fp16", "fp32"),
+    "tensorrt": ("fp16", "fp32"),
+}  # fmt: skip
+INT8_FLAGS: Final = {"avx512_vnni", "avx_vnni", "asimddp"}  # x86 and ARM; without, int8 is slow or saturates
+BF16_FLAGS: Final = {"amx_bf16", "avx512_bf16", "bf16"}
+TENSORRT_OPTIONS: Final = {
+    "trt_engine_cache_enable": True,
+    "trt_engine_cache_path": str(Path.home() / ".cache/ride-serving/tensorrt"),
+    "trt_timing_cache_enable": True,
+}
 CUDA_OPTIONS: Final = {
     "cudnn_conv_algo_search": "HEURISTIC",  # the default measures anew for every batch size, tens of milliseconds each
     "arena_extend_strategy": "kSameAsRequested",
@@ -25,77 +40,70 @@ GATHER_GRAPHS: Final = {
     for dtype, code in {"float32": b"\x01", "float16": b"\x0a"}.items()
 }
 
+# Two tensors along the batch axis: `first`, `second` -> `joined`.
+CONCAT_GRAPHS: Final = {
+    dtype: b'\x08\x08:c\n,\n\x05first\n\x06second\x12\x06joined"\x06Concat*\x0b\n\x04axis\x18\x00\xa0\x01\x02\x12\x04join'
+    b"Z\r\n\x05first\x12\x04\n\x02\x08"
+    + code
+    + b"Z\x0e\n\x06second\x12\x04\n\x02\x08"
+    + code
+    + b"b\x0e\n\x06joined\x12\x04\n\x02\x08"
+    + code
+    + b"B\x04\n\x00\x10\x11"
+    for dtype, code in {"float32": b"\x01", "float16": b"\x0a"}.items()
+}
+
 
 class EngineError(RuntimeError):
     """The graphs cannot be run as asked for; says what is missing."""
 
 
-class OnnxEngine:
+class CpuEngine:
     """
-    One ONNX session per graph, all on one device.
-
-    Features stay there between the graphs: they are bound as they are (I/O binding), on the CPU without a copy. Logits
-    and router scores come to the host, because the cascade decides on them.
+    One ONNX session per graph, with onnxruntime's CPU provider.
 
     Attributes:
-        provider: "cpu" or "cuda", what really runs the graphs.
+        provider: what really runs the graphs.
+        variant: the name of the variant that is run.
     """
 
-    def __init__(self, bundle: Bundle, variant: Variant, *, provider: str, threads: int) -> None:
+    def __init__(self, bundle: Bundle, variant: str, *, provider: str, threads: int) -> None:
         """
         Raises:
             BundleError: where a graph's tensors are not those of the manifest.
             EngineError: where the provider does not work on this machine.
         """
+        graphs = bundle.manifest.variants[variant]
         self.provider = provider
+        self.variant = variant
         self._threads = threads
-        self._trunk = self._open(bundle, variant.trunk)
-        self._experts = [self._open(bundle, graph) for graph in variant.experts]
-        self._routers = [self._open(bundle, graph) for graph in variant.routers]
-        self._take = self._session(GATHER_GRAPHS[variant.trunk.outputs[0].dtype])
+        self._trunk = self._open(bundle, graphs.trunk)
+        self._experts = [self._open(bundle, graph) for graph in graphs.experts]
+        self._routers = [self._open(bundle, graph) for graph in graphs.routers]
 
-    def trunk(self, images: NDArray[np.uint8]) -> ort.OrtValue:
-        """(B, H, W, 3) to features, on the device."""
-        (features,) = self._run(self._trunk, {"images": images}, {"features": self.provider})
-        return features
+    def trunk(self, images: NDArray[np.uint8]) -> Any:
+        """(B, H, W, 3) to features."""
+        return self._trunk.run(["features"], {"images": images})[0]
 
-    def expert(self, index: int, features: ort.OrtValue, logits_sum: Floats) -> tuple[Floats, ort.OrtValue]:
-        """Features and (B, C) to the new (B, C), and the expert's feature, on the device."""
-        new_logits_sum, expert_feature = self._run(
-            self._experts[index],
-            {"features": features, "logits_sum": logits_sum},
-            {"new_logits_sum": "cpu", "expert_feature": self.provider},
-        )
-        return new_logits_sum.numpy(), expert_feature
+    def expert(self, index: int, features: Any, logits_sum: Floats) -> tuple[Floats, Any]:
+        """Features and (B, C) to the new (B, C), and the expert's feature."""
+        given = {"features": features, "logits_sum": logits_sum}
+        new_logits_sum, expert_feature = self._experts[index].run(["new_logits_sum", "expert_feature"], given)
+        return new_logits_sum, expert_feature
 
-    def router(self, index: int, expert_feature: ort.OrtValue, logits_sum: Floats) -> Floats:
+    def router(self, index: int, expert_feature: Any, logits_sum: Floats) -> Floats:
         """The expert's feature and (B, C) to (B,)."""
-        (score,) = self._run(
-            self._routers[index], {"expert_feature": expert_feature, "logits_sum": logits_sum}, {"score": "cpu"}
-        )
-        scores: Floats = score.numpy()
+        given = {"expert_feature": expert_feature, "logits_sum": logits_sum}
+        scores: Floats = self._routers[index].run(["score"], given)[0]
         return scores
 
-    def take(self, features: ort.OrtValue, rows: Rows) -> ort.OrtValue:
-        """The features of these rows, on the device."""
-        (taken,) = self._run(self._take, {"data": features, "rows": rows}, {"taken": self.provider})
-        return taken
+    def take(self, features: Any, rows: Rows) -> Any:
+        """The features of these rows."""
+        return features[rows]
 
-    @staticmethod
-    def _run(
-        session: ort.InferenceSession, inputs: Mapping[str, Any], outputs: Mapping[str, str]
-    ) -> list[ort.OrtValue]:
-        """Run a session; `outputs` says where each output is wanted, and gives their order."""
-        binding = session.io_binding()
-        for name, value in inputs.items():
-            if isinstance(value, ort.OrtValue):
-                binding.bind_ortvalue_input(name, value)
-            else:
-                binding.bind_cpu_input(name, value)
-        for name, device in outputs.items():
-            binding.bind_output(name, device)
-        session.run_with_iobinding(binding)
-        return list(binding.get_outputs())
+    def join(self, features: Sequence[Any]) -> Any:
+        """The features of several batches, one after the other."""
+        return np.concatenate(features)
 
     def _open(self, bundle: Bundle, graph: GraphSpec) -> ort.InferenceSession:
         """A session for a graph whose tensors are those that the manifest lists."""
@@ -116,9 +124,8 @@ class OnnxEngine:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3  # errors
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # leaves the core to HTTP and decoding
-        wanted: list[Any] = [(PROVIDERS["cuda"], CUDA_OPTIONS)] if self.provider == "cuda" else []
         try:
-            session = ort.InferenceSession(graph, options, providers=[*wanted, PROVIDERS["cpu"]])
+            session = ort.InferenceSession(graph, options, providers=_providers(self.provider))
         except Exception as error:  # onnxruntime's exceptions share no class of their own
             raise EngineError(f"onnxruntime {RUNTIME_VERSION} cannot open it: {error}") from error
         if PROVIDERS[self.provider] not in session.get_providers():  # onnxruntime goes on without
@@ -129,27 +136,137 @@ class OnnxEngine:
         return session
 
 
-def open_engine(bundle: Bundle, variant: Variant, *, provider: str, threads: int) -> OnnxEngine:
+class DeviceEngine(CpuEngine):
     """
-    Open a variant's graphs with a provider; "auto" is CUDA where it works, else the CPU.
+    The same on a GPU ("cpu" is for tests): features stay there between the graphs (I/O binding).
+
+    Logits and router scores come to the host, because the cascade decides on them.
+    """
+
+    def __init__(self, bundle: Bundle, variant: str, *, provider: str, threads: int) -> None:
+        super().__init__(bundle, variant, provider=provider, threads=threads)
+        self._device = "cpu" if provider == "cpu" else "cuda"
+        dtype = bundle.manifest.variants[variant].trunk.outputs[0].dtype
+        self._take = self._session(GATHER_GRAPHS[dtype])
+        self._join = self._session(CONCAT_GRAPHS[dtype])
+
+    def trunk(self, images: NDArray[np.uint8]) -> ort.OrtValue:
+        """(B, H, W, 3) to features, on the device."""
+        (features,) = _run_bound(self._trunk, {"images": images}, {"features": self._device})
+        return features
+
+    def expert(self, index: int, features: ort.OrtValue, logits_sum: Floats) -> tuple[Floats, ort.OrtValue]:
+        """Features and (B, C) to the new (B, C), and the expert's feature, on the device."""
+        new_logits_sum, expert_feature = _run_bound(
+            self._experts[index],
+            {"features": features, "logits_sum": logits_sum},
+            {"new_logits_sum": "cpu", "expert_feature": self._device},
+        )
+        return new_logits_sum.numpy(), expert_feature
+
+    def router(self, index: int, expert_feature: ort.OrtValue, logits_sum: Floats) -> Floats:
+        """The expert's feature and (B, C) to (B,)."""
+        given = {"expert_feature": expert_feature, "logits_sum": logits_sum}
+        scores: Floats = _run_bound(self._routers[index], given, {"score": "cpu"})[0].numpy()
+        return scores
+
+    def take(self, features: ort.OrtValue, rows: Rows) -> ort.OrtValue:
+        """The features of these rows, on the device."""
+        (taken,) = _run_bound(self._take, {"data": features, "rows": rows}, {"taken": self._device})
+        return taken
+
+    def join(self, features: Sequence[ort.OrtValue]) -> ort.OrtValue:
+        """The features of several batches, one after the other, on the device."""
+        joined = features[0]
+        for more in features[1:]:
+            (joined,) = _run_bound(self._join, {"first": joined, "second": more}, {"joined": self._device})
+        return joined
+
+
+def _run_bound(
+    session: ort.InferenceSession, inputs: Mapping[str, Any], outputs: Mapping[str, str]
+) -> list[ort.OrtValue]:
+    """Run a session; `outputs` says where each output is wanted, and gives their order."""
+    binding = session.io_binding()
+    for name, value in inputs.items():
+        if isinstance(value, ort.OrtValue):
+            binding.bind_ortvalue_input(name, value)
+        else:
+            binding.bind_cpu_input(name, value)
+    for name, device in outputs.items():
+        binding.bind_output(name, device)
+    session.run_with_iobinding(binding)
+    return list(binding.get_outputs())
+
+
+def _providers(provider: str) -> list[Any]:
+    """What onnxruntime shall use, the CPU for what the device cannot."""
+    options: dict[str, dict[str, Any]] = {
+        "cpu": {},
+        "cuda": {PROVIDERS["cuda"]: CUDA_OPTIONS},
+        "tensorrt": {PROVIDERS["tensorrt"]: TENSORRT_OPTIONS, PROVIDERS["cuda"]: CUDA_OPTIONS},
+    }
+    return [*options[provider].items(), PROVIDERS["cpu"]]
+
+
+def open_engine(bundle: Bundle, variant: str | None, *, provider: str, threads: int) -> CpuEngine:
+    """
+    Open a bundle's graphs with a provider; "auto" is CUDA where it works, else the CPU.
+
+    Args:
+        variant: name of the variant; None takes what the provider is fastest at and parity allows.
 
     Raises:
-        BundleError, EngineError: as OnnxEngine.
+        BundleError, EngineError: as CpuEngine.
     """
-    if PROVIDERS["cuda"] not in ort.get_available_providers():
-        if provider == "cuda":
-            raise EngineError(
-                f"RIDE_PROVIDER is cuda, this onnxruntime {RUNTIME_VERSION} was built without; install onnxruntime-gpu "
-                "in place of onnxruntime, or set RIDE_PROVIDER=cpu"
-            )
-        return OnnxEngine(bundle, variant, provider="cpu", threads=threads)
-    ort.preload_dlls()  # of the nvidia-* wheels, where they are installed
+    if provider == "openvino":
+        from service.openvino_engine import OpenVinoEngine  # it is not installed everywhere
+
+        return OpenVinoEngine(bundle, variant or choose_variant(bundle.manifest, provider), threads=threads)
+    available = set(ort.get_available_providers())
+    if provider in ("cuda", "tensorrt") and PROVIDERS[provider] not in available:
+        raise EngineError(
+            f"RIDE_PROVIDER is {provider}, this onnxruntime {RUNTIME_VERSION} was built without; install "
+            "onnxruntime-gpu in place of onnxruntime, or set RIDE_PROVIDER=cpu"
+        )
+    if PROVIDERS["cuda"] in available and provider != "cpu":
+        ort.preload_dlls()  # of the nvidia-* wheels, where they are installed
+        wanted = "cuda" if provider == "auto" else provider
+        try:
+            chosen = variant or choose_variant(bundle.manifest, wanted)
+            return DeviceEngine(bundle, chosen, provider=wanted, threads=threads)
+        except EngineError:
+            if provider != "auto":
+                raise
+    return CpuEngine(bundle, variant or choose_variant(bundle.manifest, "cpu"), provider="cpu", threads=threads)
+
+
+def choose_variant(manifest: Manifest, provider: str, flags: Set[str] | None = None) -> str:
+    """
+    The variant that the provider is fastest at, of those that lose next to nothing; else the bundle's default.
+
+    Args:
+        flags: what the processor can do; None: this processor.
+    """
+    flags = processor_flags() if flags is None else flags
+    for precision in PREFERRED[provider]:
+        if (precision == "int8" and not INT8_FLAGS & flags) or (precision == "bf16" and not BF16_FLAGS & flags):
+            continue
+        for name, variant in sorted(manifest.variants.items()):
+            if variant.precision == precision and variant.faithful:
+                return name
+    return manifest.default_variant
+
+
+def processor_flags(file: Path = Path("/proc/cpuinfo")) -> Set[str]:
+    """The instruction sets that Linux lists for the first processor; none where it does not say."""
     try:
-        return OnnxEngine(bundle, variant, provider="cpu" if provider == "cpu" else "cuda", threads=threads)
-    except EngineError:
-        if provider != "auto":
-            raise
-        return OnnxEngine(bundle, variant, provider="cpu", threads=threads)
+        lines = file.read_text().splitlines()
+    except OSError:
+        return set()
+    return next(
+        (set(line.partition(":")[2].split()) for line in lines if line.startswith(("flags", "Features"))), set()
+    )
 
 
 def _compare_tensors(file: str, kind: str, found: list[Any], listed: tuple[TensorSpec, ...]) -> None:

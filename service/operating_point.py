@@ -1,25 +1,34 @@
-"""Which thresholds are in force: the bundle's, the operator's own, or those that keep the operator's limit."""
+"""How far images go by default: the exit rule, its thresholds, and what a caller's mode stands for."""
 
 from dataclasses import dataclass
+from typing import Final, Literal, get_args
 
-from model_export.bundle import Manifest, OperatingPoint
+from model_export.bundle import Manifest, OperatingPoint, Rule
 from service.settings import Settings, SettingsError
+
+Mode = Literal["fast", "balanced", "full"]
+MODES: Final = get_args(Mode)
+FAST_MAX_LOSS: Final = 2.0  # percentage points that mode=fast may lose against all experts
 
 
 @dataclass(frozen=True)
 class Operation:
     """
-    How far images go by default.
+    How far images go.
 
     Attributes:
-        thresholds: one per router.
+        rule: what decides after an expert.
+        thresholds: one per expert but the last; they hold where a request does not say.
         max_experts: the operator's limit, at most E.
         expected: what calibration measured for exactly this, or None where it was not measured.
+        modes: the thresholds that a request may choose by a word; "balanced" is `thresholds`.
     """
 
+    rule: Rule
     thresholds: tuple[float, ...]
     max_experts: int
     expected: OperatingPoint | None
+    modes: dict[Mode, tuple[float, ...]]
 
 
 def choose_operation(manifest: Manifest, settings: Settings) -> Operation:
@@ -33,13 +42,35 @@ def choose_operation(manifest: Manifest, settings: Settings) -> Operation:
     max_experts = settings.max_experts or n_experts
     if max_experts > n_experts:
         raise SettingsError(f"RIDE_MAX_EXPERTS is {max_experts}, {manifest.name} has {n_experts} experts")
-    thresholds = _thresholds(manifest, settings)
-    measured = (point for point in manifest.calibration.points if point.thresholds == thresholds)
-    return Operation(thresholds, max_experts, next(measured, None) if max_experts == n_experts else None)
+    rule = settings.rule or manifest.rule
+    points = [point for point in manifest.calibration.points if point.rule == rule]
+    if not points:
+        raise SettingsError(
+            f"RIDE_RULE is {rule}, {manifest.name} was calibrated for "
+            f"{sorted({point.rule for point in manifest.calibration.points})}; export it anew, or choose one of these"
+        )
+    full = max(points, key=lambda point: (point.mean_experts, point.accuracy.all))
+    thresholds = _thresholds(manifest, settings, rule, points)
+    measured = (point for point in points if point.thresholds == thresholds)
+    return Operation(
+        rule=rule,
+        thresholds=thresholds,
+        max_experts=max_experts,
+        expected=next(measured, None) if max_experts == n_experts else None,
+        modes={
+            "fast": _cheapest(points, full.accuracy.all - FAST_MAX_LOSS).thresholds,
+            "balanced": thresholds,
+            "full": (0.0,) * (n_experts - 1),
+        },
+    )
 
 
-def _thresholds(manifest: Manifest, settings: Settings) -> tuple[float, ...]:
-    points = manifest.calibration.points
+def _cheapest(points: list[OperatingPoint], least_accuracy: float) -> OperatingPoint:
+    good = [point for point in points if point.accuracy.all >= least_accuracy]
+    return min(good, key=lambda point: (point.mean_macs, -point.accuracy.all))
+
+
+def _thresholds(manifest: Manifest, settings: Settings, rule: Rule, points: list[OperatingPoint]) -> tuple[float, ...]:
     if settings.thresholds is not None:
         n_routers = manifest.n_experts - 1
         if len(settings.thresholds) not in (1, n_routers):
@@ -48,17 +79,26 @@ def _thresholds(manifest: Manifest, settings: Settings) -> tuple[float, ...]:
                 "give one value for each, or one for all"
             )
         return settings.thresholds * n_routers if len(settings.thresholds) == 1 else settings.thresholds
-    if settings.max_mean_experts is not None:
-        affordable = [point for point in points if point.mean_experts <= settings.max_mean_experts]
+    max_mean_experts = settings.max_mean_experts
+    if max_mean_experts is None and settings.max_accuracy_loss is None:
+        if rule == manifest.rule:
+            return manifest.thresholds
+        max_mean_experts = next(  # as many as the bundle's own rule needs
+            (point.mean_experts for point in manifest.calibration.points if _is_default(manifest, point)),
+            float(manifest.n_experts),
+        )
+    if max_mean_experts is not None:
+        affordable = [point for point in points if point.mean_experts <= max_mean_experts]
         if not affordable:
             raise SettingsError(
-                f"RIDE_MAX_MEAN_EXPERTS is {settings.max_mean_experts}, "
+                f"RIDE_MAX_MEAN_EXPERTS is {max_mean_experts}, "
                 f"the thriftiest operating point of {manifest.name} needs {points[0].mean_experts:.3f}"
             )
         return max(affordable, key=lambda point: (point.accuracy.all, -point.mean_macs)).thresholds
-    if settings.max_accuracy_loss is not None:
-        full = next(point for point in points if max(point.thresholds, default=0.0) == 0)
-        floor = full.accuracy.all - settings.max_accuracy_loss
-        good = [point for point in points if point.accuracy.all >= floor]  # never empty: `full` is one of them
-        return min(good, key=lambda point: (point.mean_macs, -point.accuracy.all)).thresholds
-    return manifest.thresholds
+    assert settings.max_accuracy_loss is not None
+    full = max(points, key=lambda point: (point.mean_experts, point.accuracy.all))
+    return _cheapest(points, full.accuracy.all - settings.max_accuracy_loss).thresholds
+
+
+def _is_default(manifest: Manifest, point: OperatingPoint) -> bool:
+    return (point.rule, point.thresholds) == (manifest.rule, manifest.thresholds)

@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 from urllib.parse import parse_qsl
 
 import orjson
@@ -16,10 +16,12 @@ from service.classifier import Choice, Classified, Classifier
 from service.errors import ClientGoneError, ServiceError
 from service.logs import log
 from service.metrics import CLIENT_GONE, image_macs
+from service.operating_point import MODES, Mode
 from service.uploads import Body, Upload, read_uploads
 
 MAX_PARAMETERS: Final = 16
-PARAMETERS: Final = ("top_k", "max_experts", "threshold")
+PARAMETERS: Final = ("top_k", "max_experts", "threshold", "min_confidence", "mode")
+WATCH_AFTER_S: Final = 0.05  # most requests are answered by then, and need nobody to see whether they hang up
 
 
 class ClassifyRoute:
@@ -97,25 +99,36 @@ class ClassifyRoute:
         self, uploads: Sequence[Upload], choice: Choice, body: Body
     ) -> list[Classified | ServiceError]:
         """Classify, but stop when the client hangs up: what has not begun then never begins."""
-        work = asyncio.ensure_future(self._classifier.classify(uploads, choice))
-        gone = asyncio.ensure_future(body.client_gone())
+        task = asyncio.current_task()
+        assert task is not None
+        watch: asyncio.Task[None] | None = None
+
+        def start_to_watch() -> None:
+            nonlocal watch
+            watch = asyncio.ensure_future(body.client_gone())
+            watch.add_done_callback(lambda done: None if done.cancelled() else task.cancel())
+
+        timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, start_to_watch)
         try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise ClientGoneError
-            return work.result()
+            return await self._classifier.classify(uploads, choice)
+        except asyncio.CancelledError:
+            if watch is None or not watch.done():
+                raise
+            task.uncancel()
+            raise ClientGoneError from None
         finally:
-            gone.cancel()
-            if not work.done():
-                work.cancel()
-                await asyncio.wait((work,))
+            timer.cancel()
+            if watch is not None:
+                watch.cancel()
 
     def _choice(self, query: bytes) -> Choice:
         """The query's parameters, within the bundle's and the operator's limits; or ServiceError parameter_invalid."""
         operation, n_classes = self._classifier.operation, len(self._labels)
-        given = _parameters(query)
-        thresholds, max_experts = operation.thresholds, operation.max_experts
         top_k = min(self._settings.top_k, n_classes)
+        if not query:
+            return Choice(operation.thresholds, operation.max_experts, 0.0, top_k)
+        given = _parameters(query)
+        thresholds, max_experts, min_confidence = operation.thresholds, operation.max_experts, 0.0
         if "top_k" in given:
             top_k = _whole("top_k", given["top_k"], n_classes, "the model's classes")
         if "max_experts" in given:
@@ -123,9 +136,19 @@ class ClassifyRoute:
             max_experts = min(
                 max_experts, _whole("max_experts", given["max_experts"], n_experts, "the model's experts")
             )
+        if "min_confidence" in given:
+            min_confidence = _share("min_confidence", given["min_confidence"])
+        if "threshold" in given and "mode" in given:
+            raise ServiceError("parameter_invalid", "threshold and mode both choose the thresholds; give one of them")
         if "threshold" in given:
             thresholds = (_share("threshold", given["threshold"]),) * len(thresholds)
-        return Choice(thresholds, max_experts, top_k)
+        if "mode" in given:
+            if given["mode"] not in MODES:
+                raise ServiceError(
+                    "parameter_invalid", f"mode is {given['mode'][:40]!r}; must be one of {', '.join(MODES)}"
+                )
+            thresholds = operation.modes[cast(Mode, given["mode"])]
+        return Choice(thresholds, max_experts, min_confidence, top_k)
 
     def _result(self, upload: Upload, classified: Classified, choice: Choice, started: float) -> dict[str, Any]:
         """One answered image, as JSON, counted."""
