@@ -154,7 +154,7 @@ class Parity:
     def largest_loss(self) -> float:
         """Percentage points of accuracy lost against the checkpoint, overall or in the split that loses most."""
         pairs = zip(dataclasses.astuple(self.checkpoint_accuracy), dataclasses.astuple(self.accuracy), strict=True)
-        losses = [before - after for before, after in pairs if before is not None and after is not None]
+        losses: list[float] = [before - after for before, after in pairs if None not in (before, after)]
         return round(max(losses), 6)  # 30 - 29.7 is more than 0.3 in floating point
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -20,19 +20,24 @@ from torch import Tensor
 from model_export.bundle import BundleError, GraphSpec, Precision
 from model_export.graphs import save_graph, write_graph
 from model_export.split import split
+from training.data.sets import Images
 from training.methods.method import Model
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 QUANTISED = ("Conv", "Add", "Relu")
 POOLING = ("ReduceMean", "GlobalAveragePool")
+INT8_IMAGES = 500  # for the range of activations
 BATCH = 64
-_EXAMPLE_BATCH = 2
+EXAMPLES = 2  # images to trace with
+
+Feed = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Graphs:
     """The files of one variant: trunk, E experts, E - 1 routers."""
 
+    precision: Precision
     trunk: GraphSpec
     experts: tuple[GraphSpec, ...]
     routers: tuple[GraphSpec, ...]
@@ -65,36 +70,56 @@ def obstacle(precision: Precision) -> str | None:
     return None
 
 
-def write_floating(model: Model, size: int, n_classes: int, directory: Path, dtype: torch.dtype) -> Graphs:
+def write_graphs(model: Model, images: Images, precisions: Sequence[Precision], directory: Path) -> list[Graphs]:
     """
-    Trunk and experts whose layers compute in `dtype`, and fp32 routers.
+    The graphs of each precision, fp32 first, which the others take files from.
 
     Args:
-        size: H = W of the images.
-        dtype: float32 writes all graphs; float16 writes trunk.fp16.onnx and so on, and names the fp32 routers' files.
+        images: of the training set.
     """
-    suffix = {torch.float32: ".onnx", torch.float16: ".fp16.onnx"}[dtype]
-    trunk, experts, routers = split(model, size, dtype)
-    images = torch.zeros(_EXAMPLE_BATCH, size, size, 3, dtype=torch.uint8)
+    fp32 = _write_fp32(model, images.pixels[:EXAMPLES], directory)
+    write: dict[Precision, Callable[[], Graphs]] = {
+        "fp32": lambda: fp32,
+        "bf16": lambda: dataclasses.replace(fp32, precision="bf16"),
+        "fp16": lambda: _write_fp16(model, fp32, images.pixels[:EXAMPLES], directory),
+        "int8": lambda: _write_int8(model, fp32, images.even_sample(INT8_IMAGES), directory),
+    }
+    return [write[precision]() for precision in precisions]
+
+
+def _write_fp32(model: Model, images: Tensor, directory: Path) -> Graphs:
+    """trunk.onnx, expert_0.onnx and so on, router_0.onnx and so on."""
+    trunk, experts = _write_layers(model, images, torch.float32, ".onnx", directory)
     with torch.no_grad():
-        features = trunk(images)
-        logits_sum, expert_feature = experts[0](features, torch.zeros(_EXAMPLE_BATCH, n_classes))
-    given = {"features": features, "logits_sum": torch.zeros_like(logits_sum)}
-    asked = {"expert_feature": expert_feature, "logits_sum": logits_sum}
-    return Graphs(
-        trunk=write_graph(trunk, {"images": images}, ["features"], directory / f"trunk{suffix}"),
-        experts=tuple(
-            write_graph(expert, given, ["new_logits_sum", "expert_feature"], directory / f"expert_{index}{suffix}")
-            for index, expert in enumerate(experts)
-        ),
-        routers=tuple(
-            write_graph(router, asked, ["score"], directory / f"router_{index}.onnx")
-            for index, router in enumerate(routers)
-        ),
+        outputs = model.net(images)
+    asked = {"expert_feature": outputs.expert_features[0], "logits_sum": outputs.expert_logits[0]}
+    _, _, routers = split(model, images.shape[2])
+    return Graphs("fp32", trunk, experts, tuple(
+        write_graph(router, asked, ["score"], directory / f"router_{index}.onnx")
+        for index, router in enumerate(routers)
+    ))  # fmt: skip
+
+
+def _write_fp16(model: Model, fp32: Graphs, images: Tensor, directory: Path) -> Graphs:
+    """trunk.fp16.onnx and so on, whose layers and features are in half precision; the routers stay fp32."""
+    trunk, experts = _write_layers(model, images, torch.float16, ".fp16.onnx", directory)
+    return Graphs("fp16", trunk, experts, fp32.routers)
+
+
+def _write_layers(
+    model: Model, images: Tensor, dtype: torch.dtype, suffix: str, directory: Path
+) -> tuple[GraphSpec, tuple[GraphSpec, ...]]:
+    """Trunk and experts, computing in `dtype`; `images` (N, H, W, 3) are examples to trace with."""
+    trunk, experts, _ = split(model, images.shape[2], dtype)
+    with torch.no_grad():
+        given = {"features": trunk(images), "logits_sum": torch.zeros_like(model.net(images).expert_logits[0])}
+    return write_graph(trunk, {"images": images}, ["features"], directory / f"trunk{suffix}"), tuple(
+        write_graph(expert, given, ["new_logits_sum", "expert_feature"], directory / f"expert_{index}{suffix}")
+        for index, expert in enumerate(experts)
     )
 
 
-def write_int8(model: Model, fp32: Graphs, images: Tensor, directory: Path) -> Graphs:
+def _write_int8(model: Model, fp32: Graphs, images: Tensor, directory: Path) -> Graphs:
     """
     The fp32 graphs with the convolutions of trunk and experts in 8 bits, as trunk.int8.onnx and so on.
 
@@ -105,21 +130,21 @@ def write_int8(model: Model, fp32: Graphs, images: Tensor, directory: Path) -> G
         images: (N, H, W, 3), uint8, of the training set.
     """
     trunk, _, _ = split(model, images.shape[2])
-    n_classes = model.net(images[:1]).expert_logits.shape[2]
+    with torch.no_grad():
+        logits_sum = torch.zeros_like(model.net(images[:BATCH]).expert_logits[0]).numpy()
 
     def before_experts() -> Iterator[Feed]:
+        """The fp32 trunk's features: experts then read them with the scale that the int8 trunk wrote them with."""
         for batch in images.split(BATCH):
             with torch.no_grad():
-                yield {"features": trunk(batch).numpy(), "logits_sum": np.zeros((len(batch), n_classes), np.float32)}
+                yield {"features": trunk(batch).numpy(), "logits_sum": logits_sum[: len(batch)]}
 
     return dataclasses.replace(
         fp32,
+        precision="int8",
         trunk=_quantise(fp32.trunk, directory, ({"images": batch.numpy()} for batch in images.split(BATCH))),
         experts=tuple(_quantise(expert, directory, before_experts()) for expert in fp32.experts),
     )
-
-
-Feed = dict[str, np.ndarray]
 
 
 class _Feeds(CalibrationDataReader):

@@ -30,9 +30,9 @@ def certify(
 
     One half of the held-out images makes a sequence of thresholds from the safest (all experts, where nothing can be
     lost) to the cheapest; the other half, which had no part in that, tests them in this order and stops at the first
-    whose loss cannot be bounded. As the order is fixed beforehand, the confidence holds for the last that passed, however
-    many were tested. Every held-out image counts alike, so that the bound is one on images that come as these did: as
-    often of each class, and independently of each other.
+    whose loss cannot be bounded. As the order is fixed beforehand, the confidence holds for the last that passed,
+    however many were tested. Every held-out image counts alike: the bound is one for images that come as these did, as
+    often of each class and independently of each other.
 
     Args:
         max_risk: percentage points of accuracy.
@@ -73,9 +73,9 @@ def upper_bound(losses: np.ndarray, error: float) -> float:
     A bound that the mean of the distribution of `losses` exceeds with probability `error` at most.
 
     A bet against every mean r: a stake of 1 is multiplied, image by image, by 1 + b (r - loss), where b ≥ 0 depends on
-    earlier images only. Were the mean r or more, the expected stake would never grow, so the chance that it ever reaches
-    1 / error is at most `error` (Ville's inequality); the bound is the smallest r refuted so. The bets follow the
-    variance seen so far: rare losses are bounded far closer than by Hoeffding's inequality.
+    earlier images only. Were the mean r or more, the expected stake would never grow, so the chance that it ever
+    reaches 1 / error is at most `error` (Ville's inequality); the bound is the smallest r refuted so. The bets follow
+    the variance seen so far: rare losses are bounded far closer than by Hoeffding's inequality.
 
     Args:
         losses: (N,), independent draws in [-1, 1], in an order that says nothing about them.
@@ -84,9 +84,9 @@ def upper_bound(losses: np.ndarray, error: float) -> float:
     Returns:
         In [0, 1]: a mean below 0 is bounded by 0.
 
-    Source: Waudby-Smith and Ramdas, arXiv:2010.09686, betting with the predictable plug-in for a known N; as the bound of
-    a risk in Bates et al., arXiv:2101.02703. Theirs are for [0, 1]; here losses reach down to -1, where the stake grows
-    the more.
+    Source: Waudby-Smith and Ramdas, arXiv:2010.09686, betting with the predictable plug-in for a known N; as the bound
+    of a risk in Bates et al., arXiv:2101.02703. Theirs is for [0, 1]; here losses reach down to -1, where the stake
+    grows the more.
     """
     n_images = len(losses)
     seen = np.arange(1, n_images + 1)
@@ -119,9 +119,7 @@ def _halves(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _part(predictions: Predictions, rows: np.ndarray) -> Predictions:
-    return Predictions(
-        predictions.expert_logits[:, rows], predictions.router_scores[:, rows], predictions.labels[rows]
-    )
+    return Predictions(predictions.expert_logits[:, rows], predictions.router_scores[:, rows], predictions.labels[rows])
 
 
 def _from_safest(predictions: Predictions, class_counts: Sequence[int], macs: Costs) -> list[tuple[float, ...]]:
