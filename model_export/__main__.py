@@ -4,22 +4,37 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
-from model_export.bundle import BundleError, Manifest
+from model_export.bundle import SPLITS, Accuracy, BundleError, Manifest, OperatingPoint, Risk, Rule
+
+COMPARED_COSTS = (0.6, 0.75, 0.9)  # of all experts, at which the rules are compared
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, or 2 after a message for the caller's mistakes."""
     options = _parser().parse_args(arguments)
-    from model_export.export import export
+    from model_export.export import Wish, export
+    from model_export.precision import obstacle, parse_precisions
     from training.checkpoint import CheckpointError
     from training.data.sets import DataError
 
     try:
+        precisions = []
+        for precision in parse_precisions(options.variants):
+            reason = obstacle(precision)
+            if reason is None:
+                precisions.append(precision)
+            else:
+                print(f"variant {precision} is left out: {reason}")
+        wish = Wish(
+            options.rule, options.max_mean_experts, options.max_accuracy_loss, options.max_risk, options.risk_confidence
+        )
         manifest = export(
-            options.run, options.output, name=options.name, version=options.version,
-            max_mean_experts=options.max_mean_experts, max_accuracy_loss=options.max_accuracy_loss, data=options.data,
+            options.run, options.output, name=options.name, version=options.version, wish=wish, precisions=precisions,
+            data=options.data,
         )  # fmt: skip
     except (BundleError, CheckpointError, DataError) as error:
         print(f"ride-export: {error}", file=sys.stderr)
@@ -30,22 +45,91 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def table(manifest: Manifest) -> str:
-    """The calibration table and the parity figures, as text."""
-    parity = manifest.variants[manifest.default_variant].parity
+    """The variants' parity figures, the default rule's operating points and the rules beside each other, as text."""
+    calibration = manifest.calibration
     lines = [
         f"{manifest.name} {manifest.version}: {len(manifest.classes)} classes, {manifest.n_experts} experts",
-        f"parity on {parity.images} held-out images: logits within {parity.max_abs_logit_difference:g}, "
-        f"same class on {parity.top1_agreement:.2%}, same number of experts on {parity.experts_used_agreement:.2%}",
-        f"calibration on {manifest.calibration.images} images ({manifest.calibration.data}); * is the default",
+        *_variant_lines(manifest),
+        f"the rule {manifest.rule} on {calibration.images} images ({calibration.data}); * is the default",
         "  experts  M MACs    all   many  medium   few  thresholds",
     ]
-    for point in manifest.calibration.points:
-        accuracy = (point.accuracy.all, point.accuracy.many, point.accuracy.medium, point.accuracy.few)
-        cells = " ".join("     –" if value is None else f"{value:6.2f}" for value in accuracy)
-        mark = "*" if point.thresholds == manifest.thresholds else " "
-        thresholds = " ".join(f"{threshold:.4f}" for threshold in point.thresholds)
-        lines.append(f"{mark} {point.mean_experts:7.3f}  {point.mean_macs / 1e6:6.1f} {cells}  {thresholds}")
+    for point in calibration.points:
+        if point.rule == manifest.rule:
+            mark = "*" if point.thresholds == manifest.thresholds else " "
+            thresholds = " ".join(f"{threshold:.4f}" for threshold in point.thresholds)
+            lines.append(f"{mark} {_cost(point)} {_cells(point.accuracy)}  {thresholds}")
+    if manifest.n_experts > 1:
+        lines += _comparison(manifest)
+    if calibration.risk is not None:
+        lines += _risk_lines(calibration.risk, manifest)
     return "\n".join(lines)
+
+
+def _variant_lines(manifest: Manifest) -> Iterator[str]:
+    checkpoint = manifest.variants["fp32"].parity
+    yield f"variants on {checkpoint.images} held-out images, routed by the default:"
+    yield "             all   many  medium   few  experts  same class  same experts  logits within"
+    yield f"  checkpoint {_cells(checkpoint.checkpoint_accuracy)} {checkpoint.checkpoint_mean_experts:8.3f}"
+    for name, variant in manifest.variants.items():
+        parity = variant.parity
+        line = (
+            f"  {name:10} {_cells(parity.accuracy)} {parity.mean_experts:8.3f} {parity.top1_agreement:11.2%} "
+            f"{parity.experts_used_agreement:13.2%} {parity.max_abs_logit_difference:14.3g}"
+        )
+        if not variant.faithful:
+            loss, split = _largest_loss(parity.checkpoint_accuracy, parity.accuracy)
+            line += f"  loses {loss:.2f} points on {split}: not used unless asked for"
+        yield line
+
+
+def _largest_loss(before: Accuracy, after: Accuracy) -> tuple[float, str]:
+    """Percentage points lost where most are lost, and there."""
+    pairs = {name: (getattr(before, name), getattr(after, name)) for name in ("all", *SPLITS)}
+    return max((pair[0] - pair[1], name) for name, pair in pairs.items() if None not in pair)
+
+
+def _comparison(manifest: Manifest) -> Iterator[str]:
+    """Each rule's most accurate point within a few costs, one line for each."""
+    points = manifest.calibration.points
+    full = max(point.mean_macs for point in points)
+    yield "rules compared: the most accurate point of each that needs at most so many M MACs"
+    yield "  at most  rule        experts  M MACs    all   many  medium   few"
+    for share in COMPARED_COSTS:
+        for rule in get_args(Rule):
+            within = [point for point in points if point.rule == rule and point.mean_macs <= share * full]
+            if within:
+                best = max(within, key=lambda point: (point.accuracy.all, -point.mean_macs))
+                yield f"  {share * full / 1e6:7.1f}  {rule:10} {_cost(best)} {_cells(best.accuracy)}"
+
+
+def _risk_lines(risk: Risk, manifest: Manifest) -> Iterator[str]:
+    if max(manifest.thresholds, default=0.0) == 0:
+        yield (
+            f"risk: no early exit by the rule {manifest.rule} can be certified to lose at most {risk.max_risk:g} "
+            f"points with {risk.confidence:.4g} confidence on {risk.images} images; every image runs all experts"
+        )
+        return
+    yield (
+        f"risk: early exit loses at most {risk.max_risk:g} points of accuracy with {risk.confidence:.4g} confidence, "
+        f"every held-out image counted alike: {risk.loss:.2f} on {risk.images} images that did not choose, "
+        f"bound {risk.upper_bound:.2f}"
+    )
+    tail = {name: loss for name, loss in risk.loss_by_split.items() if loss is not None}
+    yield "  lost on " + ", ".join(f"{name} {loss:.2f}" for name, loss in tail.items())
+    if tail.get("few", 0.0) > risk.max_risk:
+        yield (
+            f"  the few split loses {tail['few']:.2f} points, more than {risk.max_risk:g}: the bound holds for all "
+            "images together, not for rare classes alone"
+        )
+
+
+def _cost(point: OperatingPoint) -> str:
+    return f"{point.mean_experts:7.3f}  {point.mean_macs / 1e6:6.1f}"
+
+
+def _cells(accuracy: Accuracy) -> str:
+    values = (accuracy.all, accuracy.many, accuracy.medium, accuracy.few)
+    return " ".join("     –" if value is None else f"{value:6.2f}" for value in values)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,13 +143,33 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", default="1", help="of the model, in every answer [default: 1]")
     parser.add_argument("--data", help="where the images lie now, if not where the recipe says")
     parser.add_argument(
+        "--variants", default="fp32,bf16,fp16,int8", metavar="LIST",
+        help="precisions to write besides fp32, which is the reference; one that loses more than 0.3 points in a split "
+             "is written with its figures and served only where it is asked for [default: fp32,bf16,fp16,int8]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rule", choices=get_args(Rule), default="router",
+        help="what decides by default whether another expert runs; the table has the points of every rule, and a "
+             "service may choose another [default: router]",
+    )  # fmt: skip
+    wish = parser.add_mutually_exclusive_group()
+    wish.add_argument(
         "--max-mean-experts", type=float, metavar="N",
         help="the default thresholds are instead the most accurate that need at most so many experts per image",
     )  # fmt: skip
-    parser.add_argument(
-        "--max-accuracy-loss", type=float, default=0.3, metavar="POINTS",
+    wish.add_argument(
+        "--max-accuracy-loss", type=float, metavar="POINTS",
         help="the default thresholds are the cheapest that lose at most so many percentage points on held-out images; "
              "more saves experts and costs accuracy, of rare classes first [default: 0.3]",
+    )  # fmt: skip
+    wish.add_argument(
+        "--max-risk", type=float, metavar="POINTS",
+        help="the default thresholds are instead the cheapest that are certified to lose at most so many percentage "
+             "points against all experts, every held-out image counted alike; half of them choose, half of them test",
+    )  # fmt: skip
+    parser.add_argument(
+        "--risk-confidence", type=float, default=0.95, metavar="SHARE",
+        help="how sure --max-risk must be; more sure needs more experts [default: 0.95]",
     )  # fmt: skip
     return parser
 

@@ -154,7 +154,8 @@ class Parity:
     def largest_loss(self) -> float:
         """Percentage points of accuracy lost against the checkpoint, overall or in the split that loses most."""
         pairs = zip(dataclasses.astuple(self.checkpoint_accuracy), dataclasses.astuple(self.accuracy), strict=True)
-        return max(before - after for before, after in pairs if before is not None and after is not None)
+        losses: list[float] = [before - after for before, after in pairs if None not in (before, after)]
+        return round(max(losses), 6)  # 30 - 29.7 is more than 0.3 in floating point
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,8 @@ class Risk:
     def __post_init__(self) -> None:
         if not 0 < self.confidence < 1:
             raise _fail("calibration.risk.confidence", f"is {self.confidence}; expected a probability in (0, 1)")
+        if self.upper_bound > self.max_risk:
+            raise _fail("calibration.risk.upper_bound", f"is {self.upper_bound}; expected at most {self.max_risk}")
         if set(self.loss_by_split) != set(SPLITS):
             raise _fail("calibration.risk.loss_by_split", f"has {sorted(self.loss_by_split)}; expected {list(SPLITS)}")
 
@@ -236,7 +239,7 @@ class Risk:
 @dataclass(frozen=True)
 class Calibration:
     """
-    Operating points in the order of their mean number of experts.
+    Operating points of one or more rules, all in the order of their mean number of experts.
 
     Attributes:
         data: which images they were measured on.
@@ -296,11 +299,12 @@ class Manifest:
         self._check_calibration()
         if self.default_variant not in self.variants:
             raise _fail("default_variant", f"is {self.default_variant!r}; the variants are {sorted(self.variants)}")
-        if not self.variants[self.default_variant].faithful:
+        default = self.variants[self.default_variant]
+        if not default.faithful:
             raise _fail(
                 "default_variant",
-                f"is {self.default_variant!r}, which loses {self.variants[self.default_variant].parity.largest_loss:.2f} "
-                f"points in a split; expected one that loses at most {MAX_VARIANT_LOSS}",
+                f"is {self.default_variant!r}, which loses {default.parity.largest_loss:.2f} points in a split; "
+                f"expected one that loses at most {MAX_VARIANT_LOSS}",
             )
         for name, variant in self.variants.items():
             self._check_graphs(f"variants.{name}", variant)
@@ -337,8 +341,13 @@ class Manifest:
                 raise _fail(
                     f"{where}.experts_share", f"is {list(point.experts_share)}; expected shares that add up to 1"
                 )
-        if not any(max(point.thresholds, default=0.0) == 0 for point in points):
-            raise _fail("calibration.points", "has no point whose thresholds are all 0, where every expert runs")
+        complete = {point.rule for point in points if max(point.thresholds, default=0.0) == 0}
+        for rule in (self.rule, *(point.rule for point in points)):
+            if rule not in complete:
+                raise _fail(
+                    "calibration.points",
+                    f"has no point of the rule {rule!r} whose thresholds are all 0, where every expert runs",
+                )
         means = [point.mean_experts for point in points]
         if means != sorted(means):
             raise _fail("calibration.points", "is not in the order of mean_experts; expected it to ascend")
@@ -422,7 +431,7 @@ def read_bundle(path: Path | str) -> Bundle:
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{directory / MANIFEST}: is not JSON ({error})") from error
     found = document.get("schema_version") if isinstance(document, dict) else None
-    if isinstance(found, int) and found != SCHEMA_VERSION:
+    if type(found) is int and found != SCHEMA_VERSION:
         raise _fail("schema_version", f"is {found}; this release reads {SCHEMA_VERSION}")
     bundle = Bundle(directory, _build(Manifest, document, ""))
     _check_files(directory, bundle.manifest)
@@ -488,7 +497,7 @@ def _check_length(where: str, values: Sequence[object], expected: int, why: str)
 
 
 def _check_thresholds(where: str, thresholds: tuple[float, ...], n_experts: int) -> None:
-    _check_length(where, thresholds, n_experts - 1, "one for each router")
+    _check_length(where, thresholds, n_experts - 1, "one for each expert but the last")
     if any(not 0 <= threshold <= 1 for threshold in thresholds):
         raise _fail(where, f"is {list(thresholds)}; expected values in [0, 1]")
 

@@ -1,40 +1,62 @@
-"""From a finished run to a bundle: split, write, compare, calibrate, and only then put in place."""
+"""From a finished run to a bundle: calibrate, write, compare, and only then put in place."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from model_export.bundle import (
     BundleError,
-    GraphSpec,
+    Calibration,
     InputSpec,
     Macs,
     Manifest,
-    Parity,
+    Precision,
+    Rule,
     SplitBounds,
     Variant,
     read_bundle,
     write_manifest,
 )
-from model_export.calibrate import calibrate, choose, spread_of_decisions
-from model_export.graphs import write_graph
+from model_export.calibrate import Costs, by_rule, calibrate, choose, spread_of_decisions
 from model_export.parity import compare, require, run_variant
-from model_export.split import split
+from model_export.precision import write_graphs
+from model_export.risk import certify
 from training.data.images import FIT, INTERPOLATION
 from training.data.longtail import FEW_BELOW, MANY_ABOVE
-from training.data.sets import Images, load_data
+from training.data.sets import Data, load_data
 from training.evaluate import Predictions, macs_of, predict, summarise
 from training.methods.method import Model
 from training.train import trained_model
 
-SAMPLE_IMAGES = 1000  # for parity and for the spread of the routers' decisions
-_EXAMPLE_BATCH = 2
+SPREAD_IMAGES = 1000  # for the spread of the routers' decisions
+DEFAULT_ACCURACY_LOSS = 0.3
+
+
+@dataclass(frozen=True)
+class Wish:
+    """
+    How the default operating point is chosen, on the held-out images.
+
+    Attributes:
+        rule: of early exit.
+        max_mean_experts, max_accuracy_loss, max_risk: what the thresholds may cost: experts per image; percentage
+            points of accuracy over all classes; percentage points with `risk_confidence`. At most one is given; with
+            none, 0.3 points of accuracy.
+    """
+
+    rule: Rule = "router"
+    max_mean_experts: float | None = None
+    max_accuracy_loss: float | None = None
+    max_risk: float | None = None
+    risk_confidence: float = 0.95
 
 
 def export(
@@ -43,8 +65,8 @@ def export(
     *,
     name: str | None,
     version: str,
-    max_mean_experts: float | None,
-    max_accuracy_loss: float,
+    wish: Wish,
+    precisions: Sequence[Precision],
     data: str | None,
 ) -> Manifest:
     """
@@ -52,8 +74,7 @@ def export(
 
     Args:
         name, version: of the model in every answer; the name is the recipe's unless given.
-        max_mean_experts, max_accuracy_loss: what the default thresholds may cost on the held-out images, in experts per
-            image or, where that is None, in percentage points of accuracy.
+        precisions: of the variants, fp32 first.
         data: where the images of the run lie now; None: where the recipe says.
 
     Raises:
@@ -67,19 +88,21 @@ def export(
     if (images.classes, images.counts) != (checkpoint.classes, checkpoint.class_counts):
         raise BundleError(f"{data or recipe.data}: other classes or class counts than {checkpoint.path} was trained on")
     macs = macs_of(model, recipe.image_size)
-    sample = _sample(images.heldout)
     if model.routers is not None:
-        model.routers.temperature = spread_of_decisions(model, images.heldout.pixels[sample])
+        model.routers.temperature = spread_of_decisions(model, images.heldout.even_sample(SPREAD_IMAGES))
     heldout = predict(model, images.heldout)
-    calibration = calibrate(heldout, checkpoint.class_counts, macs, images.heldout_note)
-    thresholds = choose(calibration, max_mean_experts, max_accuracy_loss).thresholds
+    calibration, thresholds = _operating_points(heldout, images, macs, wish)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
         directory = Path(scratch, "bundle")
         directory.mkdir()
-        graphs = _write_graphs(model, recipe.image_size, len(checkpoint.classes), directory)
-        parity = _parity(directory, graphs, heldout, images.heldout, sample, thresholds)
-        require(parity, "fp32")
+        variants: dict[str, Variant] = {}
+        for graphs in write_graphs(model, images.train, precisions, directory):
+            found = run_variant(directory, graphs, images.heldout.pixels.numpy(), len(checkpoint.classes))
+            parity = compare(heldout, found, wish.rule, thresholds, checkpoint.class_counts)
+            if graphs.precision == "fp32":
+                require(parity, "fp32")
+            variants[graphs.precision] = Variant(graphs.precision, graphs.trunk, graphs.experts, graphs.routers, parity)
         manifest = Manifest(
             name=name or recipe.name, version=version,
             classes=checkpoint.classes, class_counts=checkpoint.class_counts,
@@ -89,14 +112,13 @@ def export(
                 mean=checkpoint.mean, std=checkpoint.std,
             ),
             macs=Macs(macs[0], tuple(macs[1]), tuple(macs[2])),
-            variants={"fp32": Variant(*graphs, parity)}, default_variant="fp32",
-            thresholds=thresholds, calibration=calibration,
+            variants=variants, default_variant="fp32", rule=wish.rule, thresholds=thresholds, calibration=calibration,
             provenance={
                 "recipe": recipe.to_dict(), "seed": recipe.seed, "commit": checkpoint.commit,
                 "torch": torch.__version__,
                 "router_temperature": model.routers.temperature if model.routers is not None else None,
                 "data": {"name": recipe.data, "train": len(images.train), "test": len(images.test)},
-                "test": summarise(predict(model, images.test), checkpoint.class_counts, macs, thresholds),
+                "test": _test_figures(model, images, macs, wish.rule, thresholds),
             },
         )  # fmt: skip
         write_manifest(directory, manifest)
@@ -105,48 +127,22 @@ def export(
     return manifest
 
 
-_Graphs = tuple[GraphSpec, tuple[GraphSpec, ...], tuple[GraphSpec, ...]]
+def _operating_points(
+    heldout: Predictions, images: Data, macs: Costs, wish: Wish
+) -> tuple[Calibration, tuple[float, ...]]:
+    """The calibration table and the default thresholds."""
+    if wish.max_risk is not None:
+        thresholds, risk = certify(heldout, images.counts, macs, wish.rule, wish.max_risk, wish.risk_confidence)
+        chosen = (wish.rule, thresholds)
+        return calibrate(heldout, images.counts, macs, images.heldout_note, chosen, risk), thresholds
+    calibration = calibrate(heldout, images.counts, macs, images.heldout_note)
+    loss = DEFAULT_ACCURACY_LOSS if wish.max_accuracy_loss is None else wish.max_accuracy_loss
+    return calibration, choose(calibration, wish.rule, wish.max_mean_experts, loss).thresholds
 
 
-def _write_graphs(model: Model, size: int, n_classes: int, directory: Path) -> _Graphs:
-    trunk, experts, routers = split(model)
-    images = torch.zeros(_EXAMPLE_BATCH, size, size, 3, dtype=torch.uint8)
-    with torch.no_grad():
-        features = trunk(images)
-        logits_sum, expert_feature = experts[0](features, torch.zeros(_EXAMPLE_BATCH, n_classes))
-    given = {"features": features, "logits_sum": torch.zeros_like(logits_sum)}
-    asked = {"expert_feature": expert_feature, "logits_sum": logits_sum}
-    return (
-        write_graph(trunk, {"images": images}, ["features"], directory / "trunk.onnx"),
-        tuple(
-            write_graph(expert, given, ["new_logits_sum", "expert_feature"], directory / f"expert_{index}.onnx")
-            for index, expert in enumerate(experts)
-        ),
-        tuple(
-            write_graph(router, asked, ["score"], directory / f"router_{index}.onnx")
-            for index, router in enumerate(routers)
-        ),
-    )
-
-
-def _sample(images: Images) -> Tensor:
-    """Positions of an even choice of the images."""
-    return torch.linspace(0, len(images) - 1, min(SAMPLE_IMAGES, len(images))).round().long()
-
-
-def _parity(
-    directory: Path,
-    graphs: _Graphs,
-    expected: Predictions,
-    images: Images,
-    sample: Tensor,
-    thresholds: tuple[float, ...],
-) -> Parity:
-    rows = sample.numpy()
-    unmeasured = Variant(*graphs, Parity(0, 0.0, 0.0, 0.0))
-    found = run_variant(directory, unmeasured, images.pixels[sample].numpy(), expected.expert_logits.shape[2])
-    same_rows = Predictions(expected.expert_logits[:, rows], expected.router_scores[:, rows], expected.labels[rows])
-    return compare(same_rows, found, thresholds)
+def _test_figures(model: Model, images: Data, macs: Costs, rule: Rule, thresholds: tuple[float, ...]) -> dict[str, Any]:
+    predictions, paid = by_rule(predict(model, images.test), macs, rule)
+    return summarise(predictions, images.counts, paid, thresholds)
 
 
 def _refuse_foreign(target: Path) -> None:

@@ -14,7 +14,7 @@ from model_export.bundle import GraphSpec, TensorSpec, sha256_of
 
 OPSET = 18
 BATCH_AXIS = "N"
-_DTYPES = {torch.uint8: "uint8", torch.float32: "float32"}
+_DTYPES = {torch.uint8: "uint8", torch.float16: "float16", torch.float32: "float32"}
 
 
 def write_graph(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], file: Path) -> GraphSpec:
@@ -38,18 +38,24 @@ def write_graph(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequen
             dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs), dynamo=True, verbose=False,
         )  # fmt: skip
     assert program is not None  # it is None only where the exporter writes the file itself
-    graph = program.model_proto
-    _forget_origin(graph)
-    for value in (*graph.graph.input, *graph.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_param = BATCH_AXIS
-    onnx.checker.check_model(graph, full_check=True)
-    file.write_bytes(graph.SerializeToString(deterministic=True))
     results = results if isinstance(results, tuple) else (results,)
-    return GraphSpec(
-        file=file.name, sha256=sha256_of(file),
+    return save_graph(
+        program.model_proto, file,
         inputs=tuple(_spec(name, tensor) for name, tensor in inputs.items()),
         outputs=tuple(_spec(name, tensor) for name, tensor in zip(outputs, results, strict=True)),
     )  # fmt: skip
+
+
+def save_graph(
+    model: onnx.ModelProto, file: Path, *, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
+) -> GraphSpec:
+    """Write a checked graph without its origin, its batch axis named; returns what the manifest says about it."""
+    _forget_origin(model)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = BATCH_AXIS
+    onnx.checker.check_model(model, full_check=True)
+    file.write_bytes(model.SerializeToString(deterministic=True))
+    return GraphSpec(file=file.name, sha256=sha256_of(file), inputs=inputs, outputs=outputs)
 
 
 def _spec(name: str, tensor: Tensor) -> TensorSpec:

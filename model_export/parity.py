@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import onnxruntime
 
-from model_export.bundle import BundleError, GraphSpec, Parity, Variant
-from training.evaluate import Predictions, mean_logits, route
+from model_export.bundle import Accuracy, BundleError, GraphSpec, Parity, Precision, Rule, Variant
+from model_export.calibrate import rule_scores
+from model_export.precision import Graphs
+from training.evaluate import Predictions, accuracy_by_split, mean_logits, route
 
 MAX_LOGIT_DIFFERENCE = 1e-3
 TIE = 1e-3  # two logits, or a score and its threshold, closer than this may fall either way
 BATCH = 64
 
+Graph = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
 
-def run_variant(directory: Path, variant: Variant, images: np.ndarray, n_classes: int) -> Predictions:
+
+def run_variant(directory: Path, variant: Variant | Graphs, images: np.ndarray, n_classes: int) -> Predictions:
     """
-    Every expert and router of a variant on every image, with onnxruntime on the CPU.
+    Every expert and router of a variant on every image, on the CPU: bf16 with OpenVINO, all others with onnxruntime.
 
     Args:
         images: (N, H, W, 3), uint8.
@@ -25,30 +31,37 @@ def run_variant(directory: Path, variant: Variant, images: np.ndarray, n_classes
     Returns:
         As of the checkpoint; `labels` are empty.
     """
-    trunk, *others = [_open(directory, graph) for graph in variant.graphs]
-    experts, routers = others[: len(variant.experts)], others[len(variant.experts) :]
+    trunk = _open(directory, variant.trunk, variant.precision)
+    experts = [_open(directory, expert, variant.precision) for expert in variant.experts]
+    routers = [_open(directory, router, variant.precision) for router in variant.routers]
     logits, scores = [], []
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]
-        (features,) = trunk.run(None, {"images": batch})
+        (features,) = trunk({"images": batch})
         sums = [np.zeros((len(batch), n_classes), np.float32)]
         asked = []
         for index, expert in enumerate(experts):
-            logits_sum, expert_feature = expert.run(None, {"features": features, "logits_sum": sums[-1]})
+            logits_sum, expert_feature = expert({"features": features, "logits_sum": sums[-1]})
             sums.append(logits_sum)
             if index < len(routers):
                 inputs = {"expert_feature": expert_feature, "logits_sum": logits_sum}
-                asked.append(routers[index].run(None, inputs)[0])
+                asked.append(routers[index](inputs)[0])
         logits.append(np.diff(np.stack(sums), axis=0))
         scores.append(np.stack(asked) if asked else np.empty((0, len(batch)), np.float32))
     return Predictions(np.concatenate(logits, axis=1), np.concatenate(scores, axis=1), np.empty(0, np.int64))
 
 
-def compare(checkpoint: Predictions, graphs: Predictions, thresholds: tuple[float, ...]) -> Parity:
+def compare(
+    checkpoint: Predictions, graphs: Predictions, rule: Rule, thresholds: tuple[float, ...], class_counts: Sequence[int]
+) -> Parity:
     """
-    The largest difference of the mean logits after any number of experts, and how often the answers agree.
+    The largest difference of the mean logits after any number of experts, how often answers agree, how right they are.
 
-    Images whose two best logits, or router score and threshold, are closer than 1e-3 count as agreeing either way.
+    Images whose two best logits, or score and threshold, are closer than 1e-3 count as agreeing either way.
+
+    Args:
+        checkpoint: with the labels.
+        rule, thresholds: of the routing that is compared.
     """
     n_experts, n_images, _ = checkpoint.expert_logits.shape
     difference = 0.0
@@ -57,17 +70,36 @@ def compare(checkpoint: Predictions, graphs: Predictions, thresholds: tuple[floa
         pair = (mean_logits(side.expert_logits, used) for side in (checkpoint, graphs))
         difference = max(difference, float(np.abs(np.subtract(*pair)).max()))
 
-    theirs, ours = (route(side.router_scores, thresholds) for side in (checkpoint, graphs))
-    near = np.abs(checkpoint.router_scores - np.asarray(thresholds, np.float32)[:, None]) < TIE
-    same_experts = (theirs == ours) | near.any(axis=0)
+    sides = (checkpoint, graphs)
+    scores = [rule_scores(rule, side.expert_logits, side.router_scores) for side in sides]
+    theirs, ours = (route(values, thresholds) for values in scores)
+    near = (np.abs(scores[0] - np.asarray(thresholds, np.float32)[:, None]) < TIE).any(axis=0)
+    if rule == "agreement":  # whose scores jump where the best class of one expert or of several changes
+        sums = np.cumsum(checkpoint.expert_logits, axis=0)
+        near |= (_lead(checkpoint.expert_logits) < TIE).any(axis=0) | (_lead(sums) < TIE).any(axis=0)
 
-    expected, found = (mean_logits(side.expert_logits, theirs) for side in (checkpoint, graphs))
-    best_two = np.sort(expected, axis=1)[:, -2:]
-    same_top1 = (expected.argmax(axis=1) == found.argmax(axis=1)) | (best_two[:, 1] - best_two[:, 0] < TIE)
+    expected, found = (mean_logits(side.expert_logits, theirs) for side in sides)
+    same_top1 = (expected.argmax(axis=1) == found.argmax(axis=1)) | (_lead(expected) < TIE)
+    before, after = (
+        _accuracy(side, used, checkpoint.labels, class_counts) for side, used in zip(sides, (theirs, ours), strict=True)
+    )
     return Parity(
         images=n_images, max_abs_logit_difference=float(f"{difference:.3g}"),
-        top1_agreement=float(same_top1.mean()), experts_used_agreement=float(same_experts.mean()),
+        top1_agreement=float(same_top1.mean()), experts_used_agreement=float(((theirs == ours) | near).mean()),
+        accuracy=after, checkpoint_accuracy=before,
+        mean_experts=round(float(ours.mean()), 5), checkpoint_mean_experts=round(float(theirs.mean()), 5),
     )  # fmt: skip
+
+
+def _lead(logits: np.ndarray) -> np.ndarray:
+    """How far the best class lies before the second: (..., C) -> (...)."""
+    best_two = np.sort(logits, axis=-1)[..., -2:]
+    return cast(np.ndarray, best_two[..., 1] - best_two[..., 0])
+
+
+def _accuracy(predictions: Predictions, used: np.ndarray, labels: np.ndarray, class_counts: Sequence[int]) -> Accuracy:
+    right = mean_logits(predictions.expert_logits, used).argmax(axis=1) == labels
+    return Accuracy(**cast(dict[str, Any], accuracy_by_split(right, labels, class_counts)))
 
 
 def require(parity: Parity, name: str) -> None:
@@ -87,5 +119,19 @@ def require(parity: Parity, name: str) -> None:
             raise BundleError(f"variant {name}: {what} fails on {wrong} of {parity.images} images; nothing was written")
 
 
-def _open(directory: Path, graph: GraphSpec) -> onnxruntime.InferenceSession:
-    return onnxruntime.InferenceSession(directory / graph.file, providers=["CPUExecutionProvider"])
+def _open(directory: Path, graph: GraphSpec, precision: Precision) -> Graph:
+    """A graph as a function of its inputs by name, giving its outputs in their order."""
+    file = directory / graph.file
+    if precision != "bf16":
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        return lambda inputs: cast(list[np.ndarray], session.run(None, inputs))
+    from openvino import Core
+
+    compiled = Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+    names = [tensor.name for tensor in graph.outputs]
+
+    def run(inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        outputs = compiled(inputs)
+        return [outputs[name] for name in names]
+
+    return run

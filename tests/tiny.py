@@ -1,7 +1,9 @@
 """A tiny model with real maths: its bundle, made with onnx.helper alone, and the same model in plain numpy."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -16,6 +18,8 @@ from model_export.bundle import (
     Manifest,
     OperatingPoint,
     Parity,
+    Precision,
+    Rule,
     SplitBounds,
     TensorSpec,
     Variant,
@@ -103,12 +107,21 @@ class TinyModel:
         return sums, asked
 
 
-def write_bundle(directory: Path, model: TinyModel, *, slow_turns: int = 20_000, **fields: object) -> Path:
+def write_bundle(
+    directory: Path,
+    model: TinyModel,
+    *,
+    slow_turns: int = 20_000,
+    losses: Mapping[Precision, float] = MappingProxyType({"fp32": 0.0}),
+    **fields: object,
+) -> Path:
     """
     Write the bundle of a model.
 
     Args:
         slow_turns: how long a SLOW_COLOUR image takes, in small matrix products, one after another.
+        losses: the variants, by their precision, which is their name too, and the points of accuracy that each is said
+            to lose on few; all have the same graphs. More than 0.3 makes a variant unfaithful.
         fields: of the manifest, in place of the usual ones.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -120,7 +133,8 @@ def write_bundle(directory: Path, model: TinyModel, *, slow_turns: int = 20_000,
     )
     new_logits_sum = TensorSpec("new_logits_sum", "float32", (None, n_classes))
     images, score = TensorSpec("images", "uint8", (None, SIZE, SIZE, 3)), TensorSpec("score", "float32", (None,))
-    variant = Variant(
+    fp32 = Variant(
+        precision="fp32",
         trunk=_save(directory, "trunk.onnx", *_trunk(model, slow_turns), [images], [features]),
         experts=tuple(
             _save(directory, f"expert_{expert}.onnx", *_expert(model, expert), [features, logits_sum],
@@ -131,21 +145,32 @@ def write_bundle(directory: Path, model: TinyModel, *, slow_turns: int = 20_000,
             _save(directory, f"router_{router}.onnx", *_router(model, router), [expert_feature, logits_sum], [score])
             for router in routers
         ),
-        parity=Parity(images=100, max_abs_logit_difference=1e-6, top1_agreement=1.0, experts_used_agreement=1.0),
+        parity=parity(0.0),
     )  # fmt: skip
+    variants = {name: replace(fp32, precision=name, parity=parity(loss)) for name, loss in losses.items()}
     usual = {
         "name": "tiny", "version": "7", "classes": CLASSES, "class_counts": COUNTS, "split_bounds": BOUNDS,
         "input": InputSpec(SIZE, SIZE, "crop", "bilinear", MEAN, STD),
         "macs": Macs(MACS["trunk"], (MACS["expert"],) * len(experts), (MACS["router"],) * len(routers)),
-        "variants": {"fp32": variant}, "default_variant": "fp32", "thresholds": (0.5,) * len(routers),
-        "calibration": Calibration("noise, for tests", 100, operating_points(model.n_experts)),
+        "variants": variants, "default_variant": "fp32", "rule": "router", "thresholds": (0.5,) * len(routers),
+        "calibration": Calibration("noise, for tests", 100, operating_points(model.n_experts), risk=None),
         "provenance": {"recipe": {"name": "tiny"}, "seed": 0},
     }  # fmt: skip
     write_manifest(directory, Manifest(**usual | fields))
     return directory
 
 
-def operating_points(n_experts: int) -> tuple[OperatingPoint, ...]:
+def parity(loss: float) -> Parity:
+    """Of a variant that loses so many points of accuracy on few."""
+    checkpoint = Accuracy(all=49.5, many=60.0, medium=None, few=30.0)
+    return Parity(
+        images=100, max_abs_logit_difference=1e-6, top1_agreement=1.0, experts_used_agreement=1.0,
+        accuracy=replace(checkpoint, few=30.0 - loss), checkpoint_accuracy=checkpoint,
+        mean_experts=1.6, checkpoint_mean_experts=1.6,
+    )  # fmt: skip
+
+
+def operating_points(n_experts: int, rule: Rule = "router") -> tuple[OperatingPoint, ...]:
     """A calibration table: the more experts, the more accurate, but for the first step up, which gains nothing."""
     full = MACS["trunk"] + n_experts * MACS["expert"] + (n_experts - 1) * MACS["router"]
     rows = [(0.0, float(n_experts), 50.0)]
@@ -153,6 +178,7 @@ def operating_points(n_experts: int) -> tuple[OperatingPoint, ...]:
         rows = [(1.0, 1.0, 45.0), (0.8, 1.2, 45.0), (0.5, 1.6, 49.5), (0.2, 1.9, 49.8), *rows]
     return tuple(
         OperatingPoint(
+            rule=rule,
             thresholds=(threshold,) * (n_experts - 1),
             accuracy=Accuracy(all=accuracy, many=60.0, medium=None, few=30.0),
             mean_experts=mean,

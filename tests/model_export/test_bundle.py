@@ -8,10 +8,10 @@ import shutil
 import pytest
 
 from model_export.bundle import (
+    MAX_VARIANT_LOSS,
     SCHEMA_VERSION,
     BundleError,
     GraphSpec,
-    Parity,
     SplitBounds,
     TensorSpec,
     Variant,
@@ -20,6 +20,7 @@ from model_export.bundle import (
     split_of,
     write_manifest,
 )
+from tests.tiny import operating_points, parity
 
 
 @pytest.fixture
@@ -119,7 +120,8 @@ def test_a_directory_without_a_manifest_is_no_bundle(tmp_path):
         (b"[]", "the document: is []; expected an object"),
         (b"null", "the document: is None; expected an object"),
         (b"{}", "is missing; expected the keys"),
-        (b'{"schema_version": 2, "new": 1}', "schema_version: is 2; this release reads 1"),
+        (b'{"schema_version": 1, "new": 1}', "schema_version: is 1; this release reads 2"),
+        (b'{"schema_version": 3}', "schema_version: is 3; this release reads 2"),
     ],
 )
 def test_a_manifest_that_is_no_manifest_is_refused(bundle, content, words):
@@ -134,9 +136,10 @@ def test_a_manifest_that_is_no_manifest_is_refused(bundle, content, words):
 KEYS = [
     "name", "version", "classes", "class_counts", "split_bounds", "split_bounds.many_above", "input", "input.mean",
     "macs.trunk", "macs.routers", "variants", "variants.fp32.trunk", "variants.fp32.experts.1.sha256",
-    "variants.fp32.trunk.inputs.0.shape", "variants.fp32.parity", "variants.fp32.parity.images", "default_variant",
-    "thresholds", "calibration", "calibration.data", "calibration.points.2.accuracy.few", "provenance",
-    "schema_version",
+    "variants.fp32.trunk.inputs.0.shape", "variants.fp32.parity", "variants.fp32.parity.images",
+    "variants.fp32.parity.checkpoint_accuracy.few", "variants.fp32.precision", "default_variant", "rule", "thresholds",
+    "calibration", "calibration.data", "calibration.points.2.accuracy.few", "calibration.points.2.rule",
+    "calibration.risk", "provenance", "schema_version",
 ]  # fmt: skip
 
 
@@ -148,6 +151,12 @@ def test_a_missing_key_is_refused(bundle, key):
         read_bundle(bundle)
     where = shown(key)
     assert str(refusal.value).startswith(f"manifest.json: {where}: is missing; expected the keys [")
+
+
+RISK = {
+    "max_risk": 0.5, "confidence": 0.95, "images": 50, "loss": -0.1, "upper_bound": 0.4,
+    "loss_by_split": {"many": 0.0, "medium": None, "few": 1.2},
+}  # fmt: skip
 
 
 def shown(key):
@@ -190,6 +199,11 @@ def test_an_unknown_key_is_refused(bundle, key):
         ("provenance", [], "provenance: is []; expected an object"),
         ("variants.fp32.trunk.inputs.0.shape.1", "H", "shape[1]: is 'H'; expected int"),
         ("thresholds.0", "0.5", "thresholds[0]: is '0.5'; expected float"),
+        ("variants.fp32.precision", "fp8", "precision: is 'fp8'; expected one of ['fp32', 'bf16', 'fp16', 'int8']"),
+        ("rule", "entropy", "rule: is 'entropy'; expected one of ['router', 'confidence', 'margin', 'agreement', 'dep"),
+        ("calibration.points.1.rule", None, "points[1].rule: is None; expected one of ['router'"),
+        ("calibration.risk", [], "calibration.risk: is []; expected an object"),
+        ("calibration.risk", RISK, None),
         ("name", "x" * 1000, None),
         ("name", ["x" * 1000], "is ['" + "x" * 55 + "...; expected str"),
         # numbers
@@ -203,6 +217,11 @@ def test_an_unknown_key_is_refused(bundle, key):
         ("thresholds.1", 1.01, "thresholds: is [0.5, 1.01]; expected values in [0, 1]"),
         ("thresholds.1", -0.01, "thresholds: is [0.5, -0.01]"),
         ("variants.fp32.parity.top1_agreement", 1.1, "parity.top1_agreement: is 1.1; expected a share in [0, 1]"),
+        ("variants.fp32.parity.accuracy.few", 29.7, None),
+        ("variants.fp32.parity.accuracy.few", 29.69, "is 'fp32', which loses 0.31 points in a split; expected one"),
+        ("variants.fp32.parity.accuracy.all", 49, "is 'fp32', which loses 0.50 points in a split"),
+        ("calibration.risk", RISK | {"confidence": 1.0}, "risk.confidence: is 1.0; expected a probability in (0, 1)"),
+        ("calibration.risk", RISK | {"upper_bound": 0.6}, "calibration.risk.upper_bound: is 0.6; expected at most 0.5"),
         ("calibration.points.0.accuracy.all", 100.5, "accuracy.all: is 100.5; expected a percentage"),
         ("calibration.points.0.accuracy.few", -1, "accuracy.few: is -1"),
         ("split_bounds.few_below", 102, "split_bounds: few_below is 102 and many_above is 100"),
@@ -216,14 +235,18 @@ def test_an_unknown_key_is_refused(bundle, key):
         ("macs.experts", [], "macs.experts: is empty"),
         ("macs.experts.2", ..., "macs.routers: has 2 entries; expected 1, one for each expert but the last"),
         ("macs.routers.1", ..., "macs.routers: has 1 entries; expected 2"),
-        ("thresholds.1", ..., "thresholds: has 1 entries; expected 2, one for each router"),
+        ("thresholds.1", ..., "thresholds: has 1 entries; expected 2, one for each expert but the last"),
         ("variants.fp32.experts.2", ..., "variants.fp32.experts: has 2 entries; expected 3"),
         ("variants.fp32.routers.1", ..., "variants.fp32.routers: has 1 entries; expected 2"),
         ("default_variant", "int8", "default_variant: is 'int8'; the variants are ['fp32']"),
         ("variants", {}, "default_variant: is 'fp32'; the variants are []"),
         # calibration
-        ("calibration.points", [], "calibration.points: has no point whose thresholds are all 0"),
-        ("calibration.points.4", ..., "calibration.points: has no point whose thresholds are all 0"),
+        ("calibration.points", [], "calibration.points: has no point of the rule 'router' whose thresholds are all 0"),
+        ("calibration.points.4", ..., "calibration.points: has no point of the rule 'router' whose thresholds are all"),
+        ("calibration.points.4.rule", "margin", "points: has no point of the rule 'router' whose thresholds"),
+        ("calibration.points.1.rule", "margin", "points: has no point of the rule 'margin' whose thresholds"),
+        ("rule", "depth", "calibration.points: has no point of the rule 'depth' whose thresholds are all 0"),
+        ("calibration.risk", RISK | {"loss_by_split": {"many": 0.0}}, "loss_by_split: has ['many']; expected ['many"),
         ("calibration.points.1.thresholds.0", 2, "calibration.points[1].thresholds: is [2.0, 0.8]"),
         ("calibration.points.1.thresholds.1", ..., "calibration.points[1].thresholds: has 1 entries; expected 2"),
         ("calibration.points.1.experts_share.1", ..., "points[1].experts_share: has 2 entries; expected 3"),
@@ -349,10 +372,10 @@ def test_inconsistent_manifests_cannot_even_be_made(tiny_bundle):
     manifest = read_bundle(tiny_bundle).manifest
     with pytest.raises(BundleError, match="default_variant"):
         dataclasses.replace(manifest, default_variant="int8")
-    with pytest.raises(BundleError, match="schema_version: is 2; this release reads 1"):
+    with pytest.raises(BundleError, match="schema_version: is 3; this release reads 2"):
         dataclasses.replace(manifest, schema_version=SCHEMA_VERSION + 1)
     with pytest.raises(BundleError, match="parity"):
-        Parity(1, 0.0, 2.0, 1.0)
+        dataclasses.replace(parity(0.0), top1_agreement=2.0)
 
 
 def test_an_interrupted_write_leaves_the_old_manifest(tiny_bundle, bundle, monkeypatch):
@@ -372,4 +395,27 @@ def test_a_variant_lists_its_graphs_in_the_order_in_which_they_run():
     """Trunk, experts, routers."""
     tensor = TensorSpec("x", "float32", (None,))
     graphs = [GraphSpec(f"{number}.onnx", "", (tensor,), (tensor,)) for number in range(4)]
-    assert Variant(graphs[0], (graphs[1], graphs[2]), (graphs[3],), Parity(1, 0.0, 1.0, 1.0)).graphs == tuple(graphs)
+    assert Variant("fp32", graphs[0], (graphs[1], graphs[2]), (graphs[3],), parity(0.0)).graphs == tuple(graphs)
+
+
+def test_a_variant_is_faithful_as_long_as_no_split_loses_more_than_is_allowed(make_bundle):
+    """Such a one may stand in the bundle, but cannot be the default."""
+    bundle = read_bundle(make_bundle(losses={"fp32": 0.0, "bf16": MAX_VARIANT_LOSS, "int8": 0.41}))
+    manifest = bundle.manifest
+
+    assert {name: variant.faithful for name, variant in manifest.variants.items()} == {
+        "fp32": True, "bf16": True, "int8": False
+    }  # fmt: skip
+    assert manifest.variants["int8"].parity.largest_loss == pytest.approx(0.41)
+    with pytest.raises(BundleError, match=r"default_variant: is 'int8', which loses 0\.41 points in a split"):
+        dataclasses.replace(manifest, default_variant="int8")
+
+
+def test_operating_points_of_several_rules_stand_in_one_table(make_bundle):
+    """In the order of their experts, each rule with its own point for all of them."""
+    points = sorted(operating_points(3) + operating_points(3, "depth"), key=lambda point: point.mean_experts)
+    calibration = dataclasses.replace(read_bundle(make_bundle()).manifest.calibration, points=tuple(points))
+    manifest = read_bundle(make_bundle(calibration=calibration, rule="depth")).manifest
+
+    assert manifest.rule == "depth"
+    assert [point.rule for point in manifest.calibration.points[:2]] == ["router", "depth"]

@@ -60,6 +60,10 @@ class Images:
         """The same images on `device`."""
         return Images(self.pixels.to(device), self.labels.to(device))
 
+    def even_sample(self, size: int) -> Tensor:
+        """The pixels of at most `size` images, evenly spread over all: (size, H, W, 3)."""
+        return self.pixels[torch.linspace(0, len(self) - 1, min(size, len(self))).round().long()]
+
 
 @dataclass(frozen=True)
 class Data:
