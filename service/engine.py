@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from model_export.bundle import Bundle, BundleError, GraphSpec, Manifest, Precision, TensorSpec, Variant
+from model_export.bundle import Bundle, BundleError, GraphSpec, Manifest, Precision, TensorSpec
 from service.cascade import Floats, Rows
 
 RUNTIME_VERSION: Final = str(ort.__version__)
@@ -42,7 +42,8 @@ GATHER_GRAPHS: Final = {
 
 # Two tensors along the batch axis: `first`, `second` -> `joined`.
 CONCAT_GRAPHS: Final = {
-    dtype: b'\x08\x08:c\n,\n\x05first\n\x06second\x12\x06joined"\x06Concat*\x0b\n\x04axis\x18\x00\xa0\x01\x02\x12\x04join'
+    dtype: b'\x08\x08:c\n,\n\x05first\n\x06second\x12\x06joined"\x06Concat*\x0b\n\x04axis\x18\x00\xa0\x01\x02'
+    b"\x12\x04join"
     b"Z\r\n\x05first\x12\x04\n\x02\x08"
     + code
     + b"Z\x0e\n\x06second\x12\x04\n\x02\x08"

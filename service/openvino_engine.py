@@ -14,7 +14,8 @@ try:
     import openvino
 except ImportError as error:
     raise EngineError(
-        "RIDE_PROVIDER is openvino, which is not installed; pip install 'ride-serving[openvino]', or set RIDE_PROVIDER=cpu"
+        "RIDE_PROVIDER is openvino, which is not installed; pip install 'ride-serving[openvino]', or set "
+        "RIDE_PROVIDER=cpu"
     ) from error
 
 

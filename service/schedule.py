@@ -12,9 +12,9 @@ by which everyone behind is answered earlier. So survivors let a fresh batch go 
 
     S * (images that wait) > T * a
 
-that is, where it lowers the mean latency. They let only one batch pass, so that nobody waits for ever. All times are measured when
-the service warms up. On a processor t grows in step with the number of images, S is next to nothing, and survivors
-never wait; on a GPU they do as soon as there is a queue.
+that is, where it lowers the mean latency. They let only one batch pass, so that nobody waits for ever. All times are
+measured when the service warms up. On a processor t grows in step with the number of images, S is next to nothing,
+and survivors never wait; on a GPU they do as soon as there is a queue.
 """
 
 from collections.abc import Mapping, Sequence
@@ -73,7 +73,7 @@ class Schedule:
         self._reach = reach
 
     def fresh_first(self, expert: int, survivors: int, waiting: int) -> int:
-        """How many of the `waiting` fresh images go before the `survivors` that wait for `expert`; 0: these go first."""
+        """How many of the `waiting` fresh images go before the `survivors`, which wait for `expert`; 0: none."""
         fresh = min(waiting, self.max_batch)
         if not self.merges or not fresh or survivors >= self.max_batch:
             return 0

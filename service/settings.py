@@ -75,14 +75,14 @@ class Settings(BaseSettings):
     )
     engine_thread: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="Whether graphs run in a thread of their own, instead of in the one that speaks HTTP. auto: where a "
-        "step of a full batch takes more than 25 ms, or on a GPU. off saves the hand-over, and lets /healthz wait for a "
-        "step.",
+        description="Whether graphs run in a thread of their own, instead of in the one that speaks HTTP. auto: where "
+        "a step of a full batch takes more than 25 ms, or on a GPU. off saves the hand-over, and lets /healthz wait "
+        "for a step.",
     )
     scaled_decode: bool = Field(
         True,
-        description="Decode a JPEG that is at least twice as large as the model's input at a fraction of its size. Three "
-        "to four times faster for photographs; changes pixels slightly.",
+        description="Decode a JPEG that is much larger than the model's input at a fraction of its size. Two to three "
+        "times faster for photographs; changes pixels slightly.",
     )
     max_queue: int = Field(
         256,
