@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     log(logging.INFO, "starting", settings=settings.model_dump(mode="json"))
     config = uvicorn.Config(
         create_app(classifier), host=settings.host, port=settings.port, log_config=None, access_log=False,
-        loop="uvloop", http=GuardedProtocol, ws="none", server_header=False, backlog=BACKLOG,
+        loop="uvloop", http=GuardedProtocol, ws="none", server_header=False, proxy_headers=False, backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=1,
     )  # fmt: skip
     server = DrainingServer(config, classifier, settings.drain_s)

@@ -2,8 +2,6 @@
 
 import asyncio
 import dataclasses
-import re
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,7 +11,6 @@ import fastapi_offline
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 from prometheus_client.exposition import choose_encoder
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
@@ -22,19 +19,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service import __version__
 from service.classifier import Classifier
 from service.errors import ServiceError
+from service.headers import common_headers, request_id_of
 from service.routes import ClassifyRoute
 from service.schemas import ErrorAnswer, ModelAnswer, classify_operation, schema_components
 
 STATIC: Final = Path(__file__).parent / "static"
-REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
-PAGE_POLICY: Final = (
-    "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
-)
-# Swagger UI starts itself by an inline script and sets inline styles.
-DOCS_POLICY: Final = PAGE_POLICY + "; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'"
 
 
-def create_app(classifier: Classifier) -> FastAPI:
+def create_app(classifier: Classifier) -> "Service":
     """The service around a classifier, which is started and stopped with it."""
 
     @asynccontextmanager
@@ -48,13 +40,34 @@ def create_app(classifier: Classifier) -> FastAPI:
         title="ride-serving", version=__version__, lifespan=lifespan, redoc_url=None, static_url="/docs/static",
         description="Classifies images and decides for each how many experts it needs.",
     )  # fmt: skip
-    app.router.routes.append(Route("/classify", ClassifyRoute(classifier), methods=["POST"], name="classify"))
+    classify = ClassifyRoute(classifier)
+    app.router.routes.append(Route("/classify", classify, methods=["POST"], name="classify"))  # answers other methods
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     _add_routes(app, classifier)
     _describe_classify(app)
     app.add_middleware(CommonHeaders)
     app.add_exception_handler(HTTPException, _http_error)
-    return app
+    return Service(classify, app)
+
+
+class Service:
+    """
+    FastAPI, but for the one hot route, which its layers would cost more than all of its own work.
+
+    Attributes:
+        api: everything else.
+    """
+
+    def __init__(self, classify: ASGIApp, api: FastAPI) -> None:
+        self.api = api
+        self._classify = classify
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] == "http" and scope["path"] == "/classify" and scope["method"] == "POST":
+            await self._classify(scope, receive, send)
+        else:
+            await self.api(scope, receive, send)
 
 
 class CommonHeaders:
@@ -68,16 +81,13 @@ class CommonHeaders:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _request_id(scope)
+        request_id = request_id_of(scope["headers"])
         scope.setdefault("state", {})["request_id"] = request_id
-        policy = DOCS_POLICY if scope["path"].startswith("/docs") else PAGE_POLICY
+        headers = common_headers(request_id, scope["path"])
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = request_id
-                headers["x-content-type-options"] = "nosniff"
-                headers["content-security-policy"] = policy
+                message["headers"] = [*message["headers"], *headers]
             await send(message)
 
         await self._app(scope, receive, send_with_headers)
@@ -144,14 +154,6 @@ def _describe_classify(app: FastAPI) -> None:
         return generate()
 
     app.openapi = openapi  # type: ignore[method-assign]
-
-
-def _request_id(scope: Scope) -> str:
-    """The client's own id where it is a sane one, else a fresh one."""
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
-            return str(value.decode("ascii"))
-    return uuid.uuid4().hex
 
 
 def _error(request: Request, error: ServiceError) -> Response:

@@ -1,6 +1,7 @@
 """Behind the door: decoding threads, batcher, cascade and engine, from start-up to drained."""
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from model_export.bundle import Bundle, BundleError
 from service.batcher import Batcher, QueueFullError
 from service.cascade import BatchReport, Cascade, Engine, Job, NotFiniteError, Observer, Outcome
 from service.cores import available_cores
+from service.counters import Counters
 from service.engine import RUNTIME_VERSION, EngineError
 from service.errors import ServiceError
 from service.images import decode, is_small
@@ -74,9 +76,17 @@ class Classifier:
     """
 
     def __init__(
-        self, bundle: Bundle, settings: Settings, registry: CollectorRegistry, open_engine: OpenEngine
+        self,
+        bundle: Bundle,
+        settings: Settings,
+        registry: CollectorRegistry,
+        open_engine: OpenEngine,
+        counters: Counters | None = None,
     ) -> None:
         """
+        Args:
+            counters: of all workers; None where this process is the whole service.
+
         Raises:
             SettingsError: where the settings ask for what the bundle does not have.
         """
@@ -95,7 +105,9 @@ class Classifier:
         self.upload_memory = UploadMemory(settings.max_inflight_bytes)
         self._open_engine = open_engine
         self._batcher: Batcher[Job, Outcome] = Batcher(max_queue=settings.max_queue)
-        self.metrics = Metrics(registry, manifest, self.operation, lambda: self._batcher.waiting, settings.max_queue)
+        self.metrics = Metrics(
+            registry, manifest, self.operation, lambda: self._batcher.waiting, settings.max_queue, counters
+        )
         self._decoders = ThreadPoolExecutor(self.threads, thread_name_prefix="ride-decode")
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -111,10 +123,12 @@ class Classifier:
             explained = isinstance(error, BundleError | EngineError)  # then its message says all
             log(logging.ERROR, "start_failed", error=None if explained else error, reason=str(error))
             return
+        gc.collect()
+        gc.freeze()  # what start-up made stays; to look through it again and again would stop everything for 20 ms
         self._batcher.start(cascade, threaded=threaded)
         if self.state == "starting":  # and not told to stop meanwhile
             self.state = "ready"
-            self.metrics.ready.set(1)
+            self.metrics.set_ready(True)
         log(
             logging.INFO,
             "ready",
@@ -133,7 +147,7 @@ class Classifier:
     async def drain(self, seconds: float) -> bool:
         """Refuse new work, wait for accepted work; whether all of it was answered in time."""
         self.state = "draining"
-        self.metrics.ready.set(0)
+        self.metrics.set_ready(False)
         log(logging.INFO, "draining", requests=self._in_flight, seconds=seconds)
         try:
             await asyncio.wait_for(self._idle.wait(), seconds)

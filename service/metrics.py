@@ -1,18 +1,23 @@
 """Every figure that Prometheus can read of the service."""
 
+import math
 import platform
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
+from prometheus_client import CollectorRegistry, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 from model_export.bundle import SPLITS, Manifest
 from service import __version__
 from service.cascade import EXIT_REASONS, BatchReport, Outcome
+from service.counters import DEAD_CPU_S, OWN_CELLS, PID, READY, RESTARTS, WAITING, WAS_READY, Counters, Row
 from service.errors import STATUS
 from service.operating_point import Operation
-
-disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for every first, which nobody reads
+from service.processes import process_families
 
 CLIENT_GONE: Final = 499  # nginx's number for a client that hung up before its answer
 REQUEST_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -21,11 +26,137 @@ BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SCORE_BUCKETS: Final = tuple(tenth / 10 for tenth in range(1, 11))
 
 
+@dataclass(frozen=True, slots=True)
+class CounterCells:
+    """A counter: a cell for each value of its label ("" where it has none)."""
+
+    name: str
+    text: str
+    label: str
+    cells: dict[str, int]
+
+    def family(self, sums: Sequence[float]) -> Metric:
+        """As Prometheus reads it."""
+        family = CounterMetricFamily(f"ride_{self.name}", self.text, labels=[self.label] if self.label else [])
+        for value, cell in self.cells.items():
+            family.add_metric([value] if self.label else [], sums[cell])
+        return family
+
+
+@dataclass(frozen=True, slots=True)
+class HistogramCells:
+    """A histogram: for each value of its label the cells of its buckets, one for what exceeds them, and the sum."""
+
+    name: str
+    text: str
+    bounds: tuple[float, ...]
+    label: str
+    cells: dict[str, int]
+
+    def add(self, row: Row, first: int, value: float) -> None:
+        """Count a value in the cells from `first` on."""
+        row[first + bisect_left(self.bounds, value)] += 1
+        row[first + len(self.bounds) + 1] += value
+
+    def add_all(self, row: Row, first: int, values: Sequence[float]) -> None:
+        """Count several values."""
+        bounds = self.bounds
+        for value in values:
+            row[first + bisect_left(bounds, value)] += 1
+        row[first + len(bounds) + 1] += sum(values)
+
+    def family(self, sums: Sequence[float]) -> Metric:
+        """As Prometheus reads it."""
+        family = HistogramMetricFamily(f"ride_{self.name}", self.text, labels=[self.label] if self.label else [])
+        names = [bound_name(bound) for bound in (*self.bounds, math.inf)]
+        for value, first in self.cells.items():
+            end = first + len(names)
+            counts = accumulate(sums[first:end])
+            family.add_metric([value] if self.label else [], list(zip(names, counts, strict=True)), sums[end])
+        return family
+
+
+class Layout:
+    """
+    Which cell of a row holds what; the same for every process that serves the same model.
+
+    Attributes:
+        size: cells in a row.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.size = OWN_CELLS
+        stages = ["trunk", *(f"expert_{expert}" for expert in range(manifest.n_experts))]
+        self.requests = self._counter(
+            "requests",
+            f"Answers of POST /classify by HTTP status; {CLIENT_GONE}: the client hung up first.",
+            "code",
+            sorted({"200", str(CLIENT_GONE), *map(str, STATUS.values())} - {"404", "405"}),
+        )
+        self.request_seconds = self._histogram(
+            "request_seconds", "From a request's first byte to its answer, refusals included.", REQUEST_BUCKETS
+        )
+        self.images = self._counter(
+            "images",
+            "Images answered, by how many experts ran.",
+            "experts",
+            [str(used) for used in range(1, manifest.n_experts + 1)],
+        )
+        self.exits = self._counter("exits", "Images answered, by what ended their way.", "reason", EXIT_REASONS)
+        self.router_score = self._histogram(
+            "router_score",
+            "Score of a router, each time it is asked.",
+            SCORE_BUCKETS,
+            "router",
+            map(str, range(manifest.n_experts - 1)),
+        )
+        self.stage_seconds = self._histogram(
+            "stage_seconds",
+            "Time of a step: decode for each image, trunk and expert_i (its router included) for each batch.",
+            STAGE_BUCKETS,
+            "stage",
+            ["decode", *stages],
+        )
+        self.batch_images = self._histogram(
+            "batch_images", "Images in one run of trunk or expert_i.", BATCH_BUCKETS, "stage", stages
+        )
+        self.queue_seconds = self._histogram(
+            "queue_seconds", "From an image's arrival in the queue until its batch closes.", REQUEST_BUCKETS
+        )
+        self.refused = self._counter(
+            "refused",
+            "Images or requests refused or failed, by error code.",
+            "reason",
+            [code for code in STATUS if code not in ("not_found", "method_not_allowed")],
+        )
+        self.predictions = self._counter(
+            "predictions", "Images answered, by the split of the most probable class.", "split", SPLITS
+        )
+
+    def _counter(self, name: str, text: str, label: str, values: Iterable[str]) -> CounterCells:
+        return CounterCells(name, text, label, self._places(values, 1))
+
+    def _histogram(
+        self, name: str, text: str, bounds: tuple[float, ...], label: str = "", values: Iterable[str] = ("",)
+    ) -> HistogramCells:
+        return HistogramCells(name, text, bounds, label, self._places(values, len(bounds) + 2))
+
+    def _places(self, values: Iterable[str], cells: int) -> dict[str, int]:
+        places = {}
+        for value in values:
+            places[value] = self.size
+            self.size += cells
+        return places
+
+
 class Metrics:
     """
-    The service's metrics, in a registry of the caller's.
+    The service's metrics: this process records its own, and any process can show the sum over all.
 
     Every label that can be known at the start is there from the start, at 0: a panel then shows 0 instead of "no data".
+
+    `batch_done` is for the thread that runs the batches, everything else for the event loop's: no cell is written by
+    both, so that nothing needs a lock.
     """
 
     def __init__(
@@ -35,128 +166,159 @@ class Metrics:
         operation: Operation,
         waiting: Callable[[], int],
         limit: int,
+        counters: Counters | None = None,
     ) -> None:
         """
         Args:
             operation: thresholds in force, and what calibration expects of them.
-            waiting: images that wait now.
-            limit: images that may wait.
+            waiting: images that wait now in this process.
+            limit: images that may wait in this process.
+            counters: as `shared_counters` makes them; None where this process is the whole service.
         """
         self.registry = registry
         self._manifest = manifest
-        self._splits = manifest.splits
-        macs = manifest.macs
-        self._macs = [image_macs(manifest, used) for used in range(manifest.n_experts + 1)]
+        self._operation = operation
+        self._waiting = waiting
+        self._limit = limit
+        self._layout = layout = Layout(manifest)
+        if counters is None:
+            counters = Counters(1, layout.size)
+            counters.take(0)
+        self._counters = counters
+        self._info: dict[str, dict[str, str]] = {}
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(name, text, labels, namespace="ride", registry=registry)
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(name, text, labels, namespace="ride", buckets=buckets, registry=registry)
-
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(name, text, labels, namespace="ride", registry=registry)
-
-        self.requests = counter(
-            "requests", f"Answers of POST /classify by HTTP status; {CLIENT_GONE}: the client hung up first.", "code"
-        )
-        self.request_seconds = histogram(
-            "request_seconds", "From a request's first byte to its answer, refusals included.", REQUEST_BUCKETS
-        )
-        self.images = counter("images", "Images answered, by how many experts ran.", "experts")
-        self.exits = counter("exits", "Images answered, by what ended their way.", "reason")
-        self.router_score = histogram(
-            "router_score", "Score of a router, each time it is asked.", SCORE_BUCKETS, "router"
-        )
-        self.stage_seconds = histogram(
-            "stage_seconds",
-            "Time of a step: decode for each image, trunk and expert_i (its router included) for each batch.",
-            STAGE_BUCKETS,
-            "stage",
-        )
-        self.batch_images = histogram("batch_images", "Images in one run of trunk or expert_i.", BATCH_BUCKETS, "stage")
-        self.queue_seconds = histogram(
-            "queue_seconds", "From an image's arrival in the queue until its batch closes.", REQUEST_BUCKETS
-        )
-        gauge("queue_images", "Images that wait now, those being decoded included.").set_function(waiting)
-        gauge("queue_limit_images", "Images that may wait (RIDE_MAX_QUEUE).").set(limit)
-        self.refused = counter("refused", "Images or requests refused or failed, by error code.", "reason")
-        self.predictions = counter("predictions", "Images answered, by the split of the most probable class.", "split")
-        self.macs = counter("macs", "Multiply-accumulates spent on images answered.")
-        self.macs_saved = counter(
-            "macs_saved", "Multiply-accumulates that images answered did without, against running all experts."
-        )
-        calibrated = gauge(
-            "calibrated_mean_experts",
-            "Experts per image that calibration expects at the thresholds in force; NaN where it did not measure them.",
-        )
-        share = gauge(
-            "calibrated_experts_share", "Share of images that calibration expects to use so many experts.", "experts"
-        )
-        self.model_info = gauge(
-            "model_info", "1, for the model that is served.", "name", "version", "variant", "provider"
-        )
-        self.build_info = gauge("build_info", "1, for what serves it.", "version", "python", "onnxruntime")
-        self.ready = gauge("ready", "1 while the service takes work, 0 while it starts or drains.")
-
-        calibrated.set(operation.expected.mean_experts if operation.expected else float("nan"))
-        for used in range(1, manifest.n_experts + 1):
-            self.images.labels(str(used))
-            share.labels(str(used)).set(
-                operation.expected.experts_share[used - 1] if operation.expected else float("nan")
-            )
-        for code in sorted({200, CLIENT_GONE, *STATUS.values()} - {404, 405}):
-            self.requests.labels(str(code))
-        for reason in STATUS:
-            if reason not in ("not_found", "method_not_allowed"):
-                self.refused.labels(reason)
-        for reason in EXIT_REASONS:
-            self.exits.labels(reason)
-        for split in SPLITS:
-            self.predictions.labels(split)
-        for router in range(len(macs.routers)):
-            self.router_score.labels(str(router))
-        stages = ["trunk", *(f"expert_{expert}" for expert in range(manifest.n_experts))]
-        self._decode = self.stage_seconds.labels("decode")
-        for stage in stages:
-            self.stage_seconds.labels(stage)
-            self.batch_images.labels(stage)
-        ProcessCollector(registry=registry)
+        self._requests = {int(code): cell for code, cell in layout.requests.cells.items()}
+        self._request_seconds = layout.request_seconds.cells[""]
+        self._decode = layout.stage_seconds.cells["decode"]
+        self._queue_seconds = layout.queue_seconds.cells[""]
+        self._images = [0, *layout.images.cells.values()]  # by experts used
+        self._predictions = [layout.predictions.cells[split] for split in manifest.splits]  # by class
+        self._router_score = list(layout.router_score.cells.values())
+        registry.register(self)
 
     def engine_started(self, *, variant: str, provider: str, onnxruntime: str) -> None:
         """Say what is served, and by what."""
-        self.model_info.labels(self._manifest.name, self._manifest.version, variant, provider).set(1)
-        self.build_info.labels(__version__, platform.python_version(), onnxruntime).set(1)
+        self._info = {
+            "model": {
+                "name": self._manifest.name, "version": self._manifest.version, "variant": variant, "provider": provider
+            },
+            "build": {"version": __version__, "python": platform.python_version(), "onnxruntime": onnxruntime},
+        }  # fmt: skip
+
+    def set_ready(self, ready: bool) -> None:
+        """Whether this process takes work from now on."""
+        own = self._counters.own
+        own[READY] = ready
+        if ready:
+            own[WAS_READY] = 1
 
     def image_decoded(self, seconds: float) -> None:
         """Count an image's decoding."""
-        self._decode.observe(seconds)
+        self._layout.stage_seconds.add(self._counters.own, self._decode, seconds)
 
     def batch_done(self, report: BatchReport) -> None:
         """Count a batch's stages, router scores and waits."""
+        own, layout = self._counters.own, self._layout
         for stage, rows, seconds in report.stages:
-            self.stage_seconds.labels(stage).observe(seconds)
-            self.batch_images.labels(stage).observe(rows)
+            layout.stage_seconds.add(own, layout.stage_seconds.cells[stage], seconds)
+            layout.batch_images.add(own, layout.batch_images.cells[stage], rows)
         for router, scores in report.router_scores:
-            of_router = self.router_score.labels(str(router))
-            for score in scores:
-                of_router.observe(score)
-        for wait in report.waits:
-            self.queue_seconds.observe(wait)
+            layout.router_score.add_all(own, self._router_score[router], scores)
+        layout.queue_seconds.add_all(own, self._queue_seconds, report.waits)
 
     def image_answered(self, outcome: Outcome) -> None:
         """Count an image that is part of an answer."""
-        spent = self._macs[outcome.experts_used]
-        self.images.labels(str(outcome.experts_used)).inc()
-        self.exits.labels(outcome.exit_reason).inc()
-        self.predictions.labels(self._splits[outcome.classes[0]]).inc()
-        self.macs.inc(spent)
-        self.macs_saved.inc(self._macs[-1] - spent)
+        own = self._counters.own
+        own[self._images[outcome.experts_used]] += 1
+        own[self._layout.exits.cells[outcome.exit_reason]] += 1
+        own[self._predictions[outcome.classes[0]]] += 1
 
     def request_done(self, status: int, seconds: float) -> None:
         """Count a request's end."""
-        self.requests.labels(str(status)).inc()
-        self.request_seconds.observe(seconds)
+        own = self._counters.own
+        own[self._requests[status]] += 1
+        self._layout.request_seconds.add(own, self._request_seconds, seconds)
+
+    def refused(self, code: str) -> None:
+        """Count an image or a request that got this error instead of an answer."""
+        self._counters.own[self._layout.refused.cells[code]] += 1
+
+    def publish_waiting(self) -> None:
+        """Let the other processes see how many images wait in this one; called several times a second."""
+        self._counters.own[WAITING] = self._waiting()
+
+    def collect(self) -> Iterator[Metric]:
+        """All of it, summed over the processes: what prometheus_client asks of a collector."""
+        self.publish_waiting()
+        layout, counters = self._layout, self._counters
+        sums = counters.sums()
+        for cells in (
+            layout.requests, layout.request_seconds, layout.images, layout.exits, layout.router_score,
+            layout.stage_seconds, layout.batch_images, layout.queue_seconds, layout.refused, layout.predictions,
+        ):  # fmt: skip
+            yield cells.family(sums)
+        yield from self._macs(sums)
+        yield from self._state(sums)
+        yield from self._calibration()
+        for name, labels in self._info.items():
+            text = {"model": "1, for the model that is served.", "build": "1, for what serves it."}[name]
+            family = GaugeMetricFamily(f"ride_{name}_info", text, labels=list(labels))
+            family.add_metric(list(labels.values()), 1)
+            yield family
+        pids = [int(pid) for pid in counters.column(PID) if pid]
+        yield from process_families(pids, pids[-1], sums[DEAD_CPU_S])
+
+    def _macs(self, sums: Sequence[float]) -> Iterator[Metric]:
+        """What images cost follows from how many of them used how many experts."""
+        answered = [(used, sums[cell]) for used, cell in enumerate(self._images) if used]
+        spent = sum(images * image_macs(self._manifest, used) for used, images in answered)
+        full = sum(images for _, images in answered) * image_macs(self._manifest, self._manifest.n_experts)
+        yield CounterMetricFamily("ride_macs", "Multiply-accumulates spent on images answered.", value=spent)
+        yield CounterMetricFamily(
+            "ride_macs_saved",
+            "Multiply-accumulates that images answered did without, against running all experts.",
+            value=full - spent,
+        )
+
+    def _state(self, sums: Sequence[float]) -> Iterator[Metric]:
+        counters = self._counters
+        workers = counters.column(PID)[: counters.workers]
+        for name, text, value in (
+            ("queue_images", "Images that wait now, those being decoded included.", sums[WAITING]),
+            ("queue_limit_images", "Images that may wait (RIDE_MAX_QUEUE).", self._limit * counters.workers),
+            ("ready", "Workers that take work; 0 while the service starts or drains.", sums[READY]),
+            ("workers", "Worker processes that are alive.", sum(pid > 0 for pid in workers)),
+        ):
+            yield GaugeMetricFamily(f"ride_{name}", text, value=value)
+        yield CounterMetricFamily(
+            "ride_worker_restarts", "Worker processes that took the place of one that died.", value=sums[RESTARTS]
+        )
+
+    def _calibration(self) -> Iterator[Metric]:
+        expected = self._operation.expected
+        yield GaugeMetricFamily(
+            "ride_calibrated_mean_experts",
+            "Experts per image that calibration expects at the thresholds in force; NaN where it did not measure them.",
+            value=expected.mean_experts if expected else math.nan,
+        )
+        share = GaugeMetricFamily(
+            "ride_calibrated_experts_share",
+            "Share of images that calibration expects to use so many experts.",
+            labels=["experts"],
+        )
+        for used in range(1, self._manifest.n_experts + 1):
+            share.add_metric([str(used)], expected.experts_share[used - 1] if expected else math.nan)
+        yield share
+
+
+def shared_counters(manifest: Manifest, workers: int) -> Counters:
+    """Counters for `workers` processes and their supervisor, which has the last row."""
+    return Counters(workers, Layout(manifest).size, others=1)
+
+
+def bound_name(bound: float) -> str:
+    """A bucket's bound as prometheus_client writes it: 1.0, not 1, for that is part of a series' name."""
+    return "+Inf" if bound == math.inf else repr(float(bound))
 
 
 def image_macs(manifest: Manifest, experts_used: int) -> int:

@@ -1,10 +1,8 @@
 """POST /classify, from the door to the answer. Plain ASGI: every request passes here, and each layer would cost it."""
 
-import asyncio
 import logging
 import math
 import time
-from collections.abc import Sequence
 from typing import Any, Final, cast
 from urllib.parse import parse_qsl
 
@@ -14,14 +12,15 @@ from starlette.types import Receive, Scope, Send
 from service.batcher import BatcherStoppedError
 from service.classifier import Choice, Classified, Classifier
 from service.errors import ClientGoneError, ServiceError
+from service.headers import common_headers, request_id_of
 from service.logs import log
 from service.metrics import CLIENT_GONE, image_macs
 from service.operating_point import MODES, Mode
 from service.uploads import Body, Upload, read_uploads
+from service.watch import Watch
 
 MAX_PARAMETERS: Final = 16
 PARAMETERS: Final = ("top_k", "max_experts", "threshold", "min_confidence", "mode")
-WATCH_AFTER_S: Final = 0.05  # most requests are answered by then, and need nobody to see whether they hang up
 
 
 class ClassifyRoute:
@@ -31,6 +30,7 @@ class ClassifyRoute:
         manifest = classifier.bundle.manifest
         self._classifier = classifier
         self._settings = classifier.settings
+        self._watch = Watch(classifier.settings.timeout_s)
         self._labels = list(zip(manifest.classes, manifest.splits, strict=True))
         self._model = {"name": manifest.name, "version": manifest.version}
         self._macs = [image_macs(manifest, used) for used in range(manifest.n_experts + 1)]
@@ -38,18 +38,20 @@ class ClassifyRoute:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; whatever happens, it is counted and logged, and the client gets JSON."""
         started = time.perf_counter()
-        request_id: str = scope["state"]["request_id"]
+        request_id = request_id_of(scope["headers"])
         body = Body(scope["headers"], receive)
         try:
             with self._classifier.accept():
                 status, answer = await self._answer(scope["query_string"], body, request_id, started)
-                await self._send(send, status, answer, body)
+                await self._send(send, status, answer, body, request_id)
         except ServiceError as error:  # refused, before its images were looked at
             status = error.status
             self._note(request_id, error)
             if not body.complete and error.code != "timeout":  # whoever was too slow gets no more time
                 await body.discard(2 * self._settings.max_bytes)
-            await self._send(send, status, {"request_id": request_id, "error": error.as_json()}, body, error)
+            await self._send(
+                send, status, {"request_id": request_id, "error": error.as_json()}, body, request_id, error
+            )
         except ClientGoneError:
             status = CLIENT_GONE
             log(logging.INFO, "client_gone", request_id=request_id)
@@ -59,20 +61,14 @@ class ClassifyRoute:
         """The status and body of an answer in which every image was looked at, or a ServiceError."""
         classifier, settings = self._classifier, self._settings
         try:
-            async with asyncio.timeout(settings.timeout_s):
+            with self._watch.over(body):
                 choice = self._choice(query)
                 classifier.check_room()
                 with classifier.upload_memory.lease() as lease:
                     uploads = await read_uploads(
                         body, lease, max_bytes=settings.max_bytes, max_images=settings.max_images
                     )
-                    outcomes = await self._while_connected(uploads, choice, body)
-        except TimeoutError:
-            step = "answered" if body.complete else "received"
-            raise ServiceError(
-                "timeout",
-                f"not {step} within {settings.timeout_s:g} s (RIDE_TIMEOUT_S); send less at once, or retry later",
-            ) from None
+                    outcomes = await classifier.classify(uploads, choice)
         except BatcherStoppedError:
             raise ServiceError(
                 "shutting_down", "service stopped before this image's turn came", retry_after=1
@@ -94,32 +90,6 @@ class ClassifyRoute:
         if len(errors) == len(results):
             return errors[0].status, {"request_id": request_id, "error": errors[0].as_json(), "results": results}
         return 200, {"request_id": request_id, "model": self._model, "results": results}
-
-    async def _while_connected(
-        self, uploads: Sequence[Upload], choice: Choice, body: Body
-    ) -> list[Classified | ServiceError]:
-        """Classify, but stop when the client hangs up: what has not begun then never begins."""
-        task = asyncio.current_task()
-        assert task is not None
-        watch: asyncio.Task[None] | None = None
-
-        def start_to_watch() -> None:
-            nonlocal watch
-            watch = asyncio.ensure_future(body.client_gone())
-            watch.add_done_callback(lambda done: None if done.cancelled() else task.cancel())
-
-        timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, start_to_watch)
-        try:
-            return await self._classifier.classify(uploads, choice)
-        except asyncio.CancelledError:
-            if watch is None or not watch.done():
-                raise
-            task.uncancel()
-            raise ClientGoneError from None
-        finally:
-            timer.cancel()
-            if watch is not None:
-                watch.cancel()
 
     def _choice(self, query: bytes) -> Choice:
         """The query's parameters, within the bundle's and the operator's limits; or ServiceError parameter_invalid."""
@@ -182,14 +152,24 @@ class ClassifyRoute:
 
     def _note(self, request_id: str, error: ServiceError) -> None:
         """Count and log a refusal or failure."""
-        self._classifier.metrics.refused.labels(error.code).inc()
+        self._classifier.metrics.refused(error.code)
         log(logging.WARNING, "refused", request_id=request_id, code=error.code, message=error.message)
 
     async def _send(
-        self, send: Send, status: int, answer: dict[str, Any], body: Body, error: ServiceError | None = None
+        self,
+        send: Send,
+        status: int,
+        answer: dict[str, Any],
+        body: Body,
+        request_id: str,
+        error: ServiceError | None = None,
     ) -> None:
         content = orjson.dumps(answer)
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(content)),
+            *common_headers(request_id, "/classify"),
+        ]
         if error is not None and error.retry_after is not None:
             headers.append((b"retry-after", str(error.retry_after).encode()))
         if not body.complete or self._classifier.state == "draining":

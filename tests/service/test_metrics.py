@@ -2,12 +2,17 @@
 
 import asyncio
 import math
+from random import Random
 
 import pytest
+from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
 from model_export.bundle import read_bundle
-from service.metrics import image_macs
+from service.cascade import EXIT_REASONS, BatchReport, Outcome
+from service.counters import PID
+from service.metrics import SCORE_BUCKETS, Metrics, image_macs, shared_counters
+from service.operating_point import Operation
 from tests.service.conftest import encode, start, until
 from tests.tiny import CLASSES, FAILING_COLOUR, MACS, NAN_COLOUR, TinyModel, noise, plain
 
@@ -42,6 +47,8 @@ TABLE = [
     ("ride_model_info", "gauge", "version", {"7"}),
     ("ride_build_info", "gauge", "onnxruntime", None),
     ("ride_ready", "gauge", None, None),
+    ("ride_workers", "gauge", None, None),
+    ("ride_worker_restarts", "counter", None, None),
 ]  # fmt: skip
 
 
@@ -99,7 +106,117 @@ async def test_infos_and_limits_say_what_is_served(service):
     assert families["ride_build_info"].samples[0].labels.keys() == {"version", "python", "onnxruntime"}
     assert service.metric("queue_limit_images") == 256
     assert service.metric("ready") == 1
+    assert service.metric("workers") == 1
     assert families["process_open_fds"].samples[0].value > 0
+
+
+async def test_the_process_is_measured_under_the_usual_names(service):
+    """The same that prometheus_client's own collector tells of this process, which is all of the service here."""
+    theirs = CollectorRegistry()
+    ProcessCollector(registry=theirs)
+    usual = {family.name: family.samples[0].value for family in theirs.collect()}
+    ours = {
+        name: family.samples[0].value for name, family in (await scrape(service)).items() if name.startswith("process_")
+    }
+
+    assert ours.keys() == usual.keys()
+    for name in ("process_start_time_seconds", "process_max_fds"):
+        assert ours[name] == usual[name]
+    for name in ("process_resident_memory_bytes", "process_virtual_memory_bytes", "process_open_fds"):
+        assert ours[name] == pytest.approx(usual[name], rel=0.2)
+    assert 0 <= ours["process_cpu_seconds"] - usual["process_cpu_seconds"] < 5
+
+
+def report(rng):
+    """What a batch of four images might have done."""
+    stages = [("trunk", 4, rng.random()), ("expert_0", 4, rng.random()), ("expert_1", 2, rng.random())]
+    return BatchReport(
+        stages=[*stages, ("expert_2", 1, rng.random())],
+        router_scores=[(0, [rng.random() for _ in range(4)]), (1, [rng.random() for _ in range(2)])],
+        waits=[rng.random() for _ in range(4)],
+    )
+
+
+def outcome(rng):
+    """What an image might have been answered with."""
+    used = rng.randint(1, 3)
+    return Outcome([rng.randrange(7)], [0.9], used, rng.choice(EXIT_REASONS), [0.1], 0.1, 0.1, [0.1] * used)
+
+
+def build(bundle, counters=None):
+    """The metrics of a process without a service around it, and their registry."""
+    registry, manifest = CollectorRegistry(), read_bundle(bundle).manifest
+    return Metrics(registry, manifest, Operation((0.5, 0.5), 3, None), lambda: 5, 10, counters), registry
+
+
+def test_the_figures_of_several_processes_are_added_up(tiny_bundle):
+    """Whichever of them is asked; what one recorded before it died stays when its successor takes its row."""
+    counters = shared_counters(read_bundle(tiny_bundle).manifest, 3)
+    rng = Random(0)
+    for row in (0, 2, 1, 2):  # the last one is a successor
+        counters.take(row)
+        metrics, registry = build(tiny_bundle, counters)
+        metrics.batch_done(report(rng))
+        metrics.image_answered(outcome(rng))
+        metrics.request_done(200, 0.3)
+        metrics.refused("no_image")
+        metrics.set_ready(True)
+        metrics.publish_waiting()
+    counters.row(1)[PID] = 0  # it is dead
+
+    def figure(name, **labels):
+        return registry.get_sample_value(f"ride_{name}", labels)
+
+    assert figure("requests_total", code="200") == figure("refused_total", reason="no_image") == 4
+    assert figure("request_seconds_bucket", le="0.25") == 0
+    assert figure("request_seconds_bucket", le="0.5") == figure("request_seconds_count") == 4
+    assert figure("request_seconds_sum") == pytest.approx(1.2)
+    assert figure("router_score_count", router="0") == 16
+    assert sum(figure("images_total", experts=str(used)) for used in (1, 2, 3)) == 4
+    assert (figure("queue_images"), figure("queue_limit_images")) == (15, 30)
+    assert (figure("ready"), figure("workers")) == (3, 2)
+
+
+def test_buckets_hold_what_does_not_exceed_their_bound(tiny_bundle):
+    """As prometheus_client counts: the bound itself belongs to its bucket."""
+    metrics, registry = build(tiny_bundle)
+    theirs = Histogram("theirs", ".", buckets=SCORE_BUCKETS, registry=registry)
+    scores = [0.0, 0.05, 0.1, 0.1 + 1e-12, 0.5, 0.95, 1.0]
+    metrics.batch_done(BatchReport(router_scores=[(0, scores)]))
+    for score in scores:
+        theirs.observe(score)
+
+    for bound in (*map(str, SCORE_BUCKETS), "+Inf"):
+        ours = registry.get_sample_value("ride_router_score_bucket", {"router": "0", "le": bound})
+        assert ours == registry.get_sample_value("theirs_bucket", {"le": bound})
+    assert registry.get_sample_value("ride_router_score_sum", {"router": "0"}) == pytest.approx(sum(scores))
+
+
+def test_no_cell_is_written_by_two_threads(tiny_bundle):
+    """The batches' thread and the event loop's never meet: that is why nothing is locked."""
+    counters, rng = shared_counters(read_bundle(tiny_bundle).manifest, 1), Random(0)
+    counters.take(0)
+    metrics, _ = build(tiny_bundle, counters)
+
+    def cells_moved_by(*calls):
+        before = counters.own.tolist()
+        for call in calls:
+            call()
+        return {cell for cell, (old, new) in enumerate(zip(before, counters.own.tolist(), strict=True)) if old != new}
+
+    by_batches = cells_moved_by(*[lambda: metrics.batch_done(report(rng))] * 100)
+    by_loop = cells_moved_by(
+        *[lambda: metrics.image_decoded(rng.random())] * 100,
+        *[lambda: metrics.image_answered(outcome(rng))] * 100,
+        *[lambda: metrics.request_done(rng.choice((200, 429)), rng.random())] * 100,
+        lambda: metrics.refused("overloaded"),
+        lambda: metrics.set_ready(True),
+        metrics.publish_waiting,
+    )
+
+    assert len(by_batches) > 40
+    assert len(by_loop) > 20
+    assert not by_batches & by_loop
 
 
 async def test_a_request_moves_exactly_its_counters(service):

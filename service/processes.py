@@ -1,0 +1,83 @@
+"""What Linux tells of the service's processes, summed over all of them."""
+
+import os
+import resource
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+PROC: Final = Path("/proc")
+TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
+PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessFigures:
+    """One process: processor time in seconds since its start, memory in bytes, start in seconds since 1970."""
+
+    cpu_s: float
+    resident_bytes: int
+    virtual_bytes: int
+    open_files: int
+    started: float
+
+
+def process_families(pids: Iterable[int], first: int, dead_cpu_s: float) -> Iterator[Metric]:
+    """
+    The metrics named process_*, as prometheus_client names them, over several processes; none where there is no /proc.
+
+    Args:
+        first: whose start is the start of the service.
+        dead_cpu_s: processor seconds of those that are no more, so that the sum does not fall.
+    """
+    found = {pid: process for pid in pids if (process := read_process(pid)) is not None}
+    if first not in found:
+        return
+    figures = found.values()
+    yield CounterMetricFamily(
+        "process_cpu_seconds",
+        "User and system time of all processes of the service.",
+        value=dead_cpu_s + sum(process.cpu_s for process in figures),
+    )
+    for name, text, value in (
+        (
+            "resident_memory_bytes",
+            "Resident memory of all processes; what they share counts for each.",
+            sum(process.resident_bytes for process in figures),
+        ),
+        ("virtual_memory_bytes", "Virtual memory of all processes.", sum(process.virtual_bytes for process in figures)),
+        (
+            "open_fds",
+            "File descriptors that are open, in all processes.",
+            sum(process.open_files for process in figures),
+        ),
+        (
+            "max_fds",
+            "File descriptors that may be open, in all processes.",
+            len(found) * resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        ),
+        ("start_time_seconds", "Start of the service, in seconds since 1970.", found[first].started),
+    ):
+        yield GaugeMetricFamily(f"process_{name}", text, value=value)
+
+
+def read_process(pid: int) -> ProcessFigures | None:
+    """A process's figures; None where it is gone."""
+    try:
+        # The name, in brackets, may hold anything. What follows is counted from field 3 of proc(5).
+        fields = (PROC / f"{pid}/stat").read_text().rpartition(")")[2].split()
+        open_files = len(os.listdir(PROC / f"{pid}/fd"))
+        booted = next(line for line in (PROC / "stat").read_text().splitlines() if line.startswith("btime "))
+    except OSError:
+        return None
+    return ProcessFigures(
+        cpu_s=(int(fields[11]) + int(fields[12])) / TICKS_PER_S,
+        resident_bytes=int(fields[21]) * PAGE_BYTES,
+        virtual_bytes=int(fields[20]),
+        open_files=open_files,
+        started=int(booted.split()[1]) + int(fields[19]) / TICKS_PER_S,
+    )
