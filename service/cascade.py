@@ -253,7 +253,7 @@ class Cascade:
         expert, n_rows = group.expert, len(group.jobs)
         before = group.logits_sum
         group.logits_sum, expert_feature = self._engine.expert(expert, group.features, before)
-        usable = np.isfinite(group.logits_sum).all(axis=1)
+        usable: NDArray[np.bool_] = np.asarray(np.isfinite(group.logits_sum).all(axis=1))
         if group.best.size:
             group.best[:, expert] = (group.logits_sum - before).argmax(axis=1)
         probabilities = None
@@ -321,7 +321,7 @@ class Cascade:
 
 def _confidence_score(_: _Group, __: Any, probabilities: NDArray[np.float64] | None) -> Floats:
     assert probabilities is not None
-    return (1 - probabilities.max(axis=1)).astype(np.float32)
+    return np.asarray(1 - probabilities.max(axis=1), np.float32)
 
 
 def _margin_score(_: _Group, __: Any, probabilities: NDArray[np.float64] | None) -> Floats:
@@ -329,14 +329,14 @@ def _margin_score(_: _Group, __: Any, probabilities: NDArray[np.float64] | None)
     if probabilities.shape[1] == 1:
         return np.zeros(len(probabilities), np.float32)
     best_two = np.partition(probabilities, -2, axis=1)[:, -2:]
-    return (1 - (best_two[:, 1] - best_two[:, 0])).astype(np.float32)
+    return np.asarray(1 - (best_two[:, 1] - best_two[:, 0]), np.float32)
 
 
 def _agreement_score(group: _Group, _: Any, __: NDArray[np.float64] | None) -> Floats:
     if group.expert == 0:
         return np.ones(len(group.jobs), np.float32)
     dissent = group.best[:, : group.expert + 1] != group.logits_sum.argmax(axis=1)[:, None]
-    return dissent.mean(axis=1).astype(np.float32)
+    return np.asarray(dissent.mean(axis=1), np.float32)
 
 
 def _depth_score(group: _Group, _: Any, __: NDArray[np.float64] | None) -> Floats:

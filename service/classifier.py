@@ -33,6 +33,8 @@ State = Literal["starting", "ready", "draining", "failed"]
 NOT_READY: Final = "graphs are being loaded and run for the first time; retry in 1 s"
 LONG_STEP_S: Final = 0.025  # for which the event loop shall not stand still
 PROFILE_RUNS: Final = 3
+CPU_BATCH: Final = 16  # its features still fit into the cache
+GPU_BATCH: Final = 64
 
 
 class RunningEngine(Engine, Protocol):
@@ -263,18 +265,19 @@ class Classifier:
         settings, manifest = self.settings, self.bundle.manifest
         engine = self._open_engine(self.bundle, settings.variant, provider=settings.provider, threads=self.threads)
         self.provider, self.variant = engine.provider, engine.variant
-        profile = self._profile(engine)
         on_gpu = engine.provider in ("cuda", "tensorrt")
+        max_batch = settings.max_batch or (GPU_BATCH if on_gpu else CPU_BATCH)
+        profile = self._profile(engine, max_batch)
         point = self.operation.expected
         share = point.experts_share if point is not None else (0.0,) * (manifest.n_experts - 1) + (1.0,)
         schedule = Schedule(
-            settings.max_batch,
+            max_batch,
             merges=on_gpu if settings.merge == "auto" else settings.merge == "on",
             profile=profile,
             reach=[sum(share[expert:]) for expert in range(manifest.n_experts)],
         )
         self.metrics.engine_started(variant=self.variant, provider=self.provider, onnxruntime=RUNTIME_VERSION)
-        threaded = on_gpu or profile.longest_step(settings.max_batch) > LONG_STEP_S
+        threaded = on_gpu or profile.longest_step(max_batch) > LONG_STEP_S
         return self._cascade(engine, schedule, self.metrics), (
             threaded if settings.engine_thread == "auto" else settings.engine_thread == "on"
         )
@@ -286,7 +289,7 @@ class Classifier:
             schedule=schedule, observer=observer,
         )  # fmt: skip
 
-    def _profile(self, engine: Engine) -> Profile:
+    def _profile(self, engine: Engine, max_batch: int) -> Profile:
         """
         Send blank images of several batch sizes through every graph, which also warms them up; keep the shortest times.
 
@@ -294,18 +297,18 @@ class Classifier:
             NotFiniteError: where a graph gives NaN or infinity even for a blank image.
         """
         manifest, watch = self.bundle.manifest, _Stopwatch()
-        cascade = self._cascade(engine, Schedule(self.settings.max_batch), watch)
+        cascade = self._cascade(engine, Schedule(max_batch), watch)
         blank = np.zeros((manifest.input.height, manifest.input.width, 3), np.uint8)
         thresholds = (0.0,) * (manifest.n_experts - 1)
-        for size in warm_up_sizes(self.settings.max_batch):
+        for size in warm_up_sizes(max_batch):
             for _ in range(PROFILE_RUNS):
                 for outcome in cascade.run(
                     [Job(blank, thresholds, manifest.n_experts, 0.0, 1, 0.0) for _ in range(size)]
                 ):
                     if isinstance(outcome, Exception):
                         raise outcome
-        if self.settings.max_batch > 1:  # the first half stops after one expert, so that a batch is compacted as well
-            cascade.run([Job(blank, thresholds, 1 + row % 2, 0.0, 1, 0.0) for row in range(self.settings.max_batch)])
+        if max_batch > 1:  # the first half stops after one expert, so that a batch is compacted as well
+            cascade.run([Job(blank, thresholds, 1 + row % 2, 0.0, 1, 0.0) for row in range(max_batch)])
         return Profile(watch.shortest)
 
 

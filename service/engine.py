@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import onnxruntime as ort
@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 from model_export.bundle import Bundle, BundleError, GraphSpec, Manifest, Precision, TensorSpec
 from service.cascade import Floats, Rows
+
+if TYPE_CHECKING:
+    from service.openvino_engine import OpenVinoEngine  # it is not installed everywhere
 
 RUNTIME_VERSION: Final = str(ort.__version__)
 PROVIDERS: Final = {
@@ -210,7 +213,7 @@ def _providers(provider: str) -> list[Any]:
     return [*options[provider].items(), PROVIDERS["cpu"]]
 
 
-def open_engine(bundle: Bundle, variant: str | None, *, provider: str, threads: int) -> CpuEngine:
+def open_engine(bundle: Bundle, variant: str | None, *, provider: str, threads: int) -> "CpuEngine | OpenVinoEngine":
     """
     Open a bundle's graphs with a provider; "auto" is CUDA where it works, else the CPU.
 
@@ -221,7 +224,7 @@ def open_engine(bundle: Bundle, variant: str | None, *, provider: str, threads: 
         BundleError, EngineError: as CpuEngine.
     """
     if provider == "openvino":
-        from service.openvino_engine import OpenVinoEngine  # it is not installed everywhere
+        from service.openvino_engine import OpenVinoEngine
 
         return OpenVinoEngine(bundle, variant or choose_variant(bundle.manifest, provider), threads=threads)
     available = set(ort.get_available_providers())

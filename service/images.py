@@ -71,7 +71,7 @@ def is_small(data: bytes) -> bool:
     """Whether decoding takes so little that a hand-over to another thread would cost more. False where unknown."""
     if data.startswith(JPEG_START):
         try:
-            height, width, *_ = simplejpeg.decode_jpeg_header(data, strict=False)
+            height, width, *_ = simplejpeg.decode_jpeg_header(data)
         except ValueError:
             return False
         return bool(height * width <= SMALL_JPEG)

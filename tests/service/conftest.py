@@ -64,7 +64,7 @@ class WatchedEngine:
         self._engine = engine
         self._gate = threading.Event()
         self._gate.set()
-        self.provider = engine.provider
+        self.provider, self.variant = engine.provider, engine.variant
         self.runs = []
         self.held = False
 
@@ -85,7 +85,7 @@ class WatchedEngine:
         return self._engine.trunk(images)
 
     def expert(self, index, features, logits_sum):
-        assert len(features.numpy()) == len(logits_sum)
+        assert len(features) == len(logits_sum)
         self.runs.append((f"expert_{index}", len(logits_sum)))
         return self._engine.expert(index, features, logits_sum)
 
@@ -95,6 +95,9 @@ class WatchedEngine:
 
     def take(self, features, rows):
         return self._engine.take(features, rows)
+
+    def join(self, features):
+        return self._engine.join(features)
 
 
 class Running:
@@ -129,7 +132,7 @@ class Running:
 
 @asynccontextmanager
 async def start(bundle, *, ready=True, opened=open_engine, **settings):
-    """Serve a bundle, by settings, and wait until it is ready; `opened` opens the engine."""
+    """Serve a bundle, by settings, and wait until it is ready; `opened` opens the engine, which can be held."""
     registry = CollectorRegistry()
     engines = []
 
@@ -137,11 +140,13 @@ async def start(bundle, *, ready=True, opened=open_engine, **settings):
         engines.append(WatchedEngine(opened(*arguments, **options)))
         return engines[-1]
 
-    classifier = Classifier(read_bundle(bundle), Settings(threads=1, **settings), registry, open_watched)
+    classifier = Classifier(
+        read_bundle(bundle), Settings(**{"threads": 1, "engine_thread": "on"} | settings), registry, open_watched
+    )
     app = create_app(classifier)
     client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service", timeout=PATIENCE_S)
     running = Running(app, client, classifier, registry)
-    async with app.router.lifespan_context(app), client:
+    async with app.api.router.lifespan_context(app.api), client:
         if ready:
             await until(lambda: classifier.state != "starting")
             running.engine = engines[0]

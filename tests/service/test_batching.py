@@ -318,24 +318,34 @@ async def test_hang_ups_at_any_moment_leave_all_places_free(tiny_bundle):
         assert (await service.post(*[FILES[0]] * 40)).status_code == 200
 
 
+class Echo:
+    """Work that takes one item a step, and gives it back."""
+
+    busy = False
+
+    def __init__(self):
+        self.running, self.leave = threading.Event(), threading.Event()
+
+    def wants(self, waiting):
+        return min(waiting, 1)
+
+    def step(self, items):
+        self.running.set()
+        self.leave.wait()
+        return [(item, item) for item in items]
+
+
 @pytest.mark.anyio
 async def test_what_waits_when_the_batcher_ends_is_told_so():
     """Nothing waits for ever."""
-    running, leave = threading.Event(), threading.Event()
-
-    def run(items):
-        running.set()
-        leave.wait()
-        return items
-
-    batcher = Batcher(run, max_batch=1, max_queue=2)
-    batcher.start()
+    work, batcher = Echo(), Batcher(max_queue=2)
+    batcher.start(work, threaded=True)
     batcher.reserve(2)
     first, second = batcher.submit("first"), batcher.submit("second")
-    await until(running.is_set)
+    await until(work.running.is_set)
     end = asyncio.create_task(batcher.stop())
     await asyncio.sleep(0)
-    leave.set()
+    work.leave.set()
     await end
 
     assert await first == "first"
@@ -345,7 +355,7 @@ async def test_what_waits_when_the_batcher_ends_is_told_so():
 
 def test_places_are_taken_all_at_once_or_not_at_all():
     """And come back when they are released."""
-    batcher = Batcher(list, max_batch=1, max_queue=3)
+    batcher = Batcher(max_queue=3)
     batcher.reserve(2)
     with pytest.raises(QueueFullError) as refusal:
         batcher.reserve(2)

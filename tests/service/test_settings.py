@@ -17,7 +17,9 @@ from service.settings import DEFAULT_BUNDLE, Settings, SettingsError, read_setti
 
 EXAMPLES = {
     "bundle": "my/bundle", "host": "0.0.0.0", "port": "8123", "provider": "cpu", "variant": "fp16", "threads": "3",
-    "max_batch": "7", "max_queue": "99", "max_images": "5", "max_bytes": "5MiB", "max_inflight_bytes": "64MiB",
+    "max_batch": "7",
+    "merge": "off", "engine_thread": "on", "scaled_decode": "false", "rule": "margin",
+    "max_queue": "99", "max_images": "5", "max_bytes": "5MiB", "max_inflight_bytes": "64MiB",
     "max_pixels": "1000", "timeout_s": "2.5", "drain_s": "7", "top_k": "3", "max_experts": "2",
     "thresholds": "0.5,0.25", "max_mean_experts": "1.5", "max_accuracy_loss": "0.3", "log_level": "warning",
 }  # fmt: skip
@@ -33,7 +35,7 @@ def test_a_setting_is_the_same_on_the_command_line_and_in_the_environment(name, 
 
     monkeypatch.setenv(variable, EXAMPLES[name])
     assert getattr(read_settings([]), name) == given
-    if name not in ("provider", "log_level"):
+    if name not in ("provider", "log_level", "merge", "engine_thread", "rule"):  # their words are checked at once
         monkeypatch.setenv(variable, "nonsense, which the command line hides")
         assert getattr(read_settings([option, EXAMPLES[name]]), name) == given
     monkeypatch.setenv(variable, "")
@@ -45,7 +47,7 @@ def test_what_nobody_sets_is_usual():
     settings = read_settings([])
 
     assert (settings.host, settings.port, settings.provider) == ("127.0.0.1", 8000, "auto")
-    assert (settings.max_batch, settings.max_queue, settings.max_images, settings.top_k) == (32, 256, 64, 5)
+    assert (settings.max_batch, settings.max_queue, settings.max_images, settings.top_k) == (None, 256, 64, 5)
     assert (settings.max_bytes, settings.max_pixels) == (32 * 2**20, 40_000_000)
     assert (settings.timeout_s, settings.drain_s) == (10, 30)
     assert settings.bundle == DEFAULT_BUNDLE
@@ -167,7 +169,7 @@ def test_fewer_experts_than_the_thriftiest_point_are_impossible(make_bundle):
     """The message names the nearest that there is."""
     manifest = read_bundle(make_bundle(n_experts=2)).manifest
     points = tuple(point for point in manifest.calibration.points if point.mean_experts > 1.1)
-    calibration = type(manifest.calibration)("noise", 1, points)
+    calibration = type(manifest.calibration)("noise", 1, points, None)
     manifest = type(manifest)(**{**vars(manifest), "calibration": calibration})
 
     with pytest.raises(SettingsError, match=r"is 1\.1, the thriftiest operating point of tiny needs 1.200"):
