@@ -48,7 +48,7 @@ def certify(
     if not 0 < confidence < 1:
         raise BundleError(f"risk_confidence is {confidence}; it must be between 0 and 1, such as 0.95")
     scored, macs = by_rule(predictions, macs, rule)
-    choosing, testing = (_part(scored, rows) for rows in _halves(predictions.labels))
+    choosing, testing = (_part(scored, rows) for rows in halves(predictions.labels))
     chosen, bound = (0.0,) * len(scored.router_scores), 0.0
     for thresholds in _from_safest(choosing, class_counts, macs):
         upper = upper_bound(_losses(testing, thresholds), 1 - confidence)
@@ -109,7 +109,7 @@ def upper_bound(losses: np.ndarray, error: float) -> float:
     return high
 
 
-def _halves(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def halves(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Positions of two halves with equally many images of each class, to one; in random order, the same every time."""
     order = np.random.default_rng(SEED).permutation(len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]

@@ -9,13 +9,13 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from model_export.bundle import InputSpec, read_bundle
+from model_export.bundle import MAX_VARIANT_LOSS, InputSpec, read_bundle
 from model_export.parity import run_variant
 from service.images import decode
 from service.settings import DEFAULT_BUNDLE
 from training.data.images import read_image
 from training.data.sets import load_data
-from training.evaluate import Predictions, summarise
+from training.evaluate import Predictions, mean_logits, route, summarise
 from training.recipes import RECIPES
 
 ROOT = Path(os.environ.get("RIDE_DATA", "/nonexistent"))
@@ -72,6 +72,21 @@ def test_the_shipped_model_is_as_good_as_it_says(cifar100):
     assert measured["routed"]["mean_experts"]["all"] == pytest.approx(
         recorded["routed"]["mean_experts"]["all"], abs=0.002
     )
+
+
+@needs("cifar100")
+def test_the_shipped_int8_variant_is_faithful_on_images_that_calibrated_nothing(cifar100):
+    """Measured on held-out images when it was made, it keeps its accuracy on the test images as well."""
+    manifest = read_bundle(DEFAULT_BUNDLE).manifest
+    images = cifar100.test.pixels.numpy()
+    int8 = run_variant(DEFAULT_BUNDLE, manifest.variants["int8"], images, len(manifest.classes))
+    used = route(int8.router_scores, manifest.thresholds)
+    right = mean_logits(int8.expert_logits, used).argmax(axis=1) == cifar100.test.labels.numpy()
+
+    recorded = manifest.provenance["test"]["routed"]
+    assert manifest.variants["int8"].faithful
+    assert 100 * right.mean() == pytest.approx(recorded["all"], abs=MAX_VARIANT_LOSS)
+    assert used.mean() == pytest.approx(recorded["mean_experts"]["all"], abs=0.02)
 
 
 @needs("photos")

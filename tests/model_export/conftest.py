@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from model_export.__main__ import main
 from training.checkpoint import save_checkpoint
 from training.data.sets import load_data
+from training.evaluate import Predictions
 from training.methods.method import build_model
 from training.recipes import RECIPES
 
@@ -30,7 +32,7 @@ def make_run(folder, directory, **fields):
     """A run directory as a finished training leaves it, with random weights and lively running statistics."""
     recipe = dataclasses.replace(
         RECIPES["ride-own"], data=str(folder), image_size=16, holdout_share=0.3, test_share=0.2, epochs=1,
-        router_epochs=1,        **fields,
+        router_epochs=1, **fields,
     )  # fmt: skip
     data = load_data(recipe)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -61,3 +63,25 @@ def make_run(folder, directory, **fields):
 def run(image_folder, tmp_path_factory):
     """A finished run of three experts."""
     return make_run(image_folder, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="session")
+def exported(run, tmp_path_factory):
+    """The run's bundle with all variants, as the command writes it."""
+    target = tmp_path_factory.mktemp("bundles") / "bundle"
+    assert main([str(run), "-o", str(target), "--name", "noise", "--version", "7"]) == 0
+    return target
+
+
+@pytest.fixture
+def predictions():
+    """Make predictions of three experts of which later ones know more, and of routers that know nothing."""
+
+    def make(seed=0, n_images=400, n_experts=3):
+        generator = np.random.default_rng(seed)
+        labels = generator.integers(0, 4, n_images)
+        logits = generator.normal(0, 1, (n_experts, n_images, 4)).astype(np.float32)
+        logits[:, np.arange(n_images), labels] += np.linspace(0.5, 1.5, n_experts, dtype=np.float32)[:, None]
+        return Predictions(logits, generator.uniform(0, 1, (n_experts - 1, n_images)).astype(np.float32), labels)
+
+    return make

@@ -1,0 +1,156 @@
+"""Risk control: the bound holds as often as it says and is not looser than it must be; what chooses does not test."""
+
+import numpy as np
+import pytest
+
+from model_export.bundle import BundleError
+from model_export.calibrate import RULES, rule_scores
+from model_export.risk import certify, halves, upper_bound
+from training.evaluate import mean_logits, route
+
+COUNTS = [500, 200, 50, 5]
+MACS = (100, [10, 10, 10], [1, 1])
+
+
+def draws(generator, n_images, worse, better):
+    """Losses of 1 with the probability `worse`, of -1 with the probability `better`."""
+    return generator.choice([1.0, -1.0, 0.0], n_images, p=[worse, better, 1 - worse - better])
+
+
+@pytest.mark.parametrize(("worse", "better"), [(0.02, 0.015), (0.1, 0.02), (0.004, 0.0), (0.3, 0.25)])
+@pytest.mark.parametrize("error", [0.05, 0.2])
+def test_the_bound_is_exceeded_no_more_often_than_it_says(worse, better, error):
+    """Of 400 samples of 1000 images; three standard errors are allowed."""
+    generator = np.random.default_rng(0)
+    bounds = np.array([upper_bound(draws(generator, 1000, worse, better), error) for _ in range(400)])
+
+    violations = (bounds < worse - better).mean()
+    assert violations <= error + 3 * np.sqrt(error * (1 - error) / 400)
+    assert violations >= error / 10  # a bound that is never exceeded gives experts away
+
+
+@pytest.mark.parametrize(("worse", "better"), [(0.02, 0.015), (0.1, 0.02)])
+def test_the_bound_is_nearly_that_of_the_normal_distribution(worse, better):
+    """Within half as much again, with 5000 images; Hoeffding's is several times as far from the mean."""
+    generator = np.random.default_rng(1)
+    samples = [draws(generator, 5000, worse, better) for _ in range(50)]
+    distance = np.mean([upper_bound(losses, 0.05) - losses.mean() for losses in samples])
+    normal = np.mean([1.645 * losses.std() / np.sqrt(5000) for losses in samples])
+
+    assert normal < distance < 1.5 * normal
+    assert distance < np.sqrt(2 * np.log(1 / 0.05) / 5000) / 3
+
+
+def test_bounds_at_the_ends():
+    """Never lost: near 0, nearer the more images; always lost: 1; nothing seen: 1; always gained: 0."""
+    assert upper_bound(np.zeros(5000), 0.05) < 0.001
+    assert upper_bound(np.zeros(500), 0.05) == pytest.approx(np.log(20) / 500, rel=0.2)
+    assert upper_bound(np.ones(100), 0.05) == 1
+    assert upper_bound(np.zeros(1), 0.05) == 1
+    assert upper_bound(-np.ones(1000), 0.05) == 0
+    assert upper_bound(np.zeros(500), 0.01) > upper_bound(np.zeros(500), 0.1)
+
+
+def loss_at(data, rule, thresholds):
+    """Percentage points lost against all experts."""
+    used = route(rule_scores(rule, data.expert_logits, data.router_scores), thresholds)
+    early, full = (
+        mean_logits(data.expert_logits, count).argmax(axis=1) == data.labels
+        for count in (used, np.full(len(used), len(data.expert_logits)))
+    )
+    return 100 * (full.mean() - early.mean())
+
+
+def test_certified_thresholds_lose_more_than_the_risk_as_rarely_as_they_should(predictions):
+    """From 200 samples of 600 images each; what they really lose is measured on 40,000 others."""
+    world = predictions(seed=100, n_images=40_000, n_experts=2)
+    truly = [
+        loss_at(world, "confidence", certify(predictions(seed, 600, 2), COUNTS, (100, [10, 10], [1]), "confidence",
+                                             4.0, 0.8)[0])
+        for seed in range(200)
+    ]  # fmt: skip
+    violations = np.mean(np.array(truly) > 4.0)
+    assert violations <= 0.2 + 3 * np.sqrt(0.2 * 0.8 / 200)
+    assert np.mean(truly) > 0.5  # and it does dare something
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_what_is_recorded_is_what_the_testing_half_lost(rule, predictions):
+    """The bound lies between that loss and the risk, and the halves hold each class alike."""
+    data = predictions(seed=1, n_images=2000)
+    thresholds, risk = certify(data, COUNTS, MACS, rule, 5.0, 0.9)
+
+    assert (risk.max_risk, risk.confidence, risk.images) == (5.0, 0.9, 1000)
+    assert max(risk.loss, 0) <= risk.upper_bound <= 5.0
+    shares = [risk.loss_by_split[split] for split in ("many", "medium", "few")]
+    sizes = np.bincount(data.labels, minlength=4) / 2
+    weights = np.array([sizes[:2].sum(), sizes[2], sizes[3]])
+    assert np.average(shares, weights=weights) == pytest.approx(risk.loss, abs=0.05)
+    assert certify(data, COUNTS, MACS, rule, 5.0, 0.9) == (thresholds, risk)
+
+
+def test_a_larger_risk_or_less_confidence_buys_cheaper_thresholds(predictions):
+    """And no risk at all buys none."""
+    data = predictions(seed=2, n_images=2000)
+
+    def experts(max_risk, confidence):
+        thresholds, _ = certify(data, COUNTS, MACS, "confidence", max_risk, confidence)
+        return route(rule_scores("confidence", data.expert_logits, data.router_scores), thresholds).mean()
+
+    costs = [experts(risk, 0.9) for risk in (0.0, 2.0, 5.0, 100.0)]
+    assert costs == sorted(costs, reverse=True)
+    assert (costs[0], costs[3]) == (3, 1)
+    assert costs[1] > costs[2] > 1
+    assert experts(3.0, 0.5) < experts(3.0, 0.999)
+
+
+def test_where_nothing_can_be_certified_all_experts_run(predictions):
+    """With a loss of exactly 0, which needs no test."""
+    thresholds, risk = certify(predictions(seed=3, n_images=60), COUNTS, MACS, "confidence", 0.1, 0.95)
+
+    assert thresholds == (0.0, 0.0)
+    assert (risk.loss, risk.upper_bound) == (0.0, 0.0)
+    assert set(risk.loss_by_split.values()) == {0.0}
+
+
+def test_testing_stops_at_the_first_thresholds_that_fail(predictions, monkeypatch):
+    """Whatever the cheaper ones would give; those before it stand. The order goes from the safest to the cheapest."""
+    data = predictions(seed=4, n_images=1000)
+    losses, bounds = [], iter([0.01, 0.02, 0.9, 0.0])
+
+    def scripted(found, error):
+        assert error == pytest.approx(0.05)
+        losses.append(found)
+        return next(bounds)
+
+    monkeypatch.setattr("model_export.risk.upper_bound", scripted)
+    thresholds, risk = certify(data, COUNTS, MACS, "confidence", 5.0, 0.95)
+
+    assert next(bounds) == 0.0
+    assert risk.upper_bound == 2.0
+    assert risk.loss == pytest.approx(100 * losses[1].mean(), abs=1e-4)
+    _, testing = halves(data.labels)
+    scores = rule_scores("confidence", data.expert_logits, data.router_scores)[:, testing]
+    assert 2.5 < route(scores, thresholds).mean() < 3
+    assert len(losses[1]) == len(testing)
+
+
+def test_the_halves_share_no_image_and_hold_each_class_alike():
+    """Each image is in one of them, in an order that says nothing of its class; the same at every call."""
+    labels = np.repeat([0, 1, 2, 3], [400, 101, 17, 1])
+    first, second = halves(labels)
+
+    assert sorted([*first, *second]) == list(range(len(labels)))
+    counts = np.stack([np.bincount(labels[half], minlength=4) for half in (first, second)])
+    assert np.abs(counts[0] - counts[1]).max() <= 1
+    assert all(abs(np.corrcoef(np.arange(len(half)), labels[half])[0, 1]) < 0.2 for half in (first, second))
+    assert [half.tolist() for half in halves(labels)] == [first.tolist(), second.tolist()]
+
+
+def test_wishes_that_cannot_be_are_refused(predictions):
+    """By name, with what would do."""
+    data = predictions(n_images=40)
+    with pytest.raises(BundleError, match="max_risk is -1; it must be 0 to 100 percentage points"):
+        certify(data, COUNTS, MACS, "router", -1, 0.95)
+    with pytest.raises(BundleError, match="risk_confidence is 95; it must be between 0 and 1"):
+        certify(data, COUNTS, MACS, "router", 1.0, 95)
