@@ -11,7 +11,7 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
-from model_export.bundle import SPLITS, Manifest
+from model_export.bundle import SPLITS, Manifest, Rule
 from service import __version__
 from service.cascade import EXIT_REASONS, BatchReport, Outcome
 from service.counters import DEAD_CPU_S, OWN_CELLS, PID, READY, RESTARTS, WAITING, WAS_READY, Counters, Row
@@ -176,6 +176,7 @@ class Metrics:
             counters: as `shared_counters` makes them; None where this process is the whole service.
         """
         self.registry = registry
+        self._rule = operation.rule
         self._manifest = manifest
         self._operation = operation
         self._waiting = waiting
@@ -271,8 +272,8 @@ class Metrics:
     def _macs(self, sums: Sequence[float]) -> Iterator[Metric]:
         """What images cost follows from how many of them used how many experts."""
         answered = [(used, sums[cell]) for used, cell in enumerate(self._images) if used]
-        spent = sum(images * image_macs(self._manifest, used) for used, images in answered)
-        full = sum(images for _, images in answered) * image_macs(self._manifest, self._manifest.n_experts)
+        spent = sum(images * image_macs(self._manifest, used, self._rule) for used, images in answered)
+        full = sum(images for _, images in answered) * image_macs(self._manifest, self._manifest.n_experts, self._rule)
         yield CounterMetricFamily("ride_macs", "Multiply-accumulates spent on images answered.", value=spent)
         yield CounterMetricFamily(
             "ride_macs_saved",
@@ -321,7 +322,8 @@ def bound_name(bound: float) -> str:
     return "+Inf" if bound == math.inf else repr(float(bound))
 
 
-def image_macs(manifest: Manifest, experts_used: int) -> int:
-    """Multiply-accumulates of one image: trunk, the experts that ran and the routers that were asked."""
+def image_macs(manifest: Manifest, experts_used: int, rule: Rule) -> int:
+    """Multiply-accumulates of one image: trunk, the experts that ran and, by the rule "router", those asked."""
     macs = manifest.macs
-    return macs.trunk + sum(macs.experts[:experts_used]) + sum(macs.routers[:experts_used])
+    routers = sum(macs.routers[:experts_used]) if rule == "router" else 0
+    return macs.trunk + sum(macs.experts[:experts_used]) + routers

@@ -33,7 +33,7 @@ class ClassifyRoute:
         self._watch = Watch(classifier.settings.timeout_s)
         self._labels = list(zip(manifest.classes, manifest.splits, strict=True))
         self._model = {"name": manifest.name, "version": manifest.version}
-        self._macs = [image_macs(manifest, used) for used in range(manifest.n_experts + 1)]
+        self._macs = [image_macs(manifest, used, classifier.operation.rule) for used in range(manifest.n_experts + 1)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; whatever happens, it is counted and logged, and the client gets JSON."""

@@ -4,7 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from model_export.bundle import Split
+from model_export.bundle import Rule, Split
+from service.operating_point import MODES
 
 
 class Prediction(BaseModel):
@@ -41,8 +42,10 @@ class Classified(BaseModel):
     experts_used: int
     experts_total: int
     exit_reason: Literal["confident", "last", "budget"]
-    router_scores: list[float] = Field(description="One entry per router that was asked.")
-    thresholds: list[float] = Field(description="The next expert runs where a router's score reaches its threshold.")
+    router_scores: list[float] = Field(
+        description="One entry per router that was asked; by another exit rule, that rule's scores."
+    )
+    thresholds: list[float] = Field(description="The next expert runs where a score reaches its threshold.")
     macs: int = Field(description="Multiply-accumulates spent on this image.")
     latency_ms: Latency
 
@@ -94,7 +97,9 @@ class ModelAnswer(BaseModel):
     provider: str
     experts: int
     classes: list[ModelClass]
+    rule: Rule = Field(description="What decides after an expert whether the next one runs.")
     thresholds: list[float] = Field(description="In force where a request does not give its own.")
+    modes: dict[str, list[float]] = Field(description="The thresholds that a request may choose by a word.")
     max_experts: int
     input: dict[str, Any]
     macs: dict[str, Any]
@@ -120,7 +125,17 @@ def classify_operation() -> dict[str, Any]:
         (
             "threshold",
             {"type": "number", "minimum": 0, "maximum": 1},
-            "Router score from which the next expert runs; 0: all.",
+            "Router score from which the next expert runs; 0: all. Not together with mode.",
+        ),
+        (
+            "mode",
+            {"type": "string", "enum": list(MODES)},
+            "Thresholds by a word: fast loses some accuracy, balanced is the default, full runs every expert.",
+        ),
+        (
+            "min_confidence",
+            {"type": "number", "minimum": 0, "maximum": 1},
+            "The next expert also runs where the highest probability is below this.",
         ),
     ]
     return {

@@ -137,32 +137,35 @@ REQUESTS = st.tuples(
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
+    thread=st.sampled_from(["on", "off"]),
+    merge=st.sampled_from(["on", "off"]),
     max_batch=st.integers(1, 9),
     waves=st.lists(st.tuples(st.booleans(), st.lists(REQUESTS, min_size=1, max_size=6)), min_size=1, max_size=3),
 )
-def test_an_answer_does_not_depend_on_its_company(tiny_bundle, max_batch, waves):
+def test_an_answer_does_not_depend_on_its_company(tiny_bundle, thread, merge, max_batch, waves):
     """
-    Any interleaving, any batch split, any thresholds and limits: the answer is that of the image alone.
+    Any interleaving, batch split, thresholds and limits, with steps in a thread or not: that of the image alone.
 
     Probabilities to 1e-5; the number of experts exactly, unless a router's score is within 1e-5 of its threshold.
     """
 
     async def serve():
         answers = []
-        async with start(tiny_bundle, max_batch=max_batch) as service:
+        async with start(tiny_bundle, max_batch=max_batch, engine_thread=thread, merge=merge) as service:
             for held, requests in waves:
+                hold = held and thread == "on"  # the event loop cannot be held: nobody would let it go
                 wishes = [
                     {"top_k": 7}
                     | ({} if threshold is None else {"threshold": threshold})
                     | ({} if limit is None else {"max_experts": limit})
                     for _, threshold, limit in requests
                 ]
-                with service.engine.hold() if held else nullcontext():
+                with service.engine.hold() if hold else nullcontext():
                     tasks = [
                         asyncio.create_task(service.answer(*IMAGES[indices], **wish))
                         for (indices, _, _), wish in zip(requests, wishes, strict=True)
                     ]
-                    if held:
+                    if hold:
                         await until(lambda: service.engine.held)
                 answers += await asyncio.gather(*tasks)
         return answers

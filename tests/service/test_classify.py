@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from model_export.bundle import Calibration
 from service.schemas import Answer, ErrorAnswer
 from tests.service.conftest import encode, start
-from tests.tiny import CLASSES, COUNTS, MACS, TinyModel, noise
+from tests.tiny import CLASSES, COUNTS, MACS, TinyModel, noise, operating_points
 
 pytestmark = pytest.mark.anyio
 SPLITS = dict(zip(CLASSES, ("many", "many", "many", "medium", "medium", "few", "few"), strict=True))
@@ -178,6 +179,59 @@ async def test_a_request_may_choose_its_own_threshold(service, tiny_model, thres
         assert {result["experts_used"] for result in results} == {3 if threshold == 0 else 1}
 
 
+@pytest.mark.parametrize(("mode", "threshold"), [("fast", 0.5), ("balanced", 0.2), ("full", 0.0)])
+async def test_a_mode_is_a_word_for_thresholds(tiny_bundle, tiny_model, mode, threshold):
+    """fast: the cheapest within 2 points of all experts; balanced: the operator's choice; full: all."""
+    images = noise(8)
+    async with start(tiny_bundle, thresholds="0.2") as service:
+        results = await service.answer(*images, mode=mode)
+        modes = (await service.client.get("/model")).json()["modes"]
+
+    assert modes[mode] == [threshold, threshold]
+    for image, result in zip(images, results, strict=True):
+        check(result, tiny_model.answer(image, (threshold, threshold)), thresholds=(threshold, threshold))
+
+
+async def test_min_confidence_asks_for_more_experts_than_the_routers(service, tiny_model):
+    """Who stops is that probable; who is not goes on to the last. A limit on experts comes first."""
+    images = noise(40)
+    usual = await service.answer(*images)
+    results = await service.answer(*images, min_confidence=0.6)
+
+    for image, result in zip(images, results, strict=True):
+        by_depth = [tiny_model.answer(image, (0.0, 0.0), used) for used in (1, 2, 3)]
+        sure = [
+            one.experts_used for one in by_depth[:2] if one.router_scores[-1] < 0.5 and one.probabilities.max() >= 0.6
+        ]
+        used = min(sure, default=3)
+        assert (result["experts_used"], result["exit_reason"]) == (used, "confident" if sure else "last")
+        best = result["predictions"][0]
+        assert best["probability"] == pytest.approx(by_depth[used - 1].probabilities.max(), abs=1e-5)
+    assert [one["experts_used"] for one in results] != [one["experts_used"] for one in usual]
+    (limited,) = await service.answer(images[0], min_confidence=1, max_experts=1)
+    assert (limited["experts_used"], limited["exit_reason"]) == (1, "budget")
+
+
+@pytest.mark.parametrize("rule", ["confidence", "margin", "agreement", "depth"])
+async def test_another_rule_asks_no_router(make_bundle, rule):
+    """Nor does an answer pay for one; its scores are the rule's."""
+    points = (*operating_points(3), *operating_points(3, rule))
+    table = Calibration("noise, for tests", 100, tuple(sorted(points, key=lambda point: point.mean_experts)), None)
+    async with start(make_bundle(calibration=table), rule=rule, thresholds="0.6") as service:
+        results = await service.answer(*noise(12))
+        assert not [stage for stage, _ in service.engine.runs if stage.startswith("router")]
+        assert (await service.client.get("/model")).json()["rule"] == rule
+
+    for result in results:
+        used = result["experts_used"]
+        assert result["macs"] == MACS["trunk"] + used * MACS["expert"]
+        first, *_ = result["router_scores"]
+        if rule == "confidence" and used == 1:
+            assert first == pytest.approx(1 - result["predictions"][0]["probability"], abs=1e-6)
+        if rule == "depth":
+            assert (used, first) == (1, 0.5)
+
+
 async def test_the_operator_s_limits_hold_whatever_a_request_asks(tiny_bundle, tiny_model):
     """max_experts of a request lowers the operator's limit, never raises it; his top_k and thresholds are defaults."""
     image = noise(1)[0]
@@ -257,7 +311,9 @@ async def test_the_openapi_document_describes_the_route(service):
     document = (await service.client.get("/openapi.json")).json()
     operation = document["paths"]["/classify"]["post"]
 
-    assert [parameter["name"] for parameter in operation["parameters"]] == ["top_k", "max_experts", "threshold"]
+    assert [parameter["name"] for parameter in operation["parameters"]] == [
+        "top_k", "max_experts", "threshold", "mode", "min_confidence",
+    ]  # fmt: skip
     assert {"multipart/form-data", "image/jpeg", "image/webp"} <= operation["requestBody"]["content"].keys()
     assert operation["responses"].keys() == {"200", "413", "415", "422", "429", "500", "503", "504"}
     assert {"/healthz", "/readyz", "/model", "/metrics"} <= document["paths"].keys()

@@ -342,6 +342,7 @@ def test_macs_of_an_image_are_those_of_what_ran(tiny_bundle):
     """Trunk, experts, and the routers that were asked: after the last expert none is."""
     manifest = read_bundle(tiny_bundle).manifest
     assert len(manifest.classes) == len(CLASSES)
-    assert [image_macs(manifest, used) for used in (1, 2, 3)] == [
+    assert [image_macs(manifest, used, "router") for used in (1, 2, 3)] == [
         768 + 355 + 12, 768 + 2 * 355 + 2 * 12, 768 + 3 * 355 + 2 * 12
     ]  # fmt: skip
+    assert image_macs(manifest, 2, "margin") == 768 + 2 * 355
