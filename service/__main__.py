@@ -6,7 +6,10 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
+from socket import socket
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from prometheus_client import CollectorRegistry
@@ -14,14 +17,19 @@ from prometheus_client import CollectorRegistry
 from model_export.bundle import BundleError, read_bundle
 from service.app import create_app
 from service.classifier import Classifier
+from service.counters import READY
 from service.engine import open_engine
 from service.logs import log, set_up
+from service.metrics import shared_counters
 from service.protocol import GuardedProtocol
 from service.settings import SettingsError, read_settings, unknown_variables
+from service.shares import choose_workers, share_of
+from service.sockets import BACKLOG, open_sockets, refuse_connections
+from service.supervisor import START_FAILED, Supervisor, let_signals_in
 
 KEEP_ALIVE_S = 30
-BACKLOG = 2048
-LAST_WORDS_S = 0.2  # for whoever has connected, but not asked yet, when the service stops to listen
+QUEUE_EMPTY_S = 0.2  # after which whoever was connecting when the service stopped to listen has been let in
+LAST_WORDS_S = 2.0  # for whoever has connected, but not asked yet
 
 
 class DrainingServer(uvicorn.Server):
@@ -31,29 +39,47 @@ class DrainingServer(uvicorn.Server):
     A second SIGINT, from an impatient person, ends it at once, and so does the end of the time for it: with status 1.
     """
 
-    def __init__(self, config: uvicorn.Config, classifier: Classifier, drain_s: float) -> None:
+    def __init__(self, classifier: Classifier, sockets: Sequence[socket], *, listen_at_once: bool = True) -> None:
+        """
+        Args:
+            sockets: to listen on.
+            listen_at_once: whether to do so before the classifier is ready.
+        """
+        config = uvicorn.Config(
+            create_app(classifier, listen_at_once=listen_at_once), log_config=None, access_log=False, loop="uvloop",
+            http=GuardedProtocol, ws="none", server_header=False, proxy_headers=False, backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=1,
+        )  # fmt: skip
         super().__init__(config)
         self._classifier = classifier
-        self._drain_s = drain_s
+        self._sockets = sockets
+        self._drain_s = classifier.settings.drain_s
         self._told_to_stop = False
         self._drain: asyncio.Task[None] | None = None
 
-    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
-        """Listen, and say where."""
-        await super().startup(sockets)  # type: ignore[arg-type]
-        for server in self.servers:
-            for socket in server.sockets:
-                host, port = socket.getsockname()[:2]
-                log(logging.INFO, "listening", url=f"http://{host}:{port}")
+    def serve_until_told(self) -> int:
+        """Returns the exit code, 0 or START_FAILED; where work is lost, the process ends at once, with 1."""
+        try:
+            self.run(sockets=list(self._sockets))
+        except SystemExit:  # uvicorn has logged why
+            return START_FAILED
+        return START_FAILED if self._classifier.state == "failed" else 0
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        """From here on signals are handled."""
+        let_signals_in()
+        await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Note it for the next tick: a signal may come in the midst of anything, even of itself."""
         if sig == signal.SIGINT and self._told_to_stop:
-            self.should_exit = self.force_exit = True
+            os._exit(1)
         self._told_to_stop = True
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: begin to drain if told so, stop if the engine could not start."""
+        self._classifier.metrics.publish_waiting()
         if self._told_to_stop and self._drain is None:
             self._drain = asyncio.create_task(self._drain_then_exit())
         if self._classifier.state == "failed":
@@ -61,16 +87,25 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def _drain_then_exit(self) -> None:
-        started = time.monotonic()
+        end = time.monotonic() + self._drain_s
         if not await self._classifier.drain(self._drain_s):
             logging.shutdown()
             os._exit(1)  # a batch that does not end cannot be stopped, and an orderly exit would wait for it
+        for listening in self._sockets:
+            refuse_connections(listening)
+        await asyncio.sleep(QUEUE_EMPTY_S)
         for server in self.servers:
             server.close()
-        await asyncio.sleep(LAST_WORDS_S)
-        left = self._drain_s - (time.monotonic() - started)
-        self.config.timeout_graceful_shutdown = max(1, round(left))  # for clients that read their answer slowly
+        await self._wait_for_requests(min(end, time.monotonic() + LAST_WORDS_S))
+        left = round(end - time.monotonic())
+        self.config.timeout_graceful_shutdown = max(1, left)  # for clients that read their answer slowly
         self.should_exit = True
+
+    async def _wait_for_requests(self, end: float) -> None:
+        """Until every request that is on its way has come, and its answer has begun; at most until `end`."""
+        connections: set[Any] = self.server_state.connections
+        while any(one.expecting for one in connections) and time.monotonic() < end:  # noqa: ASYNC110, no event tells
+            await asyncio.sleep(0.01)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,22 +115,30 @@ def main(arguments: list[str] | None = None) -> int:
         set_up(settings.log_level)
         for line in unknown_variables():
             log(logging.WARNING, "unknown_variable", message=line)
-        classifier = Classifier(read_bundle(settings.bundle), settings, CollectorRegistry(), open_engine)
+        workers = choose_workers(settings)
+        bundle = read_bundle(settings.bundle)
+        counters = shared_counters(bundle.manifest, workers) if workers > 1 else None
+        classifier = Classifier(bundle, share_of(settings, workers), CollectorRegistry(), open_engine, counters)
     except (SettingsError, BundleError) as error:
         print(f"ride-serve: {error}", file=sys.stderr)
         return 2
-    log(logging.INFO, "starting", settings=settings.model_dump(mode="json"))
-    config = uvicorn.Config(
-        create_app(classifier), host=settings.host, port=settings.port, log_config=None, access_log=False,
-        loop="uvloop", http=GuardedProtocol, ws="none", server_header=False, proxy_headers=False, backlog=BACKLOG,
-        timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=1,
-    )  # fmt: skip
-    server = DrainingServer(config, classifier, settings.drain_s)
+    log(logging.INFO, "starting", workers=workers, settings=settings.model_dump(mode="json"))
     try:
-        server.run()
-    except SystemExit:  # uvicorn has logged why, such as a port in use
+        groups = open_sockets(settings.host, settings.port, workers)
+    except OSError as error:
+        log(logging.ERROR, "cannot_listen", reason=error.strerror)
         return 1
-    return 1 if server.force_exit or classifier.state == "failed" else 0
+    for listening in groups[0]:
+        host, port = listening.getsockname()[:2]
+        log(logging.INFO, "listening", url=f"http://{host}:{port}")
+    if counters is None:
+        return 1 if DrainingServer(classifier, groups[0]).serve_until_told() else 0
+
+    def work(number: int, sockets: Sequence[socket]) -> int:
+        first = number == 0 and not any(counters.column(READY))  # else another one answers /healthz
+        return DrainingServer(classifier, sockets, listen_at_once=first).serve_until_told()
+
+    return Supervisor(work, groups, counters, settings.drain_s).run()
 
 
 if __name__ == "__main__":

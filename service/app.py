@@ -26,12 +26,19 @@ from service.schemas import ErrorAnswer, ModelAnswer, classify_operation, schema
 STATIC: Final = Path(__file__).parent / "static"
 
 
-def create_app(classifier: Classifier) -> "Service":
-    """The service around a classifier, which is started and stopped with it."""
+def create_app(classifier: Classifier, *, listen_at_once: bool = True) -> "Service":
+    """
+    The service around a classifier, which is started and stopped with it.
+
+    Args:
+        listen_at_once: answer /healthz and /readyz while the classifier starts; else it first has to be ready.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        start = asyncio.create_task(classifier.start())  # meanwhile /healthz and /readyz answer already
+        start = asyncio.create_task(classifier.start())
+        if not listen_at_once:
+            await start
         yield
         await start
         await classifier.stop()
@@ -105,9 +112,17 @@ def _add_routes(app: FastAPI, classifier: Classifier) -> None:
 
     @app.get("/readyz", summary="Whether it takes work", responses={503: {"model": ErrorAnswer}})
     async def readyz(request: Request) -> Response:
-        """200 from the warm-up's end until the service is told to stop, else 503: send traffic where this is 200."""
+        """
+        200 from the warm-up's end until the service is told to stop, else 503: send traffic where this is 200.
+
+        Of several workers all must have been ready once. One that is restarted later does not change it: the others
+        answer, new connections to it wait for its successor, and a load balancer that turned away from all of them
+        would only overload their neighbours.
+        """
         try:
             classifier.check_ready()
+            if missing := classifier.metrics.workers_to_come():
+                raise ServiceError("not_ready", f"{missing} workers are still starting; retry in 1 s", retry_after=1)
         except ServiceError as error:
             return _error(request, error)
         return JSONResponse({"status": "ready"})

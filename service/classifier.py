@@ -102,6 +102,7 @@ class Classifier:
             )
         self.variant = settings.variant or manifest.default_variant  # the engine may choose another
         self.threads = settings.threads or available_cores()
+        self._alone = counters is None
         self.provider = ""  # known once the engine is open
         self.state: State = "starting"
         self.upload_memory = UploadMemory(settings.max_inflight_bytes)
@@ -133,7 +134,7 @@ class Classifier:
             self.metrics.set_ready(True)
         log(
             logging.INFO,
-            "ready",
+            "ready" if self._alone else "worker_ready",
             bundle=str(self.bundle.path),
             model=f"{self.bundle.manifest.name} {self.bundle.manifest.version}",
             variant=self.variant,

@@ -1,7 +1,11 @@
-"""How many processor cores this process really has."""
+"""What this process can compute on: the processor cores that it really has, and whether there is a GPU."""
 
+import importlib.util
 import os
 from pathlib import Path
+from typing import Final
+
+CUDA_LIBRARY: Final = "libonnxruntime_providers_cuda.so"
 
 
 def available_cores(root: Path = Path("/")) -> int:
@@ -16,6 +20,22 @@ def available_cores(root: Path = Path("/")) -> int:
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [*_quotas_v2(root), *_quotas_v1(root)]
     return max(1, min([affinity, *map(int, quotas)]))
+
+
+def has_cuda(root: Path = Path("/")) -> bool:
+    """
+    Whether onnxruntime is the one for CUDA and this process sees an NVIDIA GPU.
+
+    Nothing is opened for that: a process that has once used CUDA cannot fork any more.
+
+    Args:
+        root: where /dev lies; only tests change it.
+    """
+    if not any((root / "dev" / device).exists() for device in ("nvidiactl", "dxg")):  # dxg: WSL 2
+        return False
+    runtime = importlib.util.find_spec("onnxruntime")
+    folders = runtime.submodule_search_locations if runtime else None
+    return any((Path(folder) / "capi" / CUDA_LIBRARY).exists() for folder in folders or ())
 
 
 def _quotas_v2(root: Path) -> list[float]:

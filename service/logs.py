@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 
 LOGGER = logging.getLogger("ride")
+COMMON: dict[str, Any] = {}  # fields of every line that this process writes
 
 
 class JsonFormatter(logging.Formatter):
@@ -18,6 +19,7 @@ class JsonFormatter(logging.Formatter):
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
             "level": record.levelname.lower(),
             "event": record.getMessage(),
+            **COMMON,
             **getattr(record, "fields", {}),
         }
         if record.exc_info:
@@ -33,6 +35,11 @@ def set_up(level: str) -> None:
     logging.captureWarnings(True)
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, LOGGER.getEffectiveLevel()))
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # warns of what we refuse, without a request id
+
+
+def set_worker(number: int) -> None:
+    """Say in every line from now on which worker wrote it."""
+    COMMON["worker"] = number
 
 
 def log(level: int, event: str, *, error: BaseException | None = None, **fields: Any) -> None:

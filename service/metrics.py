@@ -248,6 +248,11 @@ class Metrics:
         """Let the other processes see how many images wait in this one; called several times a second."""
         self._counters.own[WAITING] = self._waiting()
 
+    def workers_to_come(self) -> int:
+        """Workers that have not been ready yet, not even for a moment."""
+        counters = self._counters
+        return counters.column(WAS_READY)[: counters.workers].count(0)
+
     def collect(self) -> Iterator[Metric]:
         """All of it, summed over the processes: what prometheus_client asks of a collector."""
         self.publish_waiting()

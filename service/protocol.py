@@ -25,6 +25,11 @@ class GuardedProtocol(HttpToolsProtocol):
     _body_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
 
+    @property
+    def expecting(self) -> bool:
+        """Whether a request is on its way: the first one of this connection, or one whose head is not complete."""
+        return not self._messages or self._phase == "head"
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
         super().connection_made(transport)

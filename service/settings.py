@@ -54,12 +54,20 @@ class Settings(BaseSettings):
         description="Precision variant of the bundle, such as fp32. Without it, the fastest that this provider and "
         "processor are good at and that lost at most 0.3 points in any split when it was exported.",
     )
+    workers: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="Processes that answer requests. 0 takes one for each core that there is (affinity and cgroup "
+        "quota), and one alone on a GPU. On the CPU as many as cores answer the most images per second; fewer need "
+        "less memory. The limits max-queue and max-inflight-bytes are for all of them together, a part for each.",
+    )
     threads: int = Field(
         0,
         ge=0,
         le=1024,
-        description="Threads of one graph, and of decoding. 0 takes the cores that this process has (affinity and "
-        "cgroup quota). More than that makes every image slower.",
+        description="Threads of one graph, and of decoding, in each worker. 0 divides the cores among the workers. "
+        "More than that makes every image slower.",
     )
     max_batch: int | None = Field(
         None,
@@ -87,8 +95,9 @@ class Settings(BaseSettings):
     max_queue: int = Field(
         256,
         ge=1,
-        description="Images that may wait at once. One more is refused with 429. A longer queue loses fewer requests "
-        "in a burst and makes each wait longer: N / (images per second) is the wait at worst.",
+        description="Images that may wait at once, divided among the workers. One more is refused with 429. A longer "
+        "queue loses fewer requests in a burst and makes each wait longer: N / (images per second) is the wait at "
+        "worst. Unless it is set, it is longer where that leaves a worker less than max-images.",
     )
     max_images: int = Field(
         64,
@@ -103,8 +112,9 @@ class Settings(BaseSettings):
     max_inflight_bytes: ByteSize = Field(
         ByteSize(512 * 1024**2),
         ge=1,
-        description="Bodies of all requests together that are held in memory, such as 512MiB. One that does not fit is "
-        "refused with 429. Decoding needs memory beside it: about 8 bytes per pixel of max-pixels for each thread.",
+        description="Bodies of all requests together that are held in memory, such as 512MiB, divided among the "
+        "workers. One that does not fit is refused with 429. Decoding needs memory beside it: about 8 bytes per pixel "
+        "of max-pixels for each thread.",
     )
     max_pixels: int = Field(
         40_000_000,

@@ -17,9 +17,11 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import common as options
 from grafana_foundation_sdk.models.dashboard import (
     DashboardCursorSync,
+    DashboardRangeMapOptions,
     DataSourceRef,
     DynamicConfigValue,
     FieldColorModeId,
+    RangeMap,
     Threshold,
     ThresholdsMode,
     ValueMap,
@@ -359,14 +361,10 @@ def queue_row(page: Page) -> None:
 def service_row(page: Page) -> None:
     """What is running."""
     page.row("Service")
-    words = ValueMap(
-        options={
-            "0": ValueMappingResult(text="not ready", color="red", index=0),
-            "1": ValueMappingResult(text="ready", color="green", index=1),
-        }
-    )
+    none = ValueMap(options={"0": ValueMappingResult(text="not ready", color="red", index=0)})
+    some = RangeMap(DashboardRangeMapOptions(1, None, ValueMappingResult(text="ready", color="green", index=1)))
     page.add(
-        switching(number("none", 0), "red", "green").mappings([words]).no_value("down"),
+        switching(number("none", 0), "red", "green").mappings([none, some]).no_value("down"),
         "State",
         "Ready once every graph has been run; not while it drains.",
         4, 4,
@@ -385,6 +383,23 @@ def service_row(page: Page) -> None:
         "Versions of ride-serving, Python and onnxruntime.",
         10, 4,
         query("ride_build_info", "ride-serving {{version}}, Python {{python}}, onnxruntime {{onnxruntime}}"),
+    )  # fmt: skip
+    page.add(
+        lines("none").decimals(0),
+        "Workers",
+        "Processes that answer requests: how many are alive, and how many of them take work. They differ while one "
+        "starts, or all of them drain.",
+        12, 8,
+        query("sum (ride_workers)", "alive"),
+        query("sum (ride_ready)", "ready"),
+    )  # fmt: skip
+    page.add(
+        lines("none").decimals(0).fill_opacity(20),
+        "Workers restarted, in 15 minutes",
+        "Each of them died with the requests that it was working on; its log line worker_died says of what. An alert "
+        "(RideWorkersDie) watches this.",
+        12, 8,
+        query("sum (increase(ride_worker_restarts_total[15m]))", "restarts"),
     )  # fmt: skip
 
 

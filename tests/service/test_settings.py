@@ -16,8 +16,8 @@ from service.operating_point import choose_operation
 from service.settings import DEFAULT_BUNDLE, Settings, SettingsError, read_settings, unknown_variables
 
 EXAMPLES = {
-    "bundle": "my/bundle", "host": "0.0.0.0", "port": "8123", "provider": "cpu", "variant": "fp16", "threads": "3",
-    "max_batch": "7",
+    "bundle": "my/bundle", "host": "0.0.0.0", "port": "8123", "provider": "cpu", "variant": "fp16",
+    "workers": "2", "threads": "3", "max_batch": "7",
     "merge": "off", "engine_thread": "on", "scaled_decode": "false", "rule": "margin",
     "max_queue": "99", "max_images": "5", "max_bytes": "5MiB", "max_inflight_bytes": "64MiB",
     "max_pixels": "1000", "timeout_s": "2.5", "drain_s": "7", "top_k": "3", "max_experts": "2",

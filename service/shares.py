@@ -1,0 +1,38 @@
+"""How many workers there are, and what each of them gets of the service's cores and limits."""
+
+from service.cores import available_cores, has_cuda
+from service.settings import Settings, SettingsError
+
+# A limit of the whole service, and what one request may take of it, which each worker must be able to grant.
+LIMITS = (("max_queue", "max_images"), ("max_inflight_bytes", "max_bytes"))
+
+
+def choose_workers(settings: Settings) -> int:
+    """Those that the settings want; else one for each core, or one alone where a GPU does the work."""
+    if settings.workers:
+        return settings.workers
+    on_gpu = settings.provider in ("cuda", "tensorrt") or (settings.provider == "auto" and has_cuda())
+    return 1 if on_gpu else available_cores()
+
+
+def share_of(settings: Settings, workers: int) -> Settings:
+    """
+    One worker's settings: its threads, its part of the limits, rounded up.
+
+    A limit that nobody set is stretched where its part would be too small for the largest request.
+
+    Raises:
+        SettingsError: where a limit that somebody set is too small to be divided.
+    """
+    parts: dict[str, int] = {"threads": settings.threads or max(1, available_cores() // workers)}
+    for limit, request in LIMITS:
+        whole, least = getattr(settings, limit), getattr(settings, request)
+        part = -(-whole // workers)
+        if part < least and limit in settings.model_fields_set:
+            raise SettingsError(
+                f"RIDE_{limit.upper()} is {whole}, {part} for each of {workers} workers, RIDE_{request.upper()} is "
+                f"{least}: a request that large would never be let in; raise the first, lower the second, or set "
+                "RIDE_WORKERS to fewer"
+            )
+        parts[limit] = max(part, least)
+    return settings.model_copy(update=parts)

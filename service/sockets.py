@@ -1,0 +1,87 @@
+"""The sockets that a service listens on: the port is its alone, and closing one resets nobody."""
+
+import ctypes
+import errno
+import socket
+import struct
+from contextlib import suppress
+from typing import Final
+
+BACKLOG: Final = 2048
+
+# Classic BPF over a segment that begins with its TCP header: drop it if it is a SYN, let all else through.
+SO_ATTACH_FILTER: Final = 26
+NO_SYN: Final = b"".join(
+    struct.pack("HBBI", *instruction)
+    for instruction in (
+        (0x30, 0, 0, 13),  # load the byte of flags
+        (0x45, 0, 1, 0x02),  # is SYN among them?
+        (0x06, 0, 0, 0),  # then take nothing of it
+        (0x06, 0, 0, 0xFFFF_FFFF),  # else all
+    )
+)
+
+
+def open_sockets(host: str, port: int, copies: int = 1) -> list[list[socket.socket]]:
+    """
+    Take a port, on every address that `host` stands for.
+
+    Port 0 takes a free one. Between the copies of a socket the kernel divides the connections, but only between those
+    that listen: the first ones do so at once, the others when their owner calls listen().
+
+    Returns:
+        One list for each copy, with a socket for each address.
+
+    Raises:
+        OSError: where the address is not this machine's or another service has the port; the message names it.
+    """
+    groups: list[list[socket.socket]] = [[] for _ in range(copies)]
+    for family, _, _, _, found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+        port = port or (groups[0][0].getsockname()[1] if groups[0] else 0)
+        address = (found[0], port, *found[2:])
+        first = _bound(family, address)
+        try:
+            first.listen(BACKLOG)  # without SO_REUSEPORT until here, which another service might set as well
+        except OSError as error:
+            first.close()
+            raise _explained(error, address) from None
+        groups[0].append(first)
+        if copies > 1:
+            first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            for group in groups[1:]:
+                group.append(_bound(family, first.getsockname(), reuse_port=True))
+    return groups
+
+
+def refuse_connections(listening: socket.socket) -> None:
+    """
+    Let no new connection into a listening socket's queue, so that it can be emptied and closed without a loss.
+
+    Closing it resets the connections that are still in its queue, and under load there is always one. Whoever tries
+    meanwhile tries again a second later, and finds the socket closed, or another one.
+    """
+    program = ctypes.create_string_buffer(NO_SYN, len(NO_SYN))
+    count = len(NO_SYN) // struct.calcsize("HBBI")
+    with suppress(OSError):  # a sandbox may not have it; then a connection may be reset
+        listening.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", count, ctypes.addressof(program)))
+
+
+def _bound(family: int, address: tuple[object, ...], *, reuse_port: bool = False) -> socket.socket:
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if reuse_port:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        bound.setblocking(False)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise _explained(error, address) from None
+    return bound
+
+
+def _explained(error: OSError, address: tuple[object, ...]) -> OSError:
+    advice = "; is another service there? RIDE_PORT chooses another port" if error.errno == errno.EADDRINUSE else ""
+    return OSError(error.errno, f"cannot listen on {address[:2]}: {error.strerror}{advice}")

@@ -1,0 +1,107 @@
+"""ride-serve as a process of its own."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import httpx
+
+from tests.service.conftest import PATIENCE_S, encode
+from tests.tiny import SLOW_COLOUR, TinyModel, noise, plain, write_bundle
+
+IMAGE, SLOW = encode(noise(1)[0]), encode(plain(SLOW_COLOUR))
+# Development mode tells of what is never closed or never awaited.
+COMMAND = [sys.executable, "-X", "dev", "-m", "service"]
+
+
+class Server:
+    """A running ride-serve."""
+
+    def __init__(self, process, log_path):
+        self.process = process
+        self._log_path = log_path
+        self.url = self.wait_for("listening")["url"]
+        self.port = int(self.url.rpartition(":")[2])
+        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
+
+    def log(self):
+        """Its log so far, line by line."""
+        return [
+            json.loads(line) for line in self._log_path.read_text().splitlines(keepends=True) if line.endswith("\n")
+        ]
+
+    def wait_for(self, event):
+        """The first line of this event."""
+        return wait(lambda: next((line for line in self.log() if line["event"] == event), None))
+
+    def metric(self, name):
+        """The value of a metric, with its labels as /metrics writes them."""
+        for line in self.client.get("/metrics").text.splitlines():
+            if line.startswith(f"{name} "):
+                return float(line.rpartition(" ")[2])
+        raise KeyError(name)
+
+    def post(self, image=IMAGE):
+        """POST /classify on a connection of its own."""
+        return httpx.post(f"{self.url}/classify", content=image, timeout=PATIENCE_S)
+
+    def connect(self):
+        """A bare socket."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S)
+
+    def end(self, sig=signal.SIGTERM):
+        """Send a signal and return the exit code."""
+        self.process.send_signal(sig)
+        return self.process.wait(PATIENCE_S)
+
+
+def wait(condition):
+    """Poll for what happens in another process."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.01)
+    raise TimeoutError(f"not within {PATIENCE_S} s")
+
+
+def write_slow_bundle(directory):
+    """The tiny bundle; a SLOW_COLOUR image keeps it busy for about a second."""
+    return write_bundle(directory, TinyModel(), slow_turns=300_000)
+
+
+@contextmanager
+def servers(bundle, directory):
+    """A function that starts servers, which are ended and whose logs are looked through in the end."""
+    started = []
+
+    def start(*options):
+        log_path = directory / f"log{len(started)}"
+        with log_path.open("w") as log:
+            process = subprocess.Popen(
+                [*COMMAND, "--bundle", str(bundle), "--port", "0", "--threads", "1", "--workers", "1", *options],
+                stderr=log,
+                start_new_session=True,
+            )
+        try:
+            server = Server(process, log_path)
+        except TimeoutError:
+            process.kill()
+            raise
+        started.append(server)
+        server.wait_for("ready")
+        return server
+
+    yield start
+    for server in started:
+        server.client.close()
+        server.process.kill()
+        server.process.wait()
+        text = server._log_path.read_text()
+        assert "Traceback" not in text
+        assert "ResourceWarning" not in text
+        assert "never awaited" not in text

@@ -1,0 +1,425 @@
+"""Several workers are one service: killing one costs its own connections and nothing else, and none is left behind."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client import CollectorRegistry
+
+from model_export.bundle import read_bundle
+from service.app import create_app
+from service.classifier import Classifier
+from service.counters import WAS_READY
+from service.engine import open_engine
+from service.metrics import shared_counters
+from service.settings import Settings, SettingsError
+from service.shares import choose_workers, share_of
+from tests.service.conftest import PATIENCE_S, until
+from tests.service.server import COMMAND, IMAGE, SLOW, servers, wait, write_slow_bundle
+
+REQUEST = b"POST /classify HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(IMAGE) + IMAGE
+
+
+@pytest.fixture(scope="module")
+def slow_bundle(tmp_path_factory):
+    """A bundle with slow images, for all of these tests."""
+    return write_slow_bundle(tmp_path_factory.mktemp("bundles") / "slow")
+
+
+@pytest.fixture
+def serve(slow_bundle, tmp_path):
+    """Start ride-serve with several workers, and wait until all of them are ready."""
+    with servers(slow_bundle, tmp_path) as start:
+        yield lambda *options, workers=3: start("--workers", str(workers), *options)
+
+
+def workers_of(server):
+    """The process ids of its workers."""
+    return [
+        int(pid) for pid in Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    ]
+
+
+def alive(pid):
+    """Whether a process runs; one that is dead and not yet buried does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+async def ask(port, request=REQUEST):
+    """One request on a connection of its own: its status, "refused" where there was nobody, "lost" where it broke."""
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return "refused"
+    try:
+        writer.write(request)
+        answer = await reader.read()
+    except OSError:
+        return "lost"
+    finally:
+        writer.transport.abort()
+    return int(answer.split(b" ", 2)[1]) if answer.endswith(b"}") else "lost"
+
+
+def hammer(port, clients, meanwhile):
+    """Ask without a pause from many clients while `meanwhile` runs in a thread; how often what came back."""
+
+    async def run():
+        done = asyncio.create_task(asyncio.to_thread(meanwhile))
+        results = Counter()
+
+        async def keep_asking():
+            while not done.done() and results["refused"] < 10_000:
+                results[await ask(port)] += 1
+
+        async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as group:
+            for _ in range(clients):
+                group.create_task(keep_asking())
+        await done
+        return results
+
+    return asyncio.run(run())
+
+
+def count_answered(server):
+    """Requests that were answered with 200, by all workers together."""
+    return server.metric('ride_requests_total{code="200"}')
+
+
+def test_all_workers_answer_and_any_of_them_tells_the_sum(serve):
+    """Of 300 requests each gets some; /metrics says 300 whoever is asked, and the log says who is who."""
+    server = serve()
+    results = hammer(server.port, 8, lambda: wait(lambda: count_answered(server) >= 300))
+    total = results[200]
+
+    assert results.keys() == {200}
+    scraped = [httpx.get(f"{server.url}/metrics").text.splitlines() for _ in range(12)]  # by different workers
+    for lines in scraped:
+        assert f'ride_requests_total{{code="200"}} {total:.1f}' in lines
+        assert {"ride_workers 3.0", "ride_ready 3.0", "ride_worker_restarts_total 0.0"} <= set(lines)
+        assert "ride_queue_limit_images 258.0" in lines  # 256 in three equal parts
+        assert sum(line.startswith("ride_model_info{") for line in lines) == 1
+    assert all(cpu_seconds(pid) > 0.05 for pid in workers_of(server))
+    assert sorted(line["worker"] for line in server.log() if line["event"] == "worker_ready") == [0, 1, 2]
+    assert [line["workers"] for line in server.log() if line["event"] == "ready"] == [3]
+    assert len([line for line in server.log() if line["event"] == "listening"]) == 1
+    assert server.end() == 0
+
+
+def cpu_seconds(pid):
+    """Processor time of a process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_workers_share_the_memory_of_what_is_imported(serve):
+    """Each has less than half of its resident memory to itself."""
+    for pid in workers_of(serve()):
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+        sizes = {name: int(size.split()[0]) for name, size in (line.split(":") for line in lines)}
+        assert sizes["Private_Dirty"] + sizes["Private_Clean"] < 0.5 * sizes["Rss"]
+        assert sizes["Private_Dirty"] < 64 * 1024
+
+
+def test_a_killed_worker_costs_only_its_own_connections(serve):
+    """Of 16 clients under load none meets a closed door; at most theirs break. Its successor goes on counting."""
+    server = serve()
+    figures = []
+
+    def answered():
+        figures.append(count_answered(server))
+        return figures[-1]
+
+    def kill_two():
+        for kills in (1, 2):
+            enough = answered() + 100
+            wait(lambda: answered() > enough)  # noqa: B023
+            victim = workers_of(server)[0]
+            os.kill(victim, signal.SIGKILL)
+            wait(lambda: answered() and not alive(victim))  # noqa: B023
+            wait(lambda: answered() and server.metric("ride_worker_restarts_total") == kills)  # noqa: B023
+            wait(lambda: answered() and server.metric("ride_ready") == 3)
+        enough = answered() + 100
+        wait(lambda: answered() > enough)
+
+    # What is asked here must not be lost itself: ask until somebody answers.
+    server.client = PersistentClient(server.url)
+    results = hammer(server.port, 16, kill_two)
+
+    assert results.keys() <= {200, "lost"}
+    assert results["lost"] <= 2 * 16
+    assert figures == sorted(figures)
+    assert count_answered(server) >= results[200]
+    assert server.metric("ride_workers") == server.metric("ride_ready") == 3
+    died = [line for line in server.log() if line["event"] == "worker_died"]
+    assert [(line["cause"], line["level"]) for line in died] == [("SIGKILL", "error")] * 2
+    assert httpx.get(f"{server.url}/readyz").status_code == 200
+    assert server.end() == 0
+
+
+class PersistentClient:
+    """Asks again where the connection breaks."""
+
+    def __init__(self, url):
+        self._url = url
+
+    def get(self, path):
+        for _ in range(9):
+            with suppress(httpx.TransportError):
+                return httpx.get(f"{self._url}{path}", timeout=PATIENCE_S)
+        return httpx.get(f"{self._url}{path}", timeout=PATIENCE_S)
+
+    def close(self):
+        pass
+
+
+def test_a_connection_waits_for_the_successor_of_a_dead_worker(serve):
+    """With both workers killed at once, whoever comes before their successors are ready is answered by them."""
+    server = serve(workers=2)
+    for pid in workers_of(server):
+        os.kill(pid, signal.SIGKILL)
+    answers = [asyncio.run(ask(server.port)) for _ in range(8)]
+
+    assert set(answers) <= {200, 503}  # 503: the first of them listens while it starts, so that /healthz is answered
+    wait(lambda: server.metric("ride_ready") == 2)
+    assert server.metric("ride_worker_restarts_total") == 2
+
+
+def test_sigterm_under_load_loses_nobody(serve):
+    """64 clients: every request that got a connection gets an answer, 200 or 503, and the exit code is 0."""
+    server = serve()
+    codes = []
+
+    def stop():
+        wait(lambda: count_answered(server) > 200)
+        codes.append(server.end())
+
+    results = hammer(server.port, 64, stop)
+
+    assert codes == [0]
+    assert results.keys() <= {200, 503, "refused"}
+    assert results[200] > 200
+
+
+def test_every_worker_drains(serve):
+    """Slow requests in all of them are answered after SIGTERM; then nothing of the service is left."""
+    server = serve("--max-batch", "1", "--timeout-s", "60", "--drain-s", "60")
+    pids = workers_of(server)
+    with ThreadPoolExecutor(9) as clients:
+        accepted = [clients.submit(server.post, SLOW) for _ in range(9)]
+        wait(lambda: server.metric('ride_stage_seconds_count{stage="decode"}') == 9)
+        assert server.end() == 0
+        assert [request.result().status_code for request in accepted] == [200] * 9
+    assert sorted(line["worker"] for line in server.log() if line["event"] == "draining") == [0, 1, 2]
+    assert not any(map(alive, pids))
+
+
+def test_ctrl_c_in_a_terminal_counts_once(serve):
+    """It reaches every process of the group; accepted work is still answered, exit code 0."""
+    server = serve("--timeout-s", "60", "--drain-s", "60")
+    with ThreadPoolExecutor(1) as clients:
+        accepted = clients.submit(server.post, SLOW)
+        wait(lambda: server.metric('ride_stage_seconds_count{stage="decode"}') == 1)
+        os.killpg(server.process.pid, signal.SIGINT)
+        assert server.process.wait(PATIENCE_S) == 0
+        assert accepted.result().status_code == 200
+
+
+def test_a_second_ctrl_c_ends_it_at_once(serve):
+    """With exit code 1, long before the work is done."""
+    server = serve("--timeout-s", "3600", "--drain-s", "3600", "--max-batch", "1")
+    with ThreadPoolExecutor(30) as clients:
+        lost = [clients.submit(server.post, SLOW) for _ in range(30)]
+        wait(lambda: server.metric('ride_stage_seconds_count{stage="decode"}') == 30)
+        os.killpg(server.process.pid, signal.SIGINT)
+        wait(lambda: len([line for line in server.log() if line["event"] == "draining"]) == 3)
+        os.killpg(server.process.pid, signal.SIGINT)
+        assert server.process.wait(PATIENCE_S) == 1
+        assert any(isinstance(request.exception(), httpx.TransportError) for request in lost)
+
+
+def test_work_that_does_not_end_in_the_time_to_drain_is_left_behind(serve):
+    """Exit code 1 where any worker lost work."""
+    server = serve("--drain-s", "0.1", "--timeout-s", "30")
+    with ThreadPoolExecutor(1) as clients:
+        lost = clients.submit(server.post, SLOW)
+        wait(lambda: server.metric('ride_stage_seconds_count{stage="decode"}') == 1)
+        assert server.end() == 1
+        assert isinstance(lost.exception(), httpx.TransportError)
+
+
+def test_a_worker_that_is_stuck_is_killed(serve):
+    """It cannot even notice SIGTERM; the others end well, the exit code is 1, and nothing is left."""
+    server = serve("--drain-s", "0.5")
+    pids = workers_of(server)
+    os.kill(pids[1], signal.SIGSTOP)
+
+    assert server.end() == 1
+    assert server.wait_for("worker_killed")["pid"] == pids[1]
+    assert not any(map(alive, pids))
+
+
+def test_workers_do_not_survive_their_supervisor(serve):
+    """kill -9 of it ends all of them."""
+    server = serve()
+    pids = workers_of(server)
+    server.end(signal.SIGKILL)
+
+    wait(lambda: not any(map(alive, pids)))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_two_services_on_one_port_do_not_share_its_traffic(serve, tiny_bundle, workers):
+    """The second one ends with exit code 1 and says which address is taken; the first serves on."""
+    server = serve(workers=2)
+    run = subprocess.run(
+        [*COMMAND, "--bundle", str(tiny_bundle), "--port", str(server.port), "--workers", str(workers)],
+        capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+    )  # fmt: skip
+
+    assert run.returncode == 1
+    assert f"cannot listen on ('127.0.0.1', {server.port}): Address already in use" in run.stderr
+    assert server.post().status_code == 200
+
+
+def test_more_workers_than_cores_work_too(serve):
+    """Each with one thread and its part of the limits."""
+    server = serve("--max-queue", "320", workers=5)
+
+    assert hammer(server.port, 5, lambda: wait(lambda: count_answered(server) > 50)).keys() == {200}
+    assert server.metric("ride_queue_limit_images") == 320
+    assert server.end() == 0
+
+
+SUPERVISED = """
+import os, signal, sys, time
+from service import supervisor
+from service.counters import OWN_CELLS, WAS_READY, Counters
+from service.logs import set_up
+supervisor.RESTART_PAUSES_S = (0.0, 0.1, 0.2)
+set_up("info")
+counters = Counters(2, OWN_CELLS, others=1)
+def work(number, sockets):
+    supervisor.let_signals_in()
+    counters.own[WAS_READY] = 1
+    {life}
+    time.sleep(60)
+sys.exit(supervisor.Supervisor(work, [[], []], counters, drain_s=1).run())
+"""
+
+
+def supervise(life, **options):
+    """Run a supervisor over two workers that live so; it and its log."""
+    script = SUPERVISED.format(life=life)
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S, check=False, **options
+    )
+    return run.returncode, [json.loads(line) for line in run.stderr.splitlines()]
+
+
+def test_a_worker_that_keeps_dying_ends_the_service():
+    """It is restarted at once, then after longer and longer pauses, then no more: exit code 1, and the log says why."""
+    code, lines = supervise("if number: os.kill(os.getpid(), signal.SIGSEGV)")
+
+    died = [(line["worker"], line["cause"], line["restart_in_s"]) for line in lines if line["event"] == "worker_died"]
+    assert died == [(1, "SIGSEGV", 0.0), (1, "SIGSEGV", 0.1), (1, "SIGSEGV", 0.2)]
+    (end,) = [line["reason"] for line in lines if line["event"] == "gave_up"]
+    assert end == "worker 1 died 4 times, each time within 60 s of its start, at last of SIGSEGV"
+    assert code == 1
+
+
+def test_a_worker_that_raises_is_logged_with_its_trace():
+    """By itself, in its own name; it counts as dead."""
+    code, lines = supervise("if number: raise ValueError('no such thing')")
+
+    failed = [line for line in lines if line["event"] == "worker_failed"]
+    assert {(line["worker"], line["exception"].splitlines()[-1]) for line in failed} == {
+        (1, "ValueError: no such thing")
+    }
+    assert {line["cause"] for line in lines if line["event"] == "worker_died"} == {"exit code 1"}
+    assert code == 1
+
+
+def test_a_worker_that_cannot_start_is_not_tried_again():
+    """Another one would fail as well."""
+    code, lines = supervise("counters.own[WAS_READY] = 0; os._exit(supervisor.START_FAILED)")
+
+    assert code == 1
+    assert not [line for line in lines if line["event"] == "worker_died"]
+
+
+@pytest.mark.anyio
+async def test_the_service_is_ready_when_every_worker_has_been(tiny_bundle):
+    """/readyz is 503 until then; afterwards one that is restarted does not close the door of the others."""
+    bundle = read_bundle(tiny_bundle)
+    counters = shared_counters(bundle.manifest, 2)
+    classifier = Classifier(bundle, Settings(threads=1), CollectorRegistry(), open_engine, counters)
+    app = create_app(classifier)
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service")
+    async with app.router.lifespan_context(app), client:
+        await until(lambda: classifier.state == "ready")
+        answer = await client.get("/readyz")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+        assert answer.json()["error"]["message"] == "1 workers are still starting; retry in 1 s"
+        counters.row(1)[WAS_READY] = 1
+        assert (await client.get("/readyz")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("given", "cores", "cuda", "workers"),
+    [
+        ({}, 8, False, 8),
+        ({}, 8, True, 1),
+        ({"provider": "cpu"}, 8, True, 8),
+        ({"provider": "cuda"}, 8, False, 1),
+        ({"workers": 3}, 8, True, 3),
+        ({"workers": 9}, 2, False, 9),
+    ],
+)
+def test_there_is_a_worker_for_each_core_and_one_for_a_gpu(monkeypatch, given, cores, cuda, workers):
+    """Unless the settings say how many."""
+    monkeypatch.setattr("service.shares.available_cores", lambda: cores)
+    monkeypatch.setattr("service.shares.has_cuda", lambda: cuda)
+
+    assert choose_workers(Settings(**given)) == workers
+
+
+@pytest.mark.parametrize(
+    ("given", "workers", "threads", "queue", "inflight"),
+    [
+        ({}, 1, 8, 256, 512 * 2**20),
+        ({}, 2, 4, 128, 256 * 2**20),
+        ({}, 3, 2, 86, -(-512 * 2**20 // 3)),
+        ({}, 8, 1, 64, 64 * 2**20),
+        ({}, 32, 1, 64, 32 * 2**20),
+        ({"threads": 5, "max_queue": 800}, 8, 5, 100, 64 * 2**20),
+    ],
+)
+def test_limits_are_divided_among_the_workers(monkeypatch, given, workers, threads, queue, inflight):
+    """Rounded up; where nobody set them, at least what the largest request needs."""
+    monkeypatch.setattr("service.shares.available_cores", lambda: 8)
+    share = share_of(Settings(**given), workers)
+
+    assert (share.threads, share.max_queue, share.max_inflight_bytes) == (threads, queue, inflight)
+
+
+def test_a_limit_that_cannot_be_divided_is_refused():
+    """With what would do, where somebody set it."""
+    with pytest.raises(SettingsError) as refusal:
+        share_of(Settings(max_queue=256), 8)
+    assert str(refusal.value) == (
+        "RIDE_MAX_QUEUE is 256, 32 for each of 8 workers, RIDE_MAX_IMAGES is 64: a request that large would never be "
+        "let in; raise the first, lower the second, or set RIDE_WORKERS to fewer"
+    )
