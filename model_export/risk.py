@@ -59,7 +59,7 @@ def certify(
     of_split = np.array([split_of(class_counts[label]) for label in testing.labels])
     risk = Risk(
         max_risk=max_risk, confidence=confidence, images=len(losses), loss=round(float(losses.mean()), 4),
-        upper_bound=math.ceil(100 * bound * DECIMALS) / DECIMALS if bound else 0.0,
+        upper_bound=min(math.ceil(100 * bound * DECIMALS) / DECIMALS, max_risk),
         loss_by_split={
             name: round(float(losses[of_split == name].mean()), 4) if (of_split == name).any() else None
             for name in SPLITS
@@ -123,7 +123,7 @@ def _part(predictions: Predictions, rows: np.ndarray) -> Predictions:
 
 
 def _from_safest(predictions: Predictions, class_counts: Sequence[int], macs: Costs) -> list[tuple[float, ...]]:
-    """The frontier on these images, from the dearest thresholds to the cheapest, all experts excluded."""
+    """The frontier on these images, from the dearest thresholds to the cheapest, without those that never exit."""
     n_experts, n_images, _ = predictions.expert_logits.shape
     if n_experts == 1:
         return []
@@ -133,7 +133,8 @@ def _from_safest(predictions: Predictions, class_counts: Sequence[int], macs: Co
         return mean_macs(macs, (np.bincount(used, minlength=n_experts + 1)[1:] / n_images).tolist())
 
     costs = {thresholds: cost(thresholds) for thresholds in frontier(predictions, class_counts, macs, ROUTER_BUDGETS)}
-    return sorted((key for key in costs if max(key) > 0), key=lambda key: (-costs[key], key))
+    full = cost((0.0,) * (n_experts - 1))
+    return sorted((key for key in costs if costs[key] < full), key=lambda key: (-costs[key], key))
 
 
 def _losses(predictions: Predictions, thresholds: tuple[float, ...]) -> np.ndarray:

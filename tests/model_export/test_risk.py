@@ -135,6 +135,13 @@ def test_testing_stops_at_the_first_thresholds_that_fail(predictions, monkeypatc
     assert len(losses[1]) == len(testing)
 
 
+def test_the_recorded_bound_is_rounded_up_but_never_above_the_risk(predictions, monkeypatch):
+    """A risk of many digits can be certified, too."""
+    for bound, recorded in ((0.00123451, 0.1235), (0.00999998, 0.999999)):
+        monkeypatch.setattr("model_export.risk.upper_bound", lambda losses, error, bound=bound: bound)
+        assert certify(predictions(), COUNTS, MACS, "margin", 0.999999, 0.95)[1].upper_bound == recorded
+
+
 def test_the_halves_share_no_image_and_hold_each_class_alike():
     """Each image is in one of them, in an order that says nothing of its class; the same at every call."""
     labels = np.repeat([0, 1, 2, 3], [400, 101, 17, 1])
