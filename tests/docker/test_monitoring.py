@@ -77,7 +77,7 @@ def metrics_of_the_service() -> dict[str, set[str]]:
         macs=Macs(trunk=1, experts=(1, 1, 1), routers=(1, 1)),
     )
     registry = CollectorRegistry()
-    metrics = Metrics(registry, manifest, Operation((0.5, 0.5), 3, None), waiting=lambda: 0, limit=1)
+    metrics = Metrics(registry, manifest, Operation("router", (0.5, 0.5), 3, None, {}), waiting=lambda: 0, limit=1)
     metrics.engine_started(variant="fp32", provider="cpu", onnxruntime="1")
     found: dict[str, set[str]] = {}
     for family in registry.collect():

@@ -16,6 +16,8 @@ from tests.tiny import SLOW_COLOUR, TinyModel, noise, plain, write_bundle
 IMAGE, SLOW = encode(noise(1)[0]), encode(plain(SLOW_COLOUR))
 # Development mode tells of what is never closed or never awaited.
 COMMAND = [sys.executable, "-X", "dev", "-m", "service"]
+# A slow image, of which the warm-up knows nothing, would stop the event loop if the engine had no thread of its own.
+USUAL = ["--port", "0", "--threads", "1", "--workers", "1", "--engine-thread", "on"]
 
 
 class Server:
@@ -83,7 +85,7 @@ def servers(bundle, directory):
         log_path = directory / f"log{len(started)}"
         with log_path.open("w") as log:
             process = subprocess.Popen(
-                [*COMMAND, "--bundle", str(bundle), "--port", "0", "--threads", "1", "--workers", "1", *options],
+                [*COMMAND, *USUAL, "--bundle", str(bundle), *options],
                 stderr=log,
                 start_new_session=True,
             )

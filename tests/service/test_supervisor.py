@@ -368,7 +368,7 @@ async def test_the_service_is_ready_when_every_worker_has_been(tiny_bundle):
     classifier = Classifier(bundle, Settings(threads=1), CollectorRegistry(), open_engine, counters)
     app = create_app(classifier)
     client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service")
-    async with app.router.lifespan_context(app), client:
+    async with app.api.router.lifespan_context(app.api), client:
         await until(lambda: classifier.state == "ready")
         answer = await client.get("/readyz")
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
