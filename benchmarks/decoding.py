@@ -1,7 +1,8 @@
 """
 JPEG bytes to the trunk's pixels in one call, for the bare loop and the contestants: they decode as the service does.
 
-Scaled ("draft") decoding lets libjpeg shrink the picture by 2, 4 or 8 while it decodes, at most to twice the input's size.
+Scaled ("draft") decoding lets libjpeg shrink the picture by 2, 4 or 8 while it decodes, to no less than twice the
+input's size.
 """
 
 import io

@@ -3,9 +3,9 @@ The floor: a bare loop of decoding and graphs, without HTTP, on the bundle that 
 
     python -m benchmarks.floor --size 640x480 --draft
 
-In one process with a thread per core, and in one process per core with one thread each; routed (the bundle's thresholds,
-finished rows leave the batch between experts) and with all experts. The better of the two is what a service is
-measured against. Also how long one image takes by itself, and what a stage takes for a batch.
+In one process with a thread per core, and in one process per core with one thread each; routed (the bundle's
+thresholds, finished rows leave the batch between experts) or with all experts. The better of the two is what a service
+is measured against. Also how long one image takes by itself.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from benchmarks.decoding import DECODERS, decoder
 from benchmarks.images import SIZES, make_images
 from benchmarks.machine import describe
-from model_export.bundle import Bundle, GraphSpec, read_bundle
+from model_export.bundle import Bundle, read_bundle
 from service.cores import available_cores
 
 BATCH: Final = 32
@@ -209,24 +209,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the images [default: 0]")
     options = parser.parse_args()
     variant = options.variant or read_bundle(options.bundle).manifest.default_variant
-    results = {
-        name: asdict(
-            measure_floor(
-                Loop(
-                    options.bundle,
-                    variant,
-                    options.provider,
-                    options.decoder,
-                    options.draft,
-                    options.size,
-                    routed,
-                    options.seconds,
-                    options.seed,
-                )  # fmt: skip
-            )
-        )
-        for name, routed in (("routed", True), ("all experts", False))
-    }
+    routed = Loop(
+        options.bundle, variant, options.provider, options.decoder, options.draft, options.size, True, options.seconds,
+        options.seed,
+    )  # fmt: skip
+    loops = {"routed": routed, "all experts": replace(routed, routed=False)}
+    results = {name: asdict(measure_floor(loop)) for name, loop in loops.items()}
     json.dump({"floor": results, "measured": describe(options.seed)}, sys.stdout, indent=2)
     print()
 

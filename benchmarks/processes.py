@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -135,6 +137,11 @@ class Server:
         psutil.wait_procs(left, timeout=STOP_S)
         self._process.wait()
         self._log.close()
+
+
+def end_like_an_error() -> None:
+    """From now on SIGTERM raises SystemExit, so that whoever ends the benchmark ends its servers, too."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def free_port() -> int:

@@ -2,7 +2,9 @@
 
 import base64
 import json
+import os
 import struct
+import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,13 +77,14 @@ class Contestant:
         ]  # fmt: skip
 
     def environment(self, setting: Setting, graph: Path, decoder: str, draft: bool) -> dict[str, str]:
-        """Its environment variables: no thread pools besides the graph's, no telemetry."""
+        """Its environment variables: no thread pools besides the graph's, no telemetry, and where libpython is."""
         settings = asdict(setting) | {"graph": str(graph), "decoder": decoder, "draft": draft}
         return {
             "BENCHMARK_SETTINGS": json.dumps(settings),
             "OMP_NUM_THREADS": "1",
             "BENTOML_DO_NOT_TRACK": "True",
-            "PATH": f"{self.python.parent}:/usr/local/bin:/usr/bin:/bin",
+            "PATH": f"{self.python.parent}:{os.environ['PATH']}",
+            "LD_LIBRARY_PATH": sysconfig.get_config_var("LIBDIR"),  # Triton would take another Python's library
         }
 
 

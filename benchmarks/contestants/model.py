@@ -1,4 +1,4 @@
-"""What every contestant does with its JPEGs; only how they get here and back is its own. Runs in its own environment."""
+"""What every contestant does with its JPEGs, in its own environment; how they get here and back is each one's own."""
 
 import argparse
 import json
@@ -50,10 +50,7 @@ class Model:
         (probabilities,) = self._session.run(None, {"images": np.stack(list(pixels))})
         best = np.argsort(-probabilities, axis=1)[:, :TOP_K]
         return [
-            [
-                {"label": self.classes[index], "probability": value}
-                for index, value in zip(indices, values, strict=True)
-            ]
+            [{"label": self.classes[index], "probability": value} for index, value in zip(indices, values, strict=True)]
             for indices, values in zip(
                 best.tolist(), np.take_along_axis(probabilities, best, axis=1).tolist(), strict=True
             )

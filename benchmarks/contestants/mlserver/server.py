@@ -23,9 +23,7 @@ class Classify(MLModel):
         """One batch."""
         jpegs = Base64Codec.decode_input(payload.inputs[0])
         answers = [json.dumps(predictions) for predictions in self.model.classify(jpegs)]
-        return InferenceResponse(
-            model_name=self.name, outputs=[StringCodec.encode_output("predictions", answers)]
-        )
+        return InferenceResponse(model_name=self.name, outputs=[StringCodec.encode_output("predictions", answers)])
 
 
 if __name__ == "__main__":
