@@ -148,6 +148,13 @@ def tune(contestant: Contestant, work: Work, seconds: float) -> dict[str, Any]:
     return {"best": best["setting"], "tried": tried}
 
 
+def note_tuned(contestant: Contestant, tuned: dict[str, Any]) -> None:
+    """Remember a contestant's best setting, and all that were tried."""
+    known = json.loads(TUNED.read_text())["contestants"] if TUNED.is_file() else {}
+    document = {"contestants": known | {contestant.name: tuned}, "measured": describe(0)}
+    TUNED.write_text(json.dumps(document, indent=1) + "\n")
+
+
 def best_setting(contestant: Contestant) -> Setting:
     """The one that was best when the contestant was last tuned; the first, if it never was."""
     tuned = json.loads(TUNED.read_text())["contestants"] if TUNED.is_file() else {}
@@ -185,7 +192,7 @@ def main() -> None:
             try:
                 install(contestant)
                 if options.tune:
-                    _note(contestant, tune(contestant, work, options.seconds))
+                    note_tuned(contestant, tune(contestant, work, options.seconds))
                 setting = best_setting(contestant)
                 with running(contestant, setting, work) as target:
                     results[contestant.name] = {"setting": str(setting)} | {
@@ -196,12 +203,6 @@ def main() -> None:
                 results[contestant.name] = {"error": str(error)}
     json.dump({"contestants": results, "measured": describe(0)}, sys.stdout, indent=2)
     print()
-
-
-def _note(contestant: Contestant, tuned: dict[str, Any]) -> None:
-    known = json.loads(TUNED.read_text())["contestants"] if TUNED.is_file() else {}
-    document = {"contestants": known | {contestant.name: tuned}, "measured": describe(0)}
-    TUNED.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
