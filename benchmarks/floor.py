@@ -21,22 +21,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from benchmarks.decoding import DECODERS, decoder
 from benchmarks.images import SIZES, make_images
 from benchmarks.machine import describe
+from benchmarks.runtimes import PROVIDERS, open_graph
 from model_export.bundle import Bundle, read_bundle
 from service.cores import available_cores
 
 BATCH: Final = 32
 DEFAULT_BUNDLE: Final = Path(__file__).parents[1] / "service" / "default_bundle"
-PROVIDERS: Final[dict[str, tuple[str, dict[str, str]]]] = {
-    "cpu": ("CPUExecutionProvider", {}),
-    "openvino": ("OpenVINOExecutionProvider", {"device_type": "CPU"}),
-    "openvino-bf16": ("OpenVINOExecutionProvider", {"device_type": "CPU", "precision": "ACCURACY"}),
-}
 
 
 @dataclass(frozen=True)
@@ -86,21 +81,21 @@ class BareModel:
         graphs = bundle.manifest.variants[variant]
         self._n_classes = len(bundle.manifest.classes)
         self._thresholds = np.float32(bundle.manifest.thresholds)
-        self._trunk = session(bundle.graph_path(graphs.trunk), provider, threads)
-        self._experts = [session(bundle.graph_path(graph), provider, threads) for graph in graphs.experts]
-        self._routers = [session(bundle.graph_path(graph), provider, threads) for graph in graphs.routers]
+        opened = [open_graph(bundle.graph_path(graph), provider, graphs.precision, threads) for graph in graphs.graphs]
+        n_experts = len(graphs.experts)
+        self._trunk, self._experts, self._routers = opened[0], opened[1 : n_experts + 1], opened[n_experts + 1 :]
 
     def run(self, images: NDArray[np.uint8], *, routed: bool) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """(B, H, W, 3) to probabilities (B, C) and experts used (B,)."""
-        (features,) = self._trunk.run(None, {"images": images})
+        (features,) = self._trunk({"images": images})
         rows = np.arange(len(images))
         logits_sum = np.zeros((len(images), self._n_classes), np.float32)
         logits, used = logits_sum.copy(), np.full(len(images), len(self._experts))
         for index, expert in enumerate(self._experts):
-            logits_sum, expert_feature = expert.run(None, {"features": features, "logits_sum": logits_sum})
+            logits_sum, expert_feature = expert({"features": features, "logits_sum": logits_sum})
             logits[rows] = logits_sum / (index + 1)
             if routed and index < len(self._routers):
-                (score,) = self._routers[index].run(None, {"expert_feature": expert_feature, "logits_sum": logits_sum})
+                (score,) = self._routers[index]({"expert_feature": expert_feature, "logits_sum": logits_sum})
                 goes_on = score >= self._thresholds[index]
                 used[rows[~goes_on]] = index + 1
                 rows, features, logits_sum = rows[goes_on], features[goes_on], logits_sum[goes_on]
@@ -108,19 +103,6 @@ class BareModel:
                     break
         exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
         return exponentials / exponentials.sum(axis=1, keepdims=True), used
-
-
-def session(path: Path, provider: str, threads: int) -> ort.InferenceSession:
-    """A session of so many threads that do not spin."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    name, settings = PROVIDERS[provider]
-    if name != "CPUExecutionProvider":
-        settings = settings | {"num_of_threads": str(threads)}
-    return ort.InferenceSession(path, options, providers=[(name, settings)])
 
 
 def measure_floor(loop: Loop) -> FloorResult:

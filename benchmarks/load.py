@@ -29,6 +29,7 @@ from benchmarks.images import SIZES, make_images
 from benchmarks.messages import Target, multipart_requests, raw_requests
 
 GRACE_S: Final = 10.0  # after the last request was due: how long its answer may take
+EARLY_S: Final = 0.002  # by which a timer of the event loop may ring too early
 UNANSWERED: Final = "unanswered"  # not within the grace
 DISCONNECTED: Final = "disconnected"  # the server hung up in place of an answer
 REFUSED: Final = "connection refused"
@@ -173,8 +174,9 @@ class Load:
         self._start()
         await asyncio.sleep(begins - time.perf_counter())
         cpu = time.process_time()
-        await asyncio.sleep(self._ends - time.perf_counter())
+        await asyncio.sleep(self._ends - time.perf_counter() + EARLY_S)  # so that nothing is sent from here on
         cpu = time.process_time() - cpu
+        await asyncio.gather(*self._reconnecting)
         # An event in place of this polling would have to be looked after at every answer.
         while self._unfinished() and self._connections and time.perf_counter() < self._ends + GRACE_S:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
@@ -183,7 +185,7 @@ class Load:
         for connection in self._connections:
             connection.abandon(now)
             connection.transport.close()
-        self._abandon_waiting(now)
+        self._stop(now)
         await asyncio.sleep(0)  # lets the connections close
         return begins, cpu
 
@@ -239,7 +241,7 @@ class Load:
     def _unfinished(self) -> bool:
         return any(connection.index >= 0 for connection in self._connections)
 
-    def _abandon_waiting(self, now: float) -> None:
+    def _stop(self, now: float) -> None:
         """Count what was due and never sent; in a closed loop there is nothing."""
 
 
@@ -270,9 +272,6 @@ class OpenLoad(Load):
             self.free(self._idle.pop())
         if self._next_arrival < self._ends:
             self._alarm.set(self._next_arrival)
-        else:
-            asyncio.get_running_loop().remove_reader(self._alarm.descriptor)
-            self._alarm.close()
 
     def _next_due(self) -> float | None:
         return self._waiting.popleft() if self._waiting else None
@@ -280,7 +279,9 @@ class OpenLoad(Load):
     def _unfinished(self) -> bool:
         return bool(self._waiting) or super()._unfinished()
 
-    def _abandon_waiting(self, now: float) -> None:
+    def _stop(self, now: float) -> None:
+        asyncio.get_running_loop().remove_reader(self._alarm.descriptor)
+        self._alarm.close()
         self.samples += [Sample(-1, due, now, now, UNANSWERED) for due in self._waiting]
 
 
@@ -338,6 +339,13 @@ def fetch(target: Target, requests: Sequence[bytes], *, connections: int, second
     _run(load, connections, 0.0, seconds)
     assert load.bodies is not None
     return load.bodies
+
+
+def trace(target: Target, requests: Sequence[bytes], *, connections: int, seconds: float) -> list[Sample]:
+    """Load a server in a closed loop and return every request's fate."""
+    load = Load(target, requests)
+    _run(load, connections, 0.0, seconds)
+    return load.samples
 
 
 def _run(load: Load, connections: int, warm_up_s: float, seconds: float) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from service.cores import available_cores
 ROOT: Final = Path(__file__).parents[1]
 FLAGS: Final = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 PACKAGES: Final = (
-    "onnxruntime", "onnxruntime-openvino", "onnxruntime-gpu", "numpy", "pillow", "simplejpeg", "fastapi", "starlette",
+    "onnxruntime", "onnxruntime-gpu", "openvino", "numpy", "pillow", "simplejpeg", "fastapi", "starlette",
     "uvicorn", "uvloop", "httptools", "orjson", "pydantic",
 )  # fmt: skip
 

@@ -3,18 +3,20 @@
 import statistics
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.load import DISCONNECTED, UNANSWERED, LoadResult, closed_loop, open_loop
+from benchmarks.load import Sample, closed_loop, open_loop, trace
 from benchmarks.messages import raw_requests
 from benchmarks.ours import ride_serve
 
 BURST: Final = 64
 IDLE_S: Final = 10.0
 SETTLE_S: Final = 1.0
+SIGTERM_LOAD_S: Final = 3.0
 SHARES_OF_SATURATION: Final = (0.5, 0.7, 0.8, 0.9)
 
 
@@ -52,23 +54,33 @@ def footprint(bundle: Path, images: Sequence[bytes], starts: int, seconds: float
 
 
 def sigterm(bundle: Path, images: Sequence[bytes]) -> dict[str, Any]:
-    """SIGTERM while 64 clients are asking: what became of their requests, the exit status, processes left."""
-    results: list[LoadResult] = []
+    """
+    SIGTERM while 64 clients are asking: what became of the requests sent before it and after it, the exit status, and
+    processes left. The clients go on asking, on new connections if need be; who was sent later may find nobody there.
+    """
+    samples: list[Sample] = []
     with ride_serve(bundle) as ours:
         target = ours.target()
         requests = raw_requests(target, images)
         load = threading.Thread(
-            target=lambda: results.append(closed_loop(target, requests, connections=BURST, seconds=3.0, warm_up_s=0.0))
+            target=lambda: samples.extend(trace(target, requests, connections=BURST, seconds=SIGTERM_LOAD_S))
         )
         load.start()
-        time.sleep(1.0)
+        time.sleep(SIGTERM_LOAD_S / 3)
+        told = time.perf_counter()
         ours.server.terminate()
         status = ours.server.wait()
         left = len(ours.server.processes())
         load.join()
-    outcomes = results[0].outcomes
-    lost = outcomes.get(DISCONNECTED, 0) + outcomes.get(UNANSWERED, 0)
-    return {"outcomes": outcomes, "lost": lost, "exit_status": status, "processes_left": left}
+    before = Counter(sample.outcome for sample in samples if sample.sent < told)
+    after = Counter(sample.outcome for sample in samples if sample.sent >= told)
+    return {
+        "before": dict(before),
+        "after": dict(after),
+        "lost": sum(count for outcome, count in before.items() if outcome not in ("200", "503")),
+        "exit_status": status,
+        "processes_left": left,
+    }
 
 
 def rising_rates(

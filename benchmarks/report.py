@@ -120,7 +120,8 @@ def aims(figures: Figures) -> list[Aim]:
         _below("idle CPU", footprint["idle_cores"], 0.01, "core"),
         Aim(
             "SIGTERM under load", "no accepted request lost, no process left, status 0",
-            f"{sigterm['lost']} lost, {sigterm['processes_left']} left, status {sigterm['exit_status']}",
+            f"{sigterm['lost']} of {sum(sigterm['before'].values())} lost, {sigterm['processes_left']} left, "
+            f"status {sigterm['exit_status']}; sent after it: {_outcomes(sigterm['after'])}",
             (sigterm["lost"], sigterm["processes_left"], sigterm["exit_status"]) == (0, 0, 0),
         ),
         Aim(
@@ -260,6 +261,10 @@ def _open_loops(rows: Sequence[dict[str, Any]]) -> str:
     )  # fmt: skip
 
 
+def _outcomes(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} x {outcome}" for outcome, count in sorted(counts.items())) or "none"
+
+
 def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     rows = [heads, ["---"] * len(heads), *lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -272,7 +277,7 @@ def plot(figures: Figures, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (closed, open_) = pyplot.subplots(1, 2, figsize=(11, 4.2), width_ratios=(3, 2))
+    figure, (closed, open_) = pyplot.subplots(1, 2, figsize=(11, 5), width_ratios=(3, 2))
     for system in ("routed", "all experts", FP32, *THEIRS):
         if not figures.has(system):
             continue
@@ -286,7 +291,7 @@ def plot(figures: Figures, path: Path) -> None:
     closed.annotate("bare loop, routed", (figures.floor("rate").median, 1), rotation=90, fontsize=7, ha="right")
     closed.set(yscale="log", xlabel="requests/s", ylabel="p50, ms", title="1, 8 and 64 clients, 32x32")
     closed.set_xlim(left=0)
-    closed.legend(fontsize=7)
+    closed.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     rows = figures.document["open_loop"]
     for name in ("p50_ms", "p90_ms", "p99_ms"):
         open_.plot(

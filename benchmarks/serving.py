@@ -32,7 +32,7 @@ from benchmarks.contestants.run import (
     running,
     tune,
 )
-from benchmarks.floor import DEFAULT_BUNDLE, PROVIDERS, FloorResult, Loop, measure_floor
+from benchmarks.floor import DEFAULT_BUNDLE, FloorResult, Loop, measure_floor
 from benchmarks.images import make_images
 from benchmarks.load import LoadResult, closed_loop
 from benchmarks.machine import describe
@@ -40,6 +40,7 @@ from benchmarks.messages import multipart_requests, raw_requests
 from benchmarks.ours import Running, ride_serve, service_decoder
 from benchmarks.processes import end_like_an_error
 from benchmarks.report import write_report
+from benchmarks.runtimes import PROVIDERS
 from model_export.bundle import read_bundle
 
 RESULTS: Final = Path(__file__).parent / "results"
@@ -156,7 +157,7 @@ def floors(bench: Bench) -> None:
     """The bare loops: routed and with all experts, as the service runs them; large images decoded at a fraction."""
     provider = bench.served["provider"]
     if provider not in PROVIDERS:
-        raise SystemExit(f"the service runs {provider!r}; the bare loop knows {sorted(PROVIDERS)}")
+        raise SystemExit(f"the service runs {provider!r}; the bare loop knows {PROVIDERS}")
     for size, routed in ((SMALL, True), (SMALL, False), (LARGE, True)):
         loop = Loop(
             bench.bundle, bench.served["variant"], provider, service_decoder(), draft=size == LARGE, size=size,

@@ -71,7 +71,25 @@ def merge(bundle: Bundle, variant: str) -> onnx.ModelProto:
 
 
 def _load(bundle: Bundle, file: str, prefix: str) -> onnx.ModelProto:
-    return onnx.compose.add_prefix(onnx.load(bundle.path / file), prefix)
+    model = onnx.load(bundle.path / file)
+    _rename(model.graph, prefix)
+    return model
+
+
+def _rename(graph: onnx.GraphProto, prefix: str) -> None:
+    """
+    Put the prefix before the name of every tensor, inside loops and branches, too.
+
+    onnx.compose.add_prefix leaves out what a loop's body uses of the graph around it.
+    """
+    for value in (*graph.input, *graph.output, *graph.initializer):
+        value.name = prefix + value.name
+    for node in graph.node:
+        node.input[:] = [name and prefix + name for name in node.input]  # "" is an input that is left out
+        node.output[:] = [name and prefix + name for name in node.output]
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _rename(attribute.g, prefix)
 
 
 def _opsets(models: Sequence[onnx.ModelProto]) -> list[onnx.OperatorSetIdProto]:
