@@ -7,7 +7,7 @@ From a run's JSON to a page in Markdown and a plot: the aims beside what was mea
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -143,7 +143,8 @@ def _against_contestants(figures: Figures, routed: Spread) -> list[Aim]:
     ]  # fmt: skip
     p99s = [
         (figures.row("routed", "p99_ms", clients=clients).median,
-         min(figures.row(title, "p99_ms", clients=clients).median for title in THEIRS if figures.has(title)))
+         min(figures.row(title, "p99_ms", clients=clients).median for title in THEIRS
+             if figures.has(title, clients=clients)))
         for clients in (1, 8, 64)
     ]  # fmt: skip
     pairs = "; ".join(f"{our:.1f} against {their:.1f} ms" for our, their in p99s)
@@ -163,13 +164,10 @@ def _below(measure: str, value: float, aim: float, unit: str) -> Aim:
     return Aim(measure, f"below {aim:g} {unit}", f"{value:.3g} {unit}", value < aim)
 
 
-def _spread(values: Any) -> Spread:
-    found = list(values)
-    return Spread(statistics.median(found), min(found), max(found)) if found else _nothing()
-
-
-def _nothing() -> Spread:
-    raise statistics.StatisticsError("nothing was measured there")
+def _spread(values: Iterable[float]) -> Spread:
+    """Raises statistics.StatisticsError where nothing was measured."""
+    found = sorted(values)
+    return Spread(statistics.median(found), found[0], found[-1])
 
 
 def write_report(document: dict[str, Any], directory: Path, name: str) -> str:

@@ -149,7 +149,7 @@ def other(bench: Bench, contestant: Contestant, round_number: int) -> None:
                 for count in bench.plan.clients(size):
                     result = measure(contestant, target, size, count, bench.plan.load_s, bench.seed)
                     bench.add(contestant.title, size, "its own", round_number, result)
-    except ContestantError as error:
+    except (ContestantError, OSError) as error:  # or it died under the load
         bench.absent[contestant.title] = str(error)
 
 
