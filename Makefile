@@ -1,12 +1,13 @@
 # make serve   serve the bundle that ships with the package, at port 8000
 # make test    install what the tests need, torch included, and run all of them
 # make lint    ruff and mypy
+# make bench   this service, its floor and five other servers in turns: 10 minutes, or FULL=1 for the recorded figures
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP := .venv/bin/pip --disable-pip-version-check --quiet
 # The GPU runtime where an NVIDIA GPU is seen, the CPU runtime otherwise.
 SERVE := $(if $(shell nvidia-smi -L 2>/dev/null),serve-gpu,serve)
 
-.PHONY: serve test lint clean
+.PHONY: serve test lint bench clean
 
 serve: .venv/serve.installed
 	.venv/bin/ride-serve
@@ -18,6 +19,9 @@ lint: .venv/lint.installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+bench: .venv/bench.installed
+	.venv/bin/python -m benchmarks.serving $(if $(FULL),--full)
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -34,5 +38,9 @@ lint: .venv/lint.installed
 	$(PIP) install -c constraints.txt -e '.[lint]'
 	@touch $@
 
+.venv/bench.installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) install -c constraints.txt -e '.[$(SERVE),export,bench]'
+	@touch $@
+
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv benchmarks/.venvs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

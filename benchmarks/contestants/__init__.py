@@ -1,0 +1,1 @@
+"""General model servers and a plain FastAPI endpoint, with all experts as one graph: what routing is compared with."""

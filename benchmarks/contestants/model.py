@@ -1,0 +1,62 @@
+"""What every contestant does with its JPEGs, in its own environment; how they get here and back is each one's own."""
+
+import argparse
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnxruntime as ort
+
+from benchmarks.decoding import DECODERS, decoder
+from model_export.bundle import InputSpec
+
+TOP_K: Final = 5
+
+
+def options() -> argparse.Namespace:
+    """A contestant's command line. Settings that a server has no use for, it ignores."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--graph", type=Path, required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--decoder", choices=DECODERS, default="pillow")
+    parser.add_argument("--draft", action="store_true")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--wait-ms", type=float, default=0.0)
+    return parser.parse_args()
+
+
+class Model:
+    """A merged graph and the decoder in front of it."""
+
+    def __init__(self, graph: Path, threads: int, decoder_name: str, draft: bool) -> None:
+        session_options = ort.SessionOptions()
+        session_options.intra_op_num_threads = threads
+        session_options.inter_op_num_threads = 1
+        session_options.log_severity_level = 3
+        session_options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self._session = ort.InferenceSession(str(graph), session_options, providers=["CPUExecutionProvider"])
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        self.classes: list[str] = json.loads(metadata["classes"])
+        self.decode = decoder(decoder_name, InputSpec(**json.loads(metadata["input"])), draft=draft)
+        self._decoders = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    def classify(self, jpegs: list[bytes]) -> list[list[dict[str, Any]]]:
+        """The most probable classes of each JPEG, as JSON would have them."""
+        pixels = self._decoders.map(self.decode, jpegs) if self._decoders else map(self.decode, jpegs)
+        (probabilities,) = self._session.run(None, {"images": np.stack(list(pixels))})
+        best = np.argsort(-probabilities, axis=1)[:, :TOP_K]
+        return [
+            [{"label": self.classes[index], "probability": value} for index, value in zip(indices, values, strict=True)]
+            for indices, values in zip(
+                best.tolist(), np.take_along_axis(probabilities, best, axis=1).tolist(), strict=True
+            )
+        ]
+
+
+def open_model(arguments: argparse.Namespace) -> Model:
+    """The model that the command line asks for."""
+    return Model(arguments.graph, arguments.threads, arguments.decoder, arguments.draft)

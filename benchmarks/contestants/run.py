@@ -1,0 +1,209 @@
+"""
+Installs the contestants, starts them, checks their answers and loads them.
+
+    python -m benchmarks.contestants.run                      # all, with the settings that were best
+    python -m benchmarks.contestants.run --tune litserve      # tries the settings again, and keeps the best
+
+Each has an environment of its own under benchmarks/.venvs. Decoding is the service's own decoder, scaled. Before a
+contestant is loaded, its first class for 100 images, asked for by 8 clients at once, must be what onnxruntime says.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import onnx
+
+from benchmarks.contestants.catalogue import CONTESTANTS, FOLDER, Contestant, Setting
+from benchmarks.contestants.merge import merge
+from benchmarks.contestants.model import Model
+from benchmarks.floor import DEFAULT_BUNDLE
+from benchmarks.images import SIZES, make_images
+from benchmarks.load import LoadResult, closed_loop, fetch
+from benchmarks.machine import describe
+from benchmarks.messages import Target, ask
+from benchmarks.ours import service_decoder
+from benchmarks.processes import Server, StartError, end_like_an_error, free_port
+from model_export.bundle import read_bundle
+from service.cores import available_cores
+
+TUNED: Final = FOLDER / "tuned.json"
+CHECKED: Final = 100
+CHECK_CONNECTIONS: Final = 8
+CHECK_S: Final = 1.0
+CONCURRENCIES: Final = (1, 8, 64)
+
+
+class ContestantError(RuntimeError):
+    """A contestant cannot take part; says why."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all contestants serve: a merged graph, and how it is fed."""
+
+    graph: Path
+    decoder: str
+    draft: bool = True
+
+
+def install(contestant: Contestant) -> None:
+    """
+    Make or refresh a contestant's environment.
+
+    Raises:
+        ContestantError: with pip's last line.
+    """
+    venv = contestant.python.parent.parent
+    wanted = (contestant.folder / "requirements.txt").read_text()
+    installed = venv / "installed.txt"
+    if installed.is_file() and installed.read_text() == wanted:
+        return
+    for command in (
+        [sys.executable, "-m", "venv", "--clear", str(venv)],
+        [str(contestant.python), "-m", "pip", "install", "-q", "-r", str(contestant.folder / "requirements.txt")],
+    ):
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise ContestantError(f"cannot be installed: {(result.stderr or result.stdout).strip()[-300:]}")
+    installed.write_text(wanted)
+
+
+@contextmanager
+def running(contestant: Contestant, setting: Setting, work: Work) -> Iterator[Target]:
+    """
+    Started, its answers checked; stopped with all its children when the block is left.
+
+    Raises:
+        ContestantError: where it does not start, or answers otherwise than onnxruntime.
+    """
+    port = free_port()
+    target = Target("127.0.0.1", port, contestant.path)
+    jpegs = make_images("32x32").jpegs[:CHECKED]
+    requests = contestant.requests(target, jpegs)
+
+    def answers() -> bool:
+        try:
+            return ask(target, requests[0])[0] == 200
+        except OSError:
+            return False
+
+    with Server(
+        contestant.command(setting, work.graph, port, work.decoder, work.draft),
+        contestant.environment(setting, work.graph, work.decoder, work.draft),
+    ) as server:
+        try:
+            server.wait_until(answers)
+        except StartError as error:
+            raise ContestantError(str(error)) from error
+        check(contestant, target, requests, first_labels(work, jpegs))
+        yield target
+
+
+def first_labels(work: Work, jpegs: Sequence[bytes]) -> list[str]:
+    """What onnxruntime says, one image at a time."""
+    model = Model(work.graph, available_cores(), work.decoder, work.draft)
+    return [model.classify([jpeg])[0][0]["label"] for jpeg in jpegs]
+
+
+def check(contestant: Contestant, target: Target, requests: Sequence[bytes], expected: Sequence[str]) -> None:
+    """Raise ContestantError unless every image was answered, each time as expected."""
+    bodies = fetch(target, requests, connections=CHECK_CONNECTIONS, seconds=CHECK_S)
+    wrong = {index for index, body in bodies if contestant.labels(body)[0] != expected[index]}
+    missing = set(range(len(requests))) - {index for index, _ in bodies}
+    if wrong or missing:
+        raise ContestantError(f"{len(wrong)} of {len(requests)} images answered wrongly, {len(missing)} not at all")
+
+
+def measure(
+    contestant: Contestant, target: Target, size: str, connections: int, seconds: float, seed: int = 0
+) -> LoadResult:
+    """Load a running contestant."""
+    requests = contestant.requests(target, make_images(size, seed=seed).jpegs)
+    return closed_loop(target, requests, connections=connections, seconds=seconds)
+
+
+def tune(contestant: Contestant, work: Work, seconds: float) -> dict[str, Any]:
+    """Try every setting with 64 clients; all rates, and the best setting."""
+    tried = []
+    for setting in contestant.settings:
+        row: dict[str, Any] = {"setting": asdict(setting), "rate": 0.0}
+        try:
+            with running(contestant, setting, work) as target:
+                row["rate"] = measure(contestant, target, "32x32", max(CONCURRENCIES), seconds).rate
+        except ContestantError as error:
+            row["error"] = str(error)
+        print(f"{contestant.title}: {setting}: {row.get('error', row['rate'])}", file=sys.stderr)
+        tried.append(row)
+    best = max(tried, key=lambda row: row["rate"])
+    if not best["rate"]:
+        raise ContestantError(f"no setting works: {best['error']}")
+    return {"best": best["setting"], "tried": tried}
+
+
+def note_tuned(contestant: Contestant, tuned: dict[str, Any]) -> None:
+    """Remember a contestant's best setting, and all that were tried."""
+    known = json.loads(TUNED.read_text())["contestants"] if TUNED.is_file() else {}
+    document = {"contestants": known | {contestant.name: tuned}, "measured": describe(0)}
+    TUNED.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def best_setting(contestant: Contestant) -> Setting:
+    """The one that was best when the contestant was last tuned; the first, if it never was."""
+    tuned = json.loads(TUNED.read_text())["contestants"] if TUNED.is_file() else {}
+    return Setting(**tuned[contestant.name]["best"]) if contestant.name in tuned else contestant.settings[0]
+
+
+@contextmanager
+def merged_graph(bundle: Path, variant: str) -> Iterator[Path]:
+    """The single graph of a variant, as a file for the time of the block."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / f"all_experts_{variant}.onnx"
+        onnx.save(merge(read_bundle(bundle), variant), path)
+        yield path
+
+
+def main() -> None:
+    """Tune if asked to, load the contestants at each concurrency, print the results as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [contestant.name for contestant in CONTESTANTS]
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)} [default: all]")
+    parser.add_argument("--graph", type=Path, metavar="FILE", help="[default: fp32, merged from our bundle]")
+    parser.add_argument("--tune", action="store_true", help="try all settings first, and note the best in tuned.json")
+    parser.add_argument("--size", choices=SIZES, default="32x32", help="of the JPEGs [default: %(default)s]")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each load [default: %(default)s]")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(names):
+        parser.error(f"{min(unknown)!r} is no contestant; there are {', '.join(names)}")
+    end_like_an_error()
+    with merged_graph(DEFAULT_BUNDLE, "fp32") as graph:
+        work = Work((options.graph or graph).resolve(), service_decoder())
+        results: dict[str, Any] = {}
+        for contestant in CONTESTANTS:
+            if options.names and contestant.name not in options.names:
+                continue
+            try:
+                install(contestant)
+                if options.tune:
+                    note_tuned(contestant, tune(contestant, work, options.seconds))
+                setting = best_setting(contestant)
+                with running(contestant, setting, work) as target:
+                    results[contestant.name] = {"setting": str(setting)} | {
+                        str(count): asdict(measure(contestant, target, options.size, count, options.seconds))
+                        for count in CONCURRENCIES
+                    }
+            except ContestantError as error:
+                results[contestant.name] = {"error": str(error)}
+    json.dump({"contestants": results, "measured": describe(0)}, sys.stdout, indent=2)
+    print()
+
+
+if __name__ == "__main__":
+    main()

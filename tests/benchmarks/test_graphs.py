@@ -1,0 +1,57 @@
+"""The bare loop and the merged graph give the bundle's own answers."""
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from benchmarks.contestants.merge import merge
+from benchmarks.floor import BareModel
+from model_export.bundle import read_bundle
+from tests.tiny import noise
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle):
+    """Three experts."""
+    return read_bundle(tiny_bundle)
+
+
+def test_the_merged_graph_says_what_all_experts_say(bundle, tiny_model, tmp_path):
+    """For a batch of any size, from a file that stands for itself."""
+    variant = bundle.manifest.default_variant
+    onnx.save(merge(bundle, variant), tmp_path / "merged.onnx")
+    session = ort.InferenceSession(tmp_path / "merged.onnx", providers=["CPUExecutionProvider"])
+    for count in (1, 5):
+        images = noise(count)
+        (probabilities,) = session.run(None, {"images": images})
+        expected = [tiny_model.answer(image, (0.0, 0.0)).probabilities for image in images]
+        np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+    assert set(session.get_modelmeta().custom_metadata_map) == {"classes", "input"}
+
+
+def test_the_bare_loop_routes_as_the_bundle_says(bundle, tiny_model):
+    """Each image alone or in a batch: the same experts, the same probabilities."""
+    model = BareModel(bundle, bundle.manifest.default_variant, "cpu", threads=1)
+    images = noise(40)
+    expected = [tiny_model.answer(image, bundle.manifest.thresholds) for image in images]
+
+    for batch in (images, images[:1]):
+        probabilities, used = model.run(batch, routed=True)
+        assert used.tolist() == [answer.experts_used for answer in expected[: len(batch)]]
+        np.testing.assert_allclose(
+            probabilities, [answer.probabilities for answer in expected[: len(batch)]], atol=1e-5
+        )
+    assert len({answer.experts_used for answer in expected}) > 1
+
+
+def test_without_routing_the_bare_loop_runs_all_experts(bundle, tiny_model):
+    """Whatever the routers would have said."""
+    model = BareModel(bundle, bundle.manifest.default_variant, "cpu", threads=1)
+    images = noise(10)
+
+    probabilities, used = model.run(images, routed=False)
+
+    assert set(used.tolist()) == {3}
+    expected = [tiny_model.answer(image, (0.0, 0.0)).probabilities for image in images]
+    np.testing.assert_allclose(probabilities, expected, atol=1e-5)
