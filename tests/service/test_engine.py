@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from model_export.bundle import BundleError, TensorSpec, read_bundle, sha256_of, write_manifest
-from service.engine import GATHER_GRAPHS, EngineError, open_engine
+from service.engine import CONCAT_GRAPHS, GATHER_GRAPHS, DeviceEngine, EngineError, choose_variant, open_engine
 from tests.tiny import TinyModel, noise, write_bundle
 
 ELEMENT_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
@@ -48,6 +48,21 @@ def test_the_gather_graphs_are_what_onnx_helper_makes(dtype):
     assert model.SerializeToString(deterministic=True) == GATHER_GRAPHS[dtype]
 
 
+@pytest.mark.parametrize("dtype", CONCAT_GRAPHS)
+def test_the_concat_graphs_are_what_onnx_helper_makes(dtype):
+    """Byte for byte, as the gather graphs."""
+    kind = ELEMENT_TYPES[dtype]
+    graph = helper.make_graph(
+        [helper.make_node("Concat", ["first", "second"], ["joined"], axis=0)],
+        "join",
+        [helper.make_tensor_value_info(name, kind, None) for name in ("first", "second")],
+        [helper.make_tensor_value_info("joined", kind, None)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+    assert model.SerializeToString(deterministic=True) == CONCAT_GRAPHS[dtype]
+
+
 @pytest.mark.parametrize("dtype", GATHER_GRAPHS)
 @pytest.mark.parametrize("shape", [(4,), (4, 3), (4, 2, 3), (4, 2, 3, 5)])
 def test_the_gather_graphs_take_rows_of_features_of_any_rank(dtype, shape):
@@ -60,10 +75,27 @@ def test_the_gather_graphs_take_rows_of_features_of_any_rank(dtype, shape):
     assert taken.dtype == data.dtype
 
 
-def test_the_graphs_give_the_numbers_of_the_reference(bundle):
-    """Trunk, experts and routers of a batch, with rows taken in between, against plain numpy, one image at a time."""
-    engine, model, images = opened(bundle), TinyModel(), noise(6)
-    features = engine.take(engine.trunk(images), np.array([5, 1, 2]))
+def cpu_engine(bundle):
+    return open_engine(bundle, "fp32", provider="cpu", threads=1)
+
+
+def device_engine(bundle):
+    """What runs on a GPU, with its I/O binding, on the CPU."""
+    return DeviceEngine(bundle, "fp32", provider="cpu", threads=1)
+
+
+def openvino_engine(bundle):
+    pytest.importorskip("openvino")
+    return open_engine(bundle, "fp32", provider="openvino", threads=1)
+
+
+@pytest.mark.parametrize("open_one", [cpu_engine, device_engine, openvino_engine])
+def test_the_graphs_give_the_numbers_of_the_reference(bundle, open_one):
+    """Trunk, experts and routers of a batch, with rows taken and joined in between, against plain numpy, one by one."""
+    engine, model, images = open_one(bundle), TinyModel(), noise(6)
+    first, second = engine.trunk(images[:2]), engine.trunk(images[2:])
+    features = engine.join([engine.take(second, np.array([3])), engine.take(first, np.array([1])), second])
+    features = engine.take(features, np.array([0, 1, 2]))
     logits_sum = np.zeros((3, 7), np.float32)
     scores = []
     for expert in range(3):
@@ -193,3 +225,32 @@ def half_precision_bundle(directory):
     fp16 = dataclasses.replace(variant, trunk=specs[0], experts=(specs[1],))
     write_manifest(path, dataclasses.replace(manifest, variants={"fp32": variant, "fp16": fp16}))
     return read_bundle(path)
+
+
+@pytest.mark.parametrize(
+    ("losses", "provider", "flags", "chosen"),
+    [
+        ({"fp32": 0, "int8": 0.3}, "cpu", {"avx512_vnni"}, "int8"),
+        ({"fp32": 0, "int8": 0.31}, "cpu", {"avx512_vnni"}, "fp32"),  # it loses too much
+        ({"fp32": 0, "int8": 0}, "cpu", {"avx2"}, "fp32"),  # the processor is not good at it
+        ({"fp32": 0, "int8": 0}, "cpu", {"asimddp"}, "int8"),
+        ({"fp32": 0, "bf16": 0, "fp16": 0}, "cpu", {"avx512_vnni", "amx_bf16"}, "fp32"),
+        ({"fp32": 0, "bf16": 0}, "openvino", {"amx_bf16"}, "bf16"),
+        ({"fp32": 0, "bf16": 0}, "openvino", {"avx2"}, "fp32"),
+        ({"fp32": 0, "fp16": 0, "int8": 0}, "cuda", {"avx512_vnni"}, "fp16"),
+        ({"fp32": 0, "int8": 0}, "tensorrt", {"avx512_vnni"}, "fp32"),
+    ],
+)
+def test_the_variant_is_the_fastest_that_parity_allows(make_bundle, losses, provider, flags, chosen):
+    """Losses are points on the split that loses most."""
+    manifest = read_bundle(make_bundle(losses=losses)).manifest
+
+    assert choose_variant(manifest, provider, flags) == chosen
+
+
+def test_what_is_asked_for_is_run_whatever_it_loses(make_bundle):
+    """An operator may know better."""
+    bundle = read_bundle(make_bundle(losses={"fp32": 0, "int8": 5}))
+
+    assert open_engine(bundle, "int8", provider="cpu", threads=1).variant == "int8"
+    assert open_engine(bundle, None, provider="cpu", threads=1).variant == "fp32"

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from model_export.bundle import InputSpec
 from service.errors import ServiceError
-from service.images import decode
+from service.images import decode, fit, is_small
 from tests.service.conftest import encode
 from tests.tiny import SIZE, noise
 
@@ -205,6 +205,50 @@ async def test_a_damaged_exif_block_spoils_nothing(service, exif):
     plain = await service.client.post("/classify", content=encode(PIXELS, "JPEG"))
 
     assert predictions(found) == predictions(plain)
+
+
+SPEC = InputSpec(SIZE, SIZE, "crop", "bilinear", (0.5,) * 3, (0.5,) * 3)
+
+
+def photograph(width, height, **options):
+    """A JPEG with something to see in it."""
+    rows, columns = np.mgrid[:height, :width]
+    pixels = np.stack([rows % 251, columns % 241, (rows * columns) % 239], axis=2).astype(np.uint8)
+    return encode(pixels, "JPEG", quality=90, **options)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}])
+def test_libjpeg_turbo_gives_the_pixels_that_training_saw(mode, options):
+    """Bit for bit what Pillow decodes and resizes, whichever of the two decoded here."""
+    rng = np.random.default_rng(1)
+    data = encode(Image.fromarray(rng.integers(0, 256, (61, 83, 3), np.uint8)).convert(mode), "JPEG", **options)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = fit(image.convert("RGB"), SPEC)
+
+    np.testing.assert_array_equal(decode(data, SPEC, 10_000), np.asarray(expected))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_scaled_photograph_is_nearly_the_same_and_upright(orientation):
+    """Decoded at a fraction of its size, it differs by little; a small one is not scaled at all."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = photograph(1200, 800, exif=exif)
+    plain, scaled = (decode(data, SPEC, 10**6, scaled=scaled).astype(int) for scaled in (False, True))
+    assert 0 < np.abs(plain - scaled).mean() < 3
+
+    small = photograph(SIZE * 13, SIZE * 20)
+    np.testing.assert_array_equal(decode(small, SPEC, 10**6), decode(small, SPEC, 10**6, scaled=True))
+
+
+def test_what_takes_long_to_decode_is_not_small():
+    """By the header, whatever the file's size; what cannot be told is not."""
+    blank = np.zeros((1000, 1000, 3), np.uint8)
+    assert is_small(photograph(640, 480))
+    assert is_small(encode(PIXELS, "PNG"))
+    for data in (encode(blank, "JPEG"), encode(blank, "PNG"), encode(PIXELS, "GIF"), b"", b"\xff\xd8\xff", b"\x89PNG"):
+        assert not is_small(data)
 
 
 def fitted(pixels, height, width, fit="crop", interpolation="bilinear"):
