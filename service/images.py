@@ -103,7 +103,7 @@ def _decode_jpeg(data: bytes, spec: InputSpec, max_pixels: int, scaled: bool) ->
 
 
 def _scale(height: int, width: int, spec: InputSpec) -> int:
-    """By how much a JPEG may be decoded smaller: 1, 2, 4 or 8; what lies between is hardly faster than its neighbour."""
+    """By how much a JPEG may be decoded smaller: 1, 2, 4 or 8; what lies between is no faster than its neighbour."""
     least = SCALED_MARGIN * max(spec.height, spec.width)
     return max(by for by in (1, 2, 4, 8) if by == 1 or min(height, width) / by >= least)
 

@@ -89,8 +89,8 @@ class Settings(BaseSettings):
     )
     scaled_decode: bool = Field(
         True,
-        description="Decode a JPEG that is at least 14 times as large as the model's input at a half, quarter or eighth "
-        "of its size. About twice as fast for photographs; changes pixels slightly.",
+        description="Decode a JPEG that is at least 14 times as large as the model's input at a half, quarter or "
+        "eighth of its size. About twice as fast for photographs; changes pixels slightly.",
     )
     max_queue: int = Field(
         256,
