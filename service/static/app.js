@@ -50,9 +50,11 @@ function describeModel(model) {
   if (model.max_experts < model.experts) byId("max-experts").options[0].textContent = model.max_experts;
   if (model.thresholds.length) byId("threshold").value = model.thresholds[0];
   else byId("own-threshold").disabled = true; // one expert: no router to ask
-  const calibrated = model.calibration.points.find(({ thresholds }) => `${thresholds}` === `${model.thresholds}`);
+  const calibrated = model.calibration.points.find(
+    ({ rule, thresholds }) => rule === model.rule && `${thresholds}` === `${model.thresholds}`,
+  );
   byId("threshold-says").textContent =
-    `From this router score the next expert runs. The model's: ${model.thresholds.map((t) => t.toFixed(2)).join(", ") || "none"}` +
+    `From this score of the rule "${model.rule}" the next expert runs. The model's: ${model.thresholds.map((t) => t.toFixed(2)).join(", ") || "none"}` +
     (calibrated ? ` (${calibrated.mean_experts.toFixed(2)} experts per image).` : ".");
   showThreshold();
 }

@@ -11,7 +11,7 @@ from threading import Thread
 
 import pytest
 
-from service.app import PAGE_POLICY
+from service.headers import PAGE_POLICY
 from service.schemas import Answer, ModelAnswer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -111,7 +111,7 @@ class PageServer(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(text.encode())))
-        self.send_header("Content-Security-Policy", PAGE_POLICY)
+        self.send_header("Content-Security-Policy", PAGE_POLICY.decode())
         self.end_headers()
         self.wfile.write(text.encode())
 
