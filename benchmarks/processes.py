@@ -18,7 +18,7 @@ import psutil
 
 from benchmarks.machine import ROOT
 
-START_S: Final = 120.0
+START_S: Final = 60.0
 STOP_S: Final = 20.0
 POLL_S: Final = 0.01
 

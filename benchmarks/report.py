@@ -190,7 +190,7 @@ def write_report(document: dict[str, Any], directory: Path, name: str) -> str:
             _floors(figures),
             "Open loops on 32x32, raw; latency counts from the moment a request was due.",
             _open_loops(document["open_loop"]),
-            *[f"{title} took no part: {reason}" for title, reason in document["absent"].items()],
+            *[f"{title} failed: {' '.join(reason.split())[-400:]}" for title, reason in document["absent"].items()],
         ]
     )
     (directory / f"{name}.md").write_text(page + "\n")
