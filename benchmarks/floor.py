@@ -78,6 +78,10 @@ class BareModel:
     """A variant's graphs, run one after another in plain numpy."""
 
     def __init__(self, bundle: Bundle, variant: str, provider: str, threads: int) -> None:
+        if bundle.manifest.rule != "router":
+            raise ValueError(
+                f"the bundle exits by {bundle.manifest.rule!r}; the bare loop knows the learned router only"
+            )
         graphs = bundle.manifest.variants[variant]
         self._n_classes = len(bundle.manifest.classes)
         self._thresholds = np.float32(bundle.manifest.thresholds)

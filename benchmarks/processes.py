@@ -18,7 +18,7 @@ import psutil
 
 from benchmarks.machine import ROOT
 
-START_S: Final = 120.0
+START_S: Final = 60.0
 STOP_S: Final = 20.0
 POLL_S: Final = 0.01
 
@@ -37,15 +37,20 @@ class Memory:
 
 
 class Server:
-    """A command and every process that comes of it. A context manager: stopped when its block is left."""
+    """
+    A command and every process that comes of it. A context manager: stopped when its block is left.
+
+    It inherits no settings of ours (RIDE_*): what it is to have, it is given.
+    """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("RIDE_")}
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed by `stop`
         self.started = time.perf_counter()
         self._process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+            env={**inherited, "PYTHONPATH": str(ROOT), **environment},
             stdout=self._log,
             stderr=self._log,
             start_new_session=True,

@@ -141,7 +141,9 @@ def _load_ours(
 
 
 def other(bench: Bench, contestant: Contestant, round_number: int) -> None:
-    """A contestant, with its best setting."""
+    """A contestant, with its best setting; one that failed in an earlier round is not tried again."""
+    if contestant.title in bench.absent:
+        return
     work = Work(bench.graph, service_decoder())
     try:
         with running(contestant, best_setting(contestant), work) as target:

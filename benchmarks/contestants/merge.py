@@ -78,13 +78,14 @@ def _load(bundle: Bundle, file: str, prefix: str) -> onnx.ModelProto:
 
 def _rename(graph: onnx.GraphProto, prefix: str) -> None:
     """
-    Put the prefix before the name of every tensor, inside loops and branches, too.
+    Put the prefix before the name of every tensor and node, inside loops and branches, too.
 
     onnx.compose.add_prefix leaves out what a loop's body uses of the graph around it.
     """
     for value in (*graph.input, *graph.output, *graph.initializer):
         value.name = prefix + value.name
     for node in graph.node:
+        node.name = node.name and prefix + node.name
         node.input[:] = [name and prefix + name for name in node.input]  # "" is an input that is left out
         node.output[:] = [name and prefix + name for name in node.output]
         for attribute in node.attribute:

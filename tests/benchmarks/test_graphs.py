@@ -6,7 +6,7 @@ import onnxruntime as ort
 import pytest
 
 from benchmarks.contestants.merge import merge
-from benchmarks.floor import BareModel
+from benchmarks.floor import DEFAULT_BUNDLE, BareModel
 from model_export.bundle import read_bundle
 from tests.tiny import noise
 
@@ -28,6 +28,20 @@ def test_the_merged_graph_says_what_all_experts_say(bundle, tiny_model, tmp_path
         expected = [tiny_model.answer(image, (0.0, 0.0)).probabilities for image in images]
         np.testing.assert_allclose(probabilities, expected, atol=1e-5)
     assert set(session.get_modelmeta().custom_metadata_map) == {"classes", "input"}
+
+
+def test_the_shipped_bundle_can_be_merged(tmp_path):
+    """Its graphs share names of nodes and tensors; the merged one still says what they say one after another."""
+    bundle = read_bundle(DEFAULT_BUNDLE)
+    onnx.save(merge(bundle, "fp32"), tmp_path / "merged.onnx")
+    session = ort.InferenceSession(tmp_path / "merged.onnx", providers=["CPUExecutionProvider"])
+    spec = bundle.manifest.input
+    images = np.random.default_rng(0).integers(0, 256, (4, spec.height, spec.width, 3), dtype=np.uint8)
+
+    (probabilities,) = session.run(None, {"images": images})
+
+    expected, _ = BareModel(bundle, "fp32", "cpu", threads=1).run(images, routed=False)
+    np.testing.assert_allclose(probabilities, expected, atol=1e-5)
 
 
 def test_the_bare_loop_routes_as_the_bundle_says(bundle, tiny_model):

@@ -18,6 +18,7 @@ print("child", flush=True)
 time.sleep(600)
 '''
 subprocess.Popen([sys.executable, "-c", child])
+sum(range(5_000_000))
 print("parent", flush=True)
 time.sleep(600)
 """
