@@ -142,7 +142,7 @@ def test_the_metrics_table_names_every_metric():
     registry = CollectorRegistry()
     Metrics(registry, manifest, choose_operation(manifest, Settings()), lambda: 0, 1)
     made = {
-        family.name + ("_total" if family.type == "counter" else "")
+        family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
         for family in registry.collect()
         if family.name.startswith("ride_")
     }

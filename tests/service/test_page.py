@@ -53,7 +53,8 @@ MODEL = {
         {"label": "tiger", "training_images": 9, "split": "few"},
         {"label": "<b>cat</b>", "training_images": 500, "split": "many"},
     ],
-    "rule": "router", "thresholds": [0.5, 0.4], "input": {}, "modes": {"full": [0, 0]}, "macs": {}, "parity": {}, "provenance": {},
+    "rule": "router", "thresholds": [0.5, 0.4], "modes": {"full": [0, 0]},
+    "input": {}, "macs": {}, "parity": {}, "provenance": {},
     "calibration": {"points": [{"rule": "router", "thresholds": [0.5, 0.4], "mean_experts": 1.52}]},
 }  # fmt: skip
 ANSWERED = {
