@@ -14,16 +14,18 @@ from typing import Any
 import uvicorn
 from prometheus_client import CollectorRegistry
 
-from model_export.bundle import BundleError, read_bundle
+from model_export.bundle import Bundle, BundleError, read_bundle
 from service.app import create_app
-from service.classifier import Classifier
-from service.counters import READY
+from service.classifier import GPU_BATCH, Classifier
+from service.counters import PID, READY, Counters
 from service.engine import open_engine
+from service.engine_process import EngineProcess
 from service.logs import log, set_up
 from service.metrics import shared_counters
 from service.protocol import GuardedProtocol
-from service.settings import SettingsError, read_settings, unknown_variables
-from service.shares import choose_workers, share_of
+from service.remote import EngineLink, open_link
+from service.settings import Settings, SettingsError, read_settings, unknown_variables
+from service.shares import choose_shared_engine, choose_workers, engine_share_of, share_of
 from service.sockets import BACKLOG, open_sockets, refuse_connections
 from service.supervisor import START_FAILED, Supervisor, let_signals_in
 
@@ -116,9 +118,18 @@ def main(arguments: list[str] | None = None) -> int:
         for line in unknown_variables():
             log(logging.WARNING, "unknown_variable", message=line)
         workers = choose_workers(settings)
+        shared_engine = choose_shared_engine(settings, workers)
+        share = share_of(settings, workers)
         bundle = read_bundle(settings.bundle)
-        counters = shared_counters(bundle.manifest, workers) if workers > 1 else None
-        classifier = Classifier(bundle, share_of(settings, workers), CollectorRegistry(), open_engine, counters)
+        counters = shared_counters(bundle.manifest, workers, shared_engine=shared_engine)
+        alone = workers == 1 and not shared_engine
+        link, batcher = None, None
+        if shared_engine:
+            link = open_link(
+                workers, bundle.manifest.input, max_queue=share.max_queue, max_batch=share.max_batch or GPU_BATCH
+            )
+            batcher = link.batcher
+        classifier = Classifier(bundle, share, CollectorRegistry(), open_engine, None if alone else counters, batcher)
     except (SettingsError, BundleError) as error:
         print(f"ride-serve: {error}", file=sys.stderr)
         return 2
@@ -131,14 +142,31 @@ def main(arguments: list[str] | None = None) -> int:
     for listening in groups[0]:
         host, port = listening.getsockname()[:2]
         log(logging.INFO, "listening", url=f"http://{host}:{port}")
-    if counters is None:
+    if alone:
         return 1 if DrainingServer(classifier, groups[0]).serve_until_told() else 0
 
     def work(number: int, sockets: Sequence[socket]) -> int:
-        first = number == 0 and not any(counters.column(READY))  # else another one answers /healthz
+        if link is not None:
+            if number == counters.engine:
+                return _run_engine(bundle, settings, link, counters)
+            link.batcher.front = number
+        first = number == 0 and not any(counters.column(READY)[:workers])  # else another one answers /healthz
         return DrainingServer(classifier, sockets, listen_at_once=first).serve_until_told()
 
+    if link is not None:
+        groups.append([link.listening])
     return Supervisor(work, groups, counters, settings.drain_s).run()
+
+
+def _run_engine(bundle: Bundle, settings: Settings, link: EngineLink, counters: Counters) -> int:
+    """The life of the process that runs the graphs for all workers."""
+    classifier = Classifier(bundle, engine_share_of(settings), CollectorRegistry(), open_engine, counters)
+
+    def front_of(pid: int) -> int | None:
+        pids = counters.column(PID)[: counters.workers]
+        return pids.index(pid) if pid in pids else None
+
+    return EngineProcess(classifier, link.slots, link.listening, front_of).run()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from service import __version__
 from service.classifier import Classifier
 from service.errors import ServiceError
 from service.headers import common_headers, request_id_of
+from service.remote import engine_gone
 from service.routes import ClassifyRoute
 from service.schemas import ErrorAnswer, ModelAnswer, classify_operation, schema_components
 
@@ -117,12 +118,15 @@ def _add_routes(app: FastAPI, classifier: Classifier) -> None:
 
         Of several workers all must have been ready once. One that is restarted later does not change it: the others
         answer, new connections to it wait for its successor, and a load balancer that turned away from all of them
-        would only overload their neighbours.
+        would only overload their neighbours. 503 again while the process that runs the graphs for all of them is
+        restarted.
         """
         try:
             classifier.check_ready()
             if missing := classifier.metrics.workers_to_come():
                 raise ServiceError("not_ready", f"{missing} workers are still starting; retry in 1 s", retry_after=1)
+            if not classifier.metrics.ready_workers():
+                raise engine_gone()
         except ServiceError as error:
             return _error(request, error)
         return JSONResponse({"status": "ready"})

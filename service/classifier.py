@@ -25,6 +25,7 @@ from service.images import decode, is_small
 from service.logs import log
 from service.metrics import Metrics
 from service.operating_point import choose_operation
+from service.remote import RemoteBatcher
 from service.schedule import Profile, Schedule
 from service.settings import Settings, SettingsError
 from service.uploads import Upload, UploadMemory
@@ -84,10 +85,12 @@ class Classifier:
         registry: CollectorRegistry,
         open_engine: OpenEngine,
         counters: Counters | None = None,
+        remote: RemoteBatcher | None = None,
     ) -> None:
         """
         Args:
             counters: of all workers; None where this process is the whole service.
+            remote: leads to the process that runs the graphs; None where this one does.
 
         Raises:
             SettingsError: where the settings ask for what the bundle does not have.
@@ -107,7 +110,8 @@ class Classifier:
         self.state: State = "starting"
         self.upload_memory = UploadMemory(settings.max_inflight_bytes)
         self._open_engine = open_engine
-        self._batcher: Batcher[Job, Outcome] = Batcher(max_queue=settings.max_queue)
+        self._remote = remote
+        self._batcher: Batcher[Job, Outcome] = remote or Batcher(max_queue=settings.max_queue)
         self.metrics = Metrics(
             registry, manifest, self.operation, lambda: self._batcher.waiting, settings.max_queue, counters
         )
@@ -120,7 +124,7 @@ class Classifier:
         """Open the engine and run every graph, off the event loop; ready, or failed, when this returns."""
         started = time.perf_counter()
         try:
-            cascade, threaded = await asyncio.to_thread(self._prepare)
+            threaded = await self._open()
         except Exception as error:
             self.state = "failed"
             explained = isinstance(error, BundleError | EngineError)  # then its message says all
@@ -128,7 +132,6 @@ class Classifier:
             return
         gc.collect()
         gc.freeze()  # what start-up made stays; to look through it again and again would stop everything for 20 ms
-        self._batcher.start(cascade, threaded=threaded)
         if self.state == "starting":  # and not told to stop meanwhile
             self.state = "ready"
             self.metrics.set_ready(True)
@@ -214,6 +217,11 @@ class Classifier:
             await asyncio.gather(*tasks, return_exceptions=True)
             raise
 
+    def submit(self, job: Job) -> "asyncio.Future[Outcome]":
+        """Queue the image of a process that keeps the limits by itself. Cancel the future, and it is dropped."""
+        self._batcher.reserve(1)
+        return self._batcher.submit(job)
+
     async def _classify_one(self, upload: Upload, choice: Choice) -> Classified | ServiceError:
         """Decode, queue and answer one image, on a place that is already reserved."""
         try:
@@ -261,6 +269,17 @@ class Classifier:
             retry_after=error.retry_after,
         )
 
+    async def _open(self) -> bool:
+        """Begin to work off what is queued, here or in the engine's process; whether apart from the event loop."""
+        if self._remote is None:
+            cascade, threaded = await asyncio.to_thread(self._prepare)
+            self._batcher.start(cascade, threaded=threaded)
+        else:
+            self.provider, self.variant = await self._remote.connect()
+            threaded = True
+        self.metrics.engine_started(variant=self.variant, provider=self.provider, onnxruntime=RUNTIME_VERSION)
+        return threaded
+
     def _prepare(self) -> tuple[Cascade, bool]:
         """Open the engine and measure every stage at several batch sizes, in a thread; whether steps need one too."""
         settings, manifest = self.settings, self.bundle.manifest
@@ -277,7 +296,6 @@ class Classifier:
             profile=profile,
             reach=[sum(share[expert:]) for expert in range(manifest.n_experts)],
         )
-        self.metrics.engine_started(variant=self.variant, provider=self.provider, onnxruntime=RUNTIME_VERSION)
         threaded = on_gpu or profile.longest_step(max_batch) > LONG_STEP_S
         return self._cascade(engine, schedule, self.metrics), (
             threaded if settings.engine_thread == "auto" else settings.engine_thread == "on"

@@ -31,17 +31,20 @@ class Counters:
 
     Attributes:
         workers: how many of the rows, the first ones, belong to workers.
+        engine: the row of the process that they share for the graphs; None where each runs its own.
+        supervisor: the last row, where there are others.
         own: this process's row, a view of float64.
     """
 
-    def __init__(self, workers: int, cells: int, *, others: int = 0) -> None:
+    def __init__(self, workers: int, cells: int, *, shared_engine: bool = False) -> None:
         """
         Args:
             cells: of a row, OWN_CELLS included.
-            others: rows for processes that are no workers.
         """
         self.workers = workers
-        rows = workers + others
+        self.engine = workers if shared_engine else None
+        self.supervisor = workers + shared_engine
+        rows = self.supervisor + 1
         self._stride = -(-cells // ALIGNED_CELLS) * ALIGNED_CELLS
         memory = mmap.mmap(-1, rows * self._stride * CELL_BYTES)
         self._cells: Row = memoryview(memory).cast("d")

@@ -37,9 +37,9 @@ def set_up(level: str) -> None:
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # warns of what we refuse, without a request id
 
 
-def set_worker(number: int) -> None:
+def set_worker(name: int | str) -> None:
     """Say in every line from now on which worker wrote it."""
-    COMMON["worker"] = number
+    COMMON["worker"] = name
 
 
 def log(level: int, event: str, *, error: BaseException | None = None, **fields: Any) -> None:

@@ -253,6 +253,14 @@ class Metrics:
         counters = self._counters
         return counters.column(WAS_READY)[: counters.workers].count(0)
 
+    def ready_workers(self) -> int:
+        """Workers that take work; none while the process that runs the graphs for all of them does not."""
+        counters = self._counters
+        ready = counters.column(READY)
+        if counters.engine is not None and not ready[counters.engine]:
+            return 0
+        return int(sum(ready[: counters.workers]))
+
     def collect(self) -> Iterator[Metric]:
         """All of it, summed over the processes: what prometheus_client asks of a collector."""
         self.publish_waiting()
@@ -292,7 +300,7 @@ class Metrics:
         for name, text, value in (
             ("queue_images", "Images that wait now, those being decoded included.", sums[WAITING]),
             ("queue_limit_images", "Images that may wait (RIDE_MAX_QUEUE).", self._limit * counters.workers),
-            ("ready", "Workers that take work; 0 while the service starts or drains.", sums[READY]),
+            ("ready", "Workers that take work; 0 while the service starts or drains.", self.ready_workers()),
             ("workers", "Worker processes that are alive.", sum(pid > 0 for pid in workers)),
         ):
             yield GaugeMetricFamily(f"ride_{name}", text, value=value)
@@ -317,9 +325,9 @@ class Metrics:
         yield share
 
 
-def shared_counters(manifest: Manifest, workers: int) -> Counters:
-    """Counters for `workers` processes and their supervisor, which has the last row."""
-    return Counters(workers, Layout(manifest).size, others=1)
+def shared_counters(manifest: Manifest, workers: int, *, shared_engine: bool = False) -> Counters:
+    """Counters for the processes of a service."""
+    return Counters(workers, Layout(manifest).size, shared_engine=shared_engine)
 
 
 def bound_name(bound: float) -> str:

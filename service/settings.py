@@ -62,6 +62,12 @@ class Settings(BaseSettings):
         "quota), and one alone on a GPU. On the CPU as many as cores answer the most images per second; fewer need "
         "less memory. The limits max-queue and max-inflight-bytes are for all of them together, a part for each.",
     )
+    shared_engine: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Whether the workers leave the graphs to one more process, in which images of all of them run "
+        "together, instead of each having its own. auto: on a GPU with several workers, where one process could not "
+        "speak HTTP and decode as fast as the GPU computes. On the CPU it costs a hand-over and gains nothing.",
+    )
     threads: int = Field(
         0,
         ge=0,

@@ -1,5 +1,7 @@
 """How many workers there are, and what each of them gets of the service's cores and limits."""
 
+import sys
+
 from service.cores import available_cores, has_cuda
 from service.settings import Settings, SettingsError
 
@@ -9,10 +11,14 @@ LIMITS = (("max_queue", "max_images"), ("max_inflight_bytes", "max_bytes"))
 
 def choose_workers(settings: Settings) -> int:
     """Those that the settings want; else one for each core, or one alone where a GPU does the work."""
-    if settings.workers:
-        return settings.workers
-    on_gpu = settings.provider in ("cuda", "tensorrt") or (settings.provider == "auto" and has_cuda())
-    return 1 if on_gpu else available_cores()
+    return settings.workers or (1 if _on_gpu(settings) else available_cores())
+
+
+def choose_shared_engine(settings: Settings, workers: int) -> bool:
+    """Whether one more process runs the graphs for all workers."""
+    if settings.shared_engine == "auto":
+        return workers > 1 and _on_gpu(settings)
+    return settings.shared_engine == "on"
 
 
 def share_of(settings: Settings, workers: int) -> Settings:
@@ -36,3 +42,12 @@ def share_of(settings: Settings, workers: int) -> Settings:
             )
         parts[limit] = max(part, least)
     return settings.model_copy(update=parts)
+
+
+def engine_share_of(settings: Settings) -> Settings:
+    """The settings of the process that runs the graphs for all workers; how many images wait in it, they see to."""
+    return settings.model_copy(update={"threads": settings.threads or available_cores(), "max_queue": sys.maxsize})
+
+
+def _on_gpu(settings: Settings) -> bool:
+    return settings.provider in ("cuda", "tensorrt") or (settings.provider == "auto" and has_cuda())

@@ -36,9 +36,11 @@ PR_SET_PDEATHSIG: Final = 1
 @dataclass(slots=True)
 class Worker:
     """
-    A worker's place, and who has it.
+    A worker's place, and who has it; the process that runs the graphs for all of them is one more, the last.
 
     Attributes:
+        slot: its number, and its row of counters.
+        name: how the log calls it.
         sockets: on which it listens. The supervisor holds them too, so that connections wait for a successor.
         pid: 0 while nobody does.
         started, due: time.monotonic() of its start, or of its successor's.
@@ -46,6 +48,7 @@ class Worker:
     """
 
     slot: int
+    name: int | str
     sockets: Sequence[socket]
     pid: int = 0
     started: float = 0.0
@@ -67,12 +70,14 @@ class Supervisor:
         Args:
             work: a worker's life, given its number and sockets, in a process of its own; returns the exit code. It
                 finds SIGTERM and SIGINT blocked, and lets them in once it can handle them.
-            sockets: for each worker.
-            counters: with a row for each worker, then one for the supervisor.
+            sockets: for each worker, then, where they share an engine, for that.
+            counters: with a row for each of them, then one for the supervisor.
             drain_s: seconds that workers need at most to end once they are told to.
         """
         self._work = work
-        self._workers = [Worker(slot, own) for slot, own in enumerate(sockets)]
+        self._workers = [
+            Worker(slot, "engine" if slot == counters.engine else slot, own) for slot, own in enumerate(sockets)
+        ]
         self._counters = counters
         self._drain_s = drain_s
         self._began = time.monotonic()
@@ -84,7 +89,7 @@ class Supervisor:
     def run(self) -> int:
         """Until the last worker has ended. Returns 0 if all did what they should, else 1."""
         signals = self._watch_signals()
-        self._counters.take(self._counters.workers)
+        self._counters.take(self._counters.supervisor)
         gc.collect()
         gc.freeze()  # what is there now is not looked at again, or it would be copied
         while not self._stopping or any(worker.pid for worker in self._workers):
@@ -121,7 +126,7 @@ class Supervisor:
         return min(3600.0, max(0.0, min([self._kill_at, *due]) - time.monotonic()))
 
     def _start_those_due(self) -> None:
-        for worker in self._workers:
+        for worker in reversed(self._workers):  # first of all, the engine that the others wait for
             if not self._stopping and not worker.pid and worker.due <= time.monotonic():
                 self._start(worker)
 
@@ -142,7 +147,7 @@ class Supervisor:
                 signal.signal(sig, signal.SIG_DFL)
             os.setpgid(0, 0)  # or a terminal's Ctrl-C would reach it as well as the supervisor, who passes it on
             _die_with(supervisor)
-            set_worker(worker.slot)
+            set_worker(worker.name)
             self._counters.take(worker.slot)
             for other in self._workers:
                 if other is not worker:
@@ -188,7 +193,7 @@ class Supervisor:
         if self._stopping:
             if code:
                 self._exit_code = 1
-                log(logging.ERROR, "worker_lost", worker=worker.slot, pid=pid, cause=_cause(code))
+                log(logging.ERROR, "worker_lost", worker=worker.name, pid=pid, cause=_cause(code))
             return
         if code == START_FAILED and not row[WAS_READY]:
             self._give_up("a worker cannot start; its log line start_failed says why")
@@ -197,7 +202,7 @@ class Supervisor:
         worker.short_lives = worker.short_lives + 1 if age < SHORT_LIFE_S else 1
         if worker.short_lives > len(RESTART_PAUSES_S):
             self._give_up(
-                f"worker {worker.slot} died {worker.short_lives} times, each time within {SHORT_LIFE_S:g} s "
+                f"worker {worker.name} died {worker.short_lives} times, each time within {SHORT_LIFE_S:g} s "
                 f"of its start, at last of {_cause(code)}"
             )
             return
@@ -206,7 +211,7 @@ class Supervisor:
         worker.due = time.monotonic() + pause
         log(
             logging.ERROR, "worker_died",
-            worker=worker.slot, pid=pid, cause=_cause(code), seconds=round(age, 3), restart_in_s=pause,
+            worker=worker.name, pid=pid, cause=_cause(code), seconds=round(age, 3), restart_in_s=pause,
         )  # fmt: skip
 
     def _give_up(self, reason: str) -> None:
@@ -220,14 +225,15 @@ class Supervisor:
             return
         self._all_ready = all(self._counters.column(WAS_READY)[: len(self._workers)])
         if self._all_ready:
-            log(logging.INFO, "ready", workers=len(self._workers), seconds=round(time.monotonic() - self._began, 3))
+            seconds = round(time.monotonic() - self._began, 3)
+            log(logging.INFO, "ready", workers=self._counters.workers, seconds=seconds)
 
     def _kill(self) -> None:
         """End those that do not end by themselves."""
         self._kill_at = math.inf
         for worker in self._workers:
             if worker.pid:
-                log(logging.ERROR, "worker_killed", worker=worker.slot, pid=worker.pid)
+                log(logging.ERROR, "worker_killed", worker=worker.name, pid=worker.pid)
                 os.kill(worker.pid, signal.SIGKILL)
 
 

@@ -1,12 +1,15 @@
 """ride-serve as a process of its own."""
 
+import asyncio
 import json
 import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from collections import Counter
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import httpx
 
@@ -18,6 +21,12 @@ IMAGE, SLOW = encode(noise(1)[0]), encode(plain(SLOW_COLOUR))
 COMMAND = [sys.executable, "-X", "dev", "-m", "service"]
 # A slow image, of which the warm-up knows nothing, would stop the event loop if the engine had no thread of its own.
 USUAL = ["--port", "0", "--threads", "1", "--workers", "1", "--engine-thread", "on"]
+
+
+def request_for(image):
+    """POST /classify as it goes over the wire, on a connection of its own."""
+    head = b"POST /classify HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(image)
+    return head + image
 
 
 class Server:
@@ -51,6 +60,15 @@ class Server:
         """POST /classify on a connection of its own."""
         return httpx.post(f"{self.url}/classify", content=image, timeout=PATIENCE_S)
 
+    def answered(self):
+        """Requests that were answered with 200, by all workers together."""
+        return self.metric('ride_requests_total{code="200"}')
+
+    def children(self):
+        """The process ids of its workers, oldest first."""
+        task = Path(f"/proc/{self.process.pid}/task/{self.process.pid}")
+        return [int(pid) for pid in (task / "children").read_text().split()]
+
     def connect(self):
         """A bare socket."""
         return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S)
@@ -59,6 +77,66 @@ class Server:
         """Send a signal and return the exit code."""
         self.process.send_signal(sig)
         return self.process.wait(PATIENCE_S)
+
+
+class PersistentClient:
+    """Asks again where the connection breaks."""
+
+    def __init__(self, url):
+        self._url = url
+
+    def get(self, path):
+        for _ in range(9):
+            with suppress(httpx.TransportError):
+                return httpx.get(f"{self._url}{path}", timeout=PATIENCE_S)
+        return httpx.get(f"{self._url}{path}", timeout=PATIENCE_S)
+
+    def close(self):
+        pass
+
+
+def alive(pid):
+    """Whether a process runs; one that is dead and not yet buried does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+async def ask(port, request=request_for(IMAGE)):  # noqa: B008, one for all
+    """One request on a connection of its own: its status, "refused" where there was nobody, "lost" where it broke."""
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return "refused"
+    try:
+        writer.write(request)
+        answer = await reader.read()
+    except OSError:
+        return "lost"
+    finally:
+        writer.transport.abort()
+    return int(answer.split(b" ", 2)[1]) if answer.endswith(b"}") else "lost"
+
+
+def hammer(port, clients, meanwhile):
+    """Ask without a pause from many clients while `meanwhile` runs in a thread; how often what came back."""
+
+    async def run():
+        done = asyncio.create_task(asyncio.to_thread(meanwhile))
+        results = Counter()
+
+        async def keep_asking():
+            while not done.done() and results["refused"] < 10_000:
+                results[await ask(port)] += 1
+
+        async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as group:
+            for _ in range(clients):
+                group.create_task(keep_asking())
+        await done
+        return results
+
+    return asyncio.run(run())
 
 
 def wait(condition):

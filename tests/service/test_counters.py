@@ -21,7 +21,7 @@ def in_child(action):
 
 def test_what_a_process_counts_all_others_see():
     """Each in its own row; a sum over them, and what each row says of its process."""
-    counters = Counters(2, CELL + 1, others=1)
+    counters = Counters(2, CELL + 1)
     pids = []
     for row in range(3):
         read, write = os.pipe()

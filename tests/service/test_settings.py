@@ -17,7 +17,7 @@ from service.settings import DEFAULT_BUNDLE, Settings, SettingsError, read_setti
 
 EXAMPLES = {
     "bundle": "my/bundle", "host": "0.0.0.0", "port": "8123", "provider": "cpu", "variant": "fp16",
-    "workers": "2", "threads": "3", "max_batch": "7",
+    "workers": "2", "shared_engine": "on", "threads": "3", "max_batch": "7",
     "merge": "off", "engine_thread": "on", "scaled_decode": "false", "rule": "margin",
     "max_queue": "99", "max_images": "5", "max_bytes": "5MiB", "max_inflight_bytes": "64MiB",
     "max_pixels": "1000", "timeout_s": "2.5", "drain_s": "7", "top_k": "3", "max_experts": "2",

@@ -6,9 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -24,9 +22,7 @@ from service.metrics import shared_counters
 from service.settings import Settings, SettingsError
 from service.shares import choose_workers, share_of
 from tests.service.conftest import PATIENCE_S, until
-from tests.service.server import COMMAND, IMAGE, SLOW, servers, wait, write_slow_bundle
-
-REQUEST = b"POST /classify HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(IMAGE) + IMAGE
+from tests.service.server import COMMAND, SLOW, PersistentClient, alive, ask, hammer, servers, wait, write_slow_bundle
 
 
 @pytest.fixture(scope="module")
@@ -42,66 +38,10 @@ def serve(slow_bundle, tmp_path):
         yield lambda *options, workers=3: start("--workers", str(workers), *options)
 
 
-def workers_of(server):
-    """The process ids of its workers."""
-    return [
-        int(pid) for pid in Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-    ]
-
-
-def alive(pid):
-    """Whether a process runs; one that is dead and not yet buried does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-async def ask(port, request=REQUEST):
-    """One request on a connection of its own: its status, "refused" where there was nobody, "lost" where it broke."""
-    try:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    except OSError:
-        return "refused"
-    try:
-        writer.write(request)
-        answer = await reader.read()
-    except OSError:
-        return "lost"
-    finally:
-        writer.transport.abort()
-    return int(answer.split(b" ", 2)[1]) if answer.endswith(b"}") else "lost"
-
-
-def hammer(port, clients, meanwhile):
-    """Ask without a pause from many clients while `meanwhile` runs in a thread; how often what came back."""
-
-    async def run():
-        done = asyncio.create_task(asyncio.to_thread(meanwhile))
-        results = Counter()
-
-        async def keep_asking():
-            while not done.done() and results["refused"] < 10_000:
-                results[await ask(port)] += 1
-
-        async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as group:
-            for _ in range(clients):
-                group.create_task(keep_asking())
-        await done
-        return results
-
-    return asyncio.run(run())
-
-
-def count_answered(server):
-    """Requests that were answered with 200, by all workers together."""
-    return server.metric('ride_requests_total{code="200"}')
-
-
 def test_all_workers_answer_and_any_of_them_tells_the_sum(serve):
     """Of 300 requests each gets some; /metrics says 300 whoever is asked, and the log says who is who."""
     server = serve()
-    results = hammer(server.port, 8, lambda: wait(lambda: count_answered(server) >= 300))
+    results = hammer(server.port, 8, lambda: wait(lambda: server.answered() >= 300))
     total = results[200]
 
     assert results.keys() == {200}
@@ -111,7 +51,7 @@ def test_all_workers_answer_and_any_of_them_tells_the_sum(serve):
         assert {"ride_workers 3.0", "ride_ready 3.0", "ride_worker_restarts_total 0.0"} <= set(lines)
         assert "ride_queue_limit_images 258.0" in lines  # 256 in three equal parts
         assert sum(line.startswith("ride_model_info{") for line in lines) == 1
-    assert all(cpu_seconds(pid) > 0.05 for pid in workers_of(server))
+    assert all(cpu_seconds(pid) > 0.05 for pid in server.children())
     assert sorted(line["worker"] for line in server.log() if line["event"] == "worker_ready") == [0, 1, 2]
     assert [line["workers"] for line in server.log() if line["event"] == "ready"] == [3]
     assert len([line for line in server.log() if line["event"] == "listening"]) == 1
@@ -126,7 +66,7 @@ def cpu_seconds(pid):
 
 def test_workers_share_the_memory_of_what_is_imported(serve):
     """Each has less than half of its resident memory to itself."""
-    for pid in workers_of(serve()):
+    for pid in serve().children():
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
         sizes = {name: int(size.split()[0]) for name, size in (line.split(":") for line in lines)}
         assert sizes["Private_Dirty"] + sizes["Private_Clean"] < 0.5 * sizes["Rss"]
@@ -139,14 +79,14 @@ def test_a_killed_worker_costs_only_its_own_connections(serve):
     figures = []
 
     def answered():
-        figures.append(count_answered(server))
+        figures.append(server.answered())
         return figures[-1]
 
     def kill_two():
         for kills in (1, 2):
             enough = answered() + 100
             wait(lambda: answered() > enough)  # noqa: B023
-            victim = workers_of(server)[0]
+            victim = server.children()[0]
             os.kill(victim, signal.SIGKILL)
             wait(lambda: answered() and not alive(victim))  # noqa: B023
             wait(lambda: answered() and server.metric("ride_worker_restarts_total") == kills)  # noqa: B023
@@ -161,7 +101,7 @@ def test_a_killed_worker_costs_only_its_own_connections(serve):
     assert results.keys() <= {200, "lost"}
     assert results["lost"] <= 2 * 16
     assert figures == sorted(figures)
-    assert count_answered(server) >= results[200]
+    assert server.answered() >= results[200]
     assert server.metric("ride_workers") == server.metric("ride_ready") == 3
     died = [line for line in server.log() if line["event"] == "worker_died"]
     assert [(line["cause"], line["level"]) for line in died] == [("SIGKILL", "error")] * 2
@@ -169,26 +109,10 @@ def test_a_killed_worker_costs_only_its_own_connections(serve):
     assert server.end() == 0
 
 
-class PersistentClient:
-    """Asks again where the connection breaks."""
-
-    def __init__(self, url):
-        self._url = url
-
-    def get(self, path):
-        for _ in range(9):
-            with suppress(httpx.TransportError):
-                return httpx.get(f"{self._url}{path}", timeout=PATIENCE_S)
-        return httpx.get(f"{self._url}{path}", timeout=PATIENCE_S)
-
-    def close(self):
-        pass
-
-
 def test_a_connection_waits_for_the_successor_of_a_dead_worker(serve):
     """With both workers killed at once, whoever comes before their successors are ready is answered by them."""
     server = serve(workers=2)
-    for pid in workers_of(server):
+    for pid in server.children():
         os.kill(pid, signal.SIGKILL)
     answers = [asyncio.run(ask(server.port)) for _ in range(8)]
 
@@ -203,7 +127,7 @@ def test_sigterm_under_load_loses_nobody(serve):
     codes = []
 
     def stop():
-        wait(lambda: count_answered(server) > 200)
+        wait(lambda: server.answered() > 200)
         codes.append(server.end())
 
     results = hammer(server.port, 64, stop)
@@ -216,7 +140,7 @@ def test_sigterm_under_load_loses_nobody(serve):
 def test_every_worker_drains(serve):
     """Slow requests in all of them are answered after SIGTERM; then nothing of the service is left."""
     server = serve("--max-batch", "1", "--timeout-s", "60", "--drain-s", "60")
-    pids = workers_of(server)
+    pids = server.children()
     with ThreadPoolExecutor(9) as clients:
         accepted = [clients.submit(server.post, SLOW) for _ in range(9)]
         wait(lambda: server.metric('ride_stage_seconds_count{stage="decode"}') == 9)
@@ -263,7 +187,7 @@ def test_work_that_does_not_end_in_the_time_to_drain_is_left_behind(serve):
 def test_a_worker_that_is_stuck_is_killed(serve):
     """It cannot even notice SIGTERM; the others end well, the exit code is 1, and nothing is left."""
     server = serve("--drain-s", "0.5")
-    pids = workers_of(server)
+    pids = server.children()
     os.kill(pids[1], signal.SIGSTOP)
 
     assert server.end() == 1
@@ -274,7 +198,7 @@ def test_a_worker_that_is_stuck_is_killed(serve):
 def test_workers_do_not_survive_their_supervisor(serve):
     """kill -9 of it ends all of them."""
     server = serve()
-    pids = workers_of(server)
+    pids = server.children()
     server.end(signal.SIGKILL)
 
     wait(lambda: not any(map(alive, pids)))
@@ -298,7 +222,7 @@ def test_more_workers_than_cores_work_too(serve):
     """Each with one thread and its part of the limits."""
     server = serve("--max-queue", "320", workers=5)
 
-    assert hammer(server.port, 5, lambda: wait(lambda: count_answered(server) > 50)).keys() == {200}
+    assert hammer(server.port, 5, lambda: wait(lambda: server.answered() > 50)).keys() == {200}
     assert server.metric("ride_queue_limit_images") == 320
     assert server.end() == 0
 
@@ -310,7 +234,7 @@ from service.counters import OWN_CELLS, WAS_READY, Counters
 from service.logs import set_up
 supervisor.RESTART_PAUSES_S = (0.0, 0.1, 0.2)
 set_up("info")
-counters = Counters(2, OWN_CELLS, others=1)
+counters = Counters(2, OWN_CELLS)
 def work(number, sockets):
     supervisor.let_signals_in()
     counters.own[WAS_READY] = 1

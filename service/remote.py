@@ -1,0 +1,226 @@
+"""A front's end of the shared engine: looks like the batcher, and passes everything on to another process."""
+
+import asyncio
+import math
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from model_export.bundle import InputSpec
+from service.batcher import MAX_RETRY_S, Batcher, BatcherStoppedError
+from service.cascade import AbandonedError, Job, NotFiniteError, Outcome
+from service.engine import EngineError
+from service.errors import ServiceError
+from service.slots import Slots
+from service.wire import Connection, Packer
+
+# What the engine's process may answer in place of an outcome, by name; anything else becomes a RemoteError.
+FAILURES: Final = {kind.__name__: kind for kind in (NotFiniteError, AbandonedError, BatcherStoppedError)}
+JOBS: Final = Packer(Job, without=("image", "abandoned"))
+OUTCOMES: Final = Packer(Outcome)
+
+
+class RemoteError(Exception):
+    """What failed in the engine's process; the log of that process has its stack trace."""
+
+
+class RemoteBatcher(Batcher[Job, Outcome]):
+    """
+    The queue of one front, whose work is done by the engine's process, together with that of other fronts.
+
+    Pixels go into a slot, whose number and the job's parameters into a message. As many images as the engine may just
+    be working on do not count as waiting; beyond them there is a slot for every place.
+
+    While the engine's process is gone, work is refused with not_ready, and what it had is answered with that. The
+    supervisor holds the socket that it listened on, so a new connection waits there for the successor.
+
+    Attributes:
+        front: whose slots are used; to be set before connecting.
+    """
+
+    def __init__(self, *, max_queue: int, slots: Slots, address: str | bytes) -> None:
+        """
+        Args:
+            max_queue: places of this front.
+            slots: at least as many for each front.
+            address: of the Unix socket on which the engine's process listens.
+        """
+        super().__init__(max_queue=max_queue)
+        self._slots = slots
+        self._address = address
+        self._working = slots.per_front - max_queue  # images that the engine may be working on
+        self.front = 0
+        self._free = list(range(slots.per_front))[::-1]  # the lowest first: the others may never need memory
+        self._pending: dict[int, tuple[asyncio.Future[Outcome], float]] = {}  # by slot; since when
+        self._image_s = 0.0  # from submission to answer
+        self._engine: _ToEngine | None = None  # None while its process is not there
+        self._ready: asyncio.Future[tuple[str, str]]
+        self._keeper: asyncio.Task[None] | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Places that are taken."""
+        return self._reserved + max(0, len(self._pending) - self._working)
+
+    async def connect(self) -> tuple[str, str]:
+        """
+        Wait until the engine's process is ready; stay connected from then on.
+
+        Returns:
+            The provider and the variant that it runs.
+
+        Raises:
+            EngineError: where there will be none.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._ready = self._loop.create_future()
+        self._keeper = asyncio.create_task(self._stay_connected())
+        return await self._ready
+
+    async def stop(self) -> None:
+        """Leave the engine's process. What is not finished gets BatcherStoppedError."""
+        self._fail_pending(BatcherStoppedError())
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+
+    def check(self) -> None:
+        """As the batcher's; raises ServiceError not_ready while the engine's process is gone."""
+        self._check_connected()
+        super().check()
+
+    def reserve(self, count: int) -> None:
+        """As the batcher's; raises ServiceError not_ready while the engine's process is gone."""
+        self._check_connected()
+        super().reserve(count)
+
+    def submit(self, item: Job) -> "asyncio.Future[Outcome]":
+        """As the batcher's."""
+        future: asyncio.Future[Outcome] = self._loop.create_future()
+        self._reserved -= 1
+        if self._engine is None:
+            future.set_exception(engine_gone())
+            return future
+        slot = self._free.pop()
+        self._slots.pixels[self.front, slot] = item.image
+        self._pending[slot] = (future, time.monotonic())
+        self._engine.send((slot, JOBS.values(item)))
+        future.add_done_callback(partial(self._pass_on, slot))
+        return future
+
+    def _retry_after(self) -> int:
+        """A full queue takes about as long as the images that are answered now."""
+        return min(MAX_RETRY_S, max(1, math.ceil(self._image_s)))
+
+    def _check_connected(self) -> None:
+        if self._engine is None:
+            raise engine_gone()
+
+    def _pass_on(self, slot: int, future: "asyncio.Future[Outcome]") -> None:
+        """Where nobody waits any more, tell the engine's process; the slot stays taken until that has answered."""
+        if future.cancelled() and self._engine is not None and slot in self._pending:
+            self._engine.send((slot,))
+
+    async def _stay_connected(self) -> None:
+        """Until cancelled, or until nobody holds the engine's socket any more."""
+        while True:
+            ours = socket.socket(socket.AF_UNIX)
+            try:
+                ours.connect(self._address)  # does not wait: who starts the engine's process listens already
+            except OSError as error:
+                ours.close()
+                if not self._ready.done():
+                    self._ready.set_exception(EngineError(f"the engine's process has ended ({error.strerror})"))
+                return
+            transport, engine = await self._loop.create_unix_connection(lambda: _ToEngine(self._received), sock=ours)
+            try:
+                await engine.gone.wait()
+            finally:
+                transport.abort()
+                self._engine = None
+                self._fail_pending(engine_gone())
+
+    def _received(self, engine: "_ToEngine", message: list[Any]) -> None:
+        """First comes a greeting, [provider, variant]; then answers."""
+        if self._engine is not None:
+            self._answer(message)
+            return
+        self._engine = engine
+        if not self._ready.done():
+            self._ready.set_result((message[0], message[1]))
+
+    def _answer(self, answers: list[Any]) -> None:
+        """[slot, fields of Outcome] or [slot, name of a failure, text] each."""
+        now = time.monotonic()
+        for slot, *answer in answers:
+            future, since = self._pending.pop(slot)
+            self._free.append(slot)
+            self._image_s += 0.1 * (now - since - self._image_s)
+            if future.done():
+                continue
+            if len(answer) == 1:
+                future.set_result(OUTCOMES.data(answer[0]))
+            else:
+                name, text = answer
+                future.set_exception(FAILURES.get(name, RemoteError)(text))
+
+    def _fail_pending(self, error: Exception) -> None:
+        for slot, (future, _) in self._pending.items():
+            self._free.append(slot)
+            if not future.done():
+                future.set_exception(error)
+        self._pending.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLink:
+    """What leads from the workers to the process that runs their graphs; made before either is forked."""
+
+    slots: Slots
+    listening: socket.socket
+    batcher: RemoteBatcher
+
+
+def open_link(fronts: int, image: InputSpec, *, max_queue: int, max_batch: int) -> EngineLink:
+    """
+    Slots for the images of several fronts, and a socket without a name in any directory.
+
+    A front has a slot for every image that may wait, and for those of its own that the engine may be working on.
+
+    Args:
+        max_queue: images of one front that may wait.
+        max_batch: images of all fronts that the engine may be working on.
+    """
+    slots = Slots(fronts, max_queue + -(-max_batch // fronts), image.height, image.width)
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind("")  # Linux then chooses a name of its own
+    listening.listen()
+    listening.setblocking(False)
+    return EngineLink(
+        slots, listening, RemoteBatcher(max_queue=max_queue, slots=slots, address=listening.getsockname())
+    )
+
+
+class _ToEngine(Connection):
+    """The connection to the engine's process, as long as that lives."""
+
+    def __init__(self, received: Callable[["_ToEngine", list[Any]], None]) -> None:
+        super().__init__()
+        self._pass_on = received
+        self.gone = asyncio.Event()
+
+    def received(self, message: list[Any]) -> None:
+        self._pass_on(self, message)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.gone.set()
+
+
+def engine_gone() -> ServiceError:
+    """What is said to clients meanwhile."""
+    return ServiceError(
+        "not_ready", "the process that runs the graphs has died, another one is starting; retry in 1 s", retry_after=1
+    )
