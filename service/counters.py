@@ -13,7 +13,8 @@ WAS_READY: Final = 2  # 1 from the first time on, whatever became of that proces
 WAITING: Final = 3  # images that wait
 RESTARTS: Final = 4
 DEAD_CPU_S: Final = 5  # processor seconds of those that had this row before
-OWN_CELLS: Final = 6
+BEAT: Final = 6  # time.monotonic() when its event loop last turned
+OWN_CELLS: Final = 7
 
 CELL_BYTES: Final = 8
 ALIGNED_CELLS: Final = 16  # two cache lines: no two processes write into the same one, or into neighbours

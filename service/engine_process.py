@@ -21,6 +21,7 @@ from service.slots import Slots
 from service.supervisor import START_FAILED, let_signals_in
 from service.wire import Connection, pack
 
+BEAT_EVERY_S: Final = 1.0
 LAST_CALL_S: Final = 0.1  # after which fronts that have connected, but were not let in yet, have been
 EXPECTED: Final = (NotFiniteError, AbandonedError, BatcherStoppedError)  # failures that need no stack trace
 CREDENTIALS: Final = struct.Struct("3i")  # of the process that connected: its id, and those of its user and group
@@ -76,6 +77,7 @@ class EngineProcess:
             return START_FAILED
         loop = asyncio.get_running_loop()
         server = await loop.create_unix_server(lambda: _ToFront(self), sock=self._listening)
+        beating = asyncio.create_task(self._beat())
         try:
             await self._told_to_stop.wait()
             await asyncio.sleep(LAST_CALL_S)
@@ -83,9 +85,15 @@ class EngineProcess:
                 self._left.clear()
                 await self._left.wait()
         finally:
+            beating.cancel()
             server.close()
         await self.classifier.stop()
         return 0
+
+    async def _beat(self) -> None:
+        while True:
+            self.classifier.metrics.publish()
+            await asyncio.sleep(BEAT_EVERY_S)
 
     def stop(self) -> None:
         """End when the last front has left."""

@@ -2,6 +2,7 @@
 
 import math
 import platform
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from model_export.bundle import SPLITS, Manifest, Rule
 from service import __version__
 from service.cascade import EXIT_REASONS, BatchReport, Outcome
-from service.counters import DEAD_CPU_S, OWN_CELLS, PID, READY, RESTARTS, WAITING, WAS_READY, Counters, Row
+from service.counters import BEAT, DEAD_CPU_S, OWN_CELLS, PID, READY, RESTARTS, WAITING, WAS_READY, Counters, Row
 from service.errors import STATUS
 from service.operating_point import Operation
 from service.processes import process_families
@@ -208,6 +209,7 @@ class Metrics:
 
     def set_ready(self, ready: bool) -> None:
         """Whether this process takes work from now on."""
+        self.publish()  # or the beat of a predecessor would count
         own = self._counters.own
         own[READY] = ready
         if ready:
@@ -244,9 +246,11 @@ class Metrics:
         """Count an image or a request that got this error instead of an answer."""
         self._counters.own[self._layout.refused.cells[code]] += 1
 
-    def publish_waiting(self) -> None:
-        """Let the other processes see how many images wait in this one; called several times a second."""
-        self._counters.own[WAITING] = self._waiting()
+    def publish(self) -> None:
+        """Let the other processes see how many images wait here, and that this one lives; called again and again."""
+        own = self._counters.own
+        own[WAITING] = self._waiting()
+        own[BEAT] = time.monotonic()
 
     def workers_to_come(self) -> int:
         """Workers that have not been ready yet, not even for a moment."""
@@ -263,7 +267,7 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """All of it, summed over the processes: what prometheus_client asks of a collector."""
-        self.publish_waiting()
+        self.publish()
         layout, counters = self._layout, self._counters
         sums = counters.sums()
         for cells in (
@@ -296,12 +300,13 @@ class Metrics:
 
     def _state(self, sums: Sequence[float]) -> Iterator[Metric]:
         counters = self._counters
-        workers = counters.column(PID)[: counters.workers]
+        alive = sum(pid > 0 for pid in counters.column(PID)[: counters.workers])
+        waiting = sum(counters.column(WAITING)[: counters.workers])
         for name, text, value in (
-            ("queue_images", "Images that wait now, those being decoded included.", sums[WAITING]),
+            ("queue_images", "Images that wait now, those being decoded included.", waiting),
             ("queue_limit_images", "Images that may wait (RIDE_MAX_QUEUE).", self._limit * counters.workers),
             ("ready", "Workers that take work; 0 while the service starts or drains.", self.ready_workers()),
-            ("workers", "Worker processes that are alive.", sum(pid > 0 for pid in workers)),
+            ("workers", "Worker processes that are alive.", alive),
         ):
             yield GaugeMetricFamily(f"ride_{name}", text, value=value)
         yield CounterMetricFamily(

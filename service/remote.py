@@ -121,7 +121,8 @@ class RemoteBatcher(Batcher[Job, Outcome]):
 
     def _pass_on(self, slot: int, future: "asyncio.Future[Outcome]") -> None:
         """Where nobody waits any more, tell the engine's process; the slot stays taken until that has answered."""
-        if future.cancelled() and self._engine is not None and slot in self._pending:
+        pending = self._pending.get(slot)
+        if future.cancelled() and self._engine is not None and pending is not None and pending[0] is future:
             self._engine.send((slot,))
 
     async def _stay_connected(self) -> None:

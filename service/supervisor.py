@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from socket import socket
 from typing import Final
 
-from service.counters import DEAD_CPU_S, PID, READY, RESTARTS, WAITING, WAS_READY, Counters
+from service.counters import BEAT, DEAD_CPU_S, PID, READY, RESTARTS, WAITING, WAS_READY, Counters
 from service.logs import log, set_worker
 
 START_FAILED: Final = 3  # a worker's exit code: it cannot start, and its successor could not either
 SHORT_LIFE_S: Final = 60.0  # a worker that dies sooner makes its successor wait ...
 RESTART_PAUSES_S: Final = (0.0, 0.5, 1.0, 2.0, 4.0)  # ... so long; after the last of them the service gives up
+STUCK_S: Final = 30.0  # a worker whose event loop has stood still for so long is killed, ...
+LOOK_EVERY_S: Final = 5.0  # ... which is looked for so often
 PATIENCE_S: Final = 5.0  # beyond the time to drain, until a worker that does not end is killed
 STARTING_TICK_S: Final = 0.05  # how often the supervisor looks whether the workers are ready; only until they are
 
@@ -100,8 +102,7 @@ class Supervisor:
                         self._stop(sig)
             self._bury()
             self._tell_when_ready()
-            if time.monotonic() >= self._kill_at:
-                self._kill()
+            self._kill_the_stuck()
         return self._exit_code
 
     @staticmethod
@@ -123,7 +124,7 @@ class Supervisor:
         if not self._all_ready and not self._stopping:
             return STARTING_TICK_S
         due = [worker.due for worker in self._workers if not worker.pid and not self._stopping]
-        return min(3600.0, max(0.0, min([self._kill_at, *due]) - time.monotonic()))
+        return max(0.0, min([self._kill_at, *due, time.monotonic() + LOOK_EVERY_S]) - time.monotonic())
 
     def _start_those_due(self) -> None:
         for worker in reversed(self._workers):  # first of all, the engine that the others wait for
@@ -228,11 +229,15 @@ class Supervisor:
             seconds = round(time.monotonic() - self._began, 3)
             log(logging.INFO, "ready", workers=self._counters.workers, seconds=seconds)
 
-    def _kill(self) -> None:
-        """End those that do not end by themselves."""
-        self._kill_at = math.inf
+    def _kill_the_stuck(self) -> None:
+        """End those that do not end by themselves in time, and those that are ready but do nothing any more."""
+        now = time.monotonic()
+        overdue = now >= self._kill_at
+        if overdue:
+            self._kill_at = math.inf
         for worker in self._workers:
-            if worker.pid:
+            row = self._counters.row(worker.slot)
+            if worker.pid and (overdue or (row[READY] and now - row[BEAT] > STUCK_S)):
                 log(logging.ERROR, "worker_killed", worker=worker.name, pid=worker.pid)
                 os.kill(worker.pid, signal.SIGKILL)
 

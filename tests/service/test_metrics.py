@@ -161,7 +161,7 @@ def test_the_figures_of_several_processes_are_added_up(tiny_bundle):
         metrics.request_done(200, 0.3)
         metrics.refused("no_image")
         metrics.set_ready(True)
-        metrics.publish_waiting()
+        metrics.publish()
     counters.row(1)[PID] = 0  # it is dead
 
     def figure(name, **labels):
@@ -211,7 +211,7 @@ def test_no_cell_is_written_by_two_threads(tiny_bundle):
         *[lambda: metrics.request_done(rng.choice((200, 429)), rng.random())] * 100,
         lambda: metrics.refused("overloaded"),
         lambda: metrics.set_ready(True),
-        metrics.publish_waiting,
+        metrics.publish,
     )
 
     assert len(by_batches) > 40

@@ -258,8 +258,8 @@ def test_a_port_in_use_is_exit_code_1(tiny_bundle):
     assert f"('127.0.0.1', {port})" in run.stderr
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_graphs_that_cannot_be_opened_are_exit_code_1(make_bundle, workers):
+@pytest.mark.parametrize("processes", [["--workers", "1"], ["--workers", "2"], ["--shared-engine", "on"]])
+def test_graphs_that_cannot_be_opened_are_exit_code_1(make_bundle, processes):
     """The manifest is in order, the graph is not: it stops by itself, with the reason in the log."""
     path = make_bundle()
     old = sha256_of(path / "trunk.onnx")
@@ -267,7 +267,7 @@ def test_graphs_that_cannot_be_opened_are_exit_code_1(make_bundle, workers):
     text = (path / "manifest.json").read_text()
     (path / "manifest.json").write_text(text.replace(old, sha256_of(path / "trunk.onnx")))
     run = subprocess.run(
-        [*COMMAND, "--bundle", str(path), "--port", "0", "--workers", workers],
+        [*COMMAND, "--bundle", str(path), "--port", "0", *processes],
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,
@@ -275,8 +275,8 @@ def test_graphs_that_cannot_be_opened_are_exit_code_1(make_bundle, workers):
     )
 
     assert run.returncode == 1
-    failures = [line for line in map(json.loads, run.stderr.splitlines()) if line["event"] == "start_failed"]
-    assert {failure["reason"].split(" ")[:2] == ["trunk.onnx:", "onnxruntime"] for failure in failures} == {True}
+    failures = [line["reason"] for line in map(json.loads, run.stderr.splitlines()) if line["event"] == "start_failed"]
+    assert any(reason.startswith("trunk.onnx: onnxruntime") for reason in failures)
 
 
 def test_the_command_is_installed():

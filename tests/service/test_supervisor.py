@@ -19,8 +19,7 @@ from service.classifier import Classifier
 from service.counters import WAS_READY
 from service.engine import open_engine
 from service.metrics import shared_counters
-from service.settings import Settings, SettingsError
-from service.shares import choose_workers, share_of
+from service.settings import Settings
 from tests.service.conftest import PATIENCE_S, until
 from tests.service.server import COMMAND, SLOW, PersistentClient, alive, ask, hammer, servers, wait, write_slow_bundle
 
@@ -230,9 +229,9 @@ def test_more_workers_than_cores_work_too(serve):
 SUPERVISED = """
 import os, signal, sys, time
 from service import supervisor
-from service.counters import OWN_CELLS, WAS_READY, Counters
+from service.counters import BEAT, OWN_CELLS, READY, WAS_READY, Counters
 from service.logs import set_up
-supervisor.RESTART_PAUSES_S = (0.0, 0.1, 0.2)
+supervisor.RESTART_PAUSES_S, supervisor.STUCK_S, supervisor.LOOK_EVERY_S = (0.0, 0.1, 0.2), 0.5, 0.05
 set_up("info")
 counters = Counters(2, OWN_CELLS)
 def work(number, sockets):
@@ -276,6 +275,17 @@ def test_a_worker_that_raises_is_logged_with_its_trace():
     assert code == 1
 
 
+def test_a_worker_whose_event_loop_stands_still_is_replaced():
+    """The kernel would go on giving it connections; only who has been ready is meant to be prompt."""
+    code, lines = supervise("counters.own[BEAT] = time.monotonic(); counters.own[READY] = number")
+
+    killed = [line["worker"] for line in lines if line["event"] == "worker_killed" and line["worker"] == 1]
+    died = [(line["worker"], line["cause"]) for line in lines if line["event"] == "worker_died"]
+    assert killed == [1] * 4
+    assert died == [(1, "SIGKILL")] * 3
+    assert code == 1
+
+
 def test_a_worker_that_cannot_start_is_not_tried_again():
     """Another one would fail as well."""
     code, lines = supervise("counters.own[WAS_READY] = 0; os._exit(supervisor.START_FAILED)")
@@ -299,51 +309,3 @@ async def test_the_service_is_ready_when_every_worker_has_been(tiny_bundle):
         assert answer.json()["error"]["message"] == "1 workers are still starting; retry in 1 s"
         counters.row(1)[WAS_READY] = 1
         assert (await client.get("/readyz")).status_code == 200
-
-
-@pytest.mark.parametrize(
-    ("given", "cores", "cuda", "workers"),
-    [
-        ({}, 8, False, 8),
-        ({}, 8, True, 1),
-        ({"provider": "cpu"}, 8, True, 8),
-        ({"provider": "cuda"}, 8, False, 1),
-        ({"workers": 3}, 8, True, 3),
-        ({"workers": 9}, 2, False, 9),
-    ],
-)
-def test_there_is_a_worker_for_each_core_and_one_for_a_gpu(monkeypatch, given, cores, cuda, workers):
-    """Unless the settings say how many."""
-    monkeypatch.setattr("service.shares.available_cores", lambda: cores)
-    monkeypatch.setattr("service.shares.has_cuda", lambda: cuda)
-
-    assert choose_workers(Settings(**given)) == workers
-
-
-@pytest.mark.parametrize(
-    ("given", "workers", "threads", "queue", "inflight"),
-    [
-        ({}, 1, 8, 256, 512 * 2**20),
-        ({}, 2, 4, 128, 256 * 2**20),
-        ({}, 3, 2, 86, -(-512 * 2**20 // 3)),
-        ({}, 8, 1, 64, 64 * 2**20),
-        ({}, 32, 1, 64, 32 * 2**20),
-        ({"threads": 5, "max_queue": 800}, 8, 5, 100, 64 * 2**20),
-    ],
-)
-def test_limits_are_divided_among_the_workers(monkeypatch, given, workers, threads, queue, inflight):
-    """Rounded up; where nobody set them, at least what the largest request needs."""
-    monkeypatch.setattr("service.shares.available_cores", lambda: 8)
-    share = share_of(Settings(**given), workers)
-
-    assert (share.threads, share.max_queue, share.max_inflight_bytes) == (threads, queue, inflight)
-
-
-def test_a_limit_that_cannot_be_divided_is_refused():
-    """With what would do, where somebody set it."""
-    with pytest.raises(SettingsError) as refusal:
-        share_of(Settings(max_queue=256), 8)
-    assert str(refusal.value) == (
-        "RIDE_MAX_QUEUE is 256, 32 for each of 8 workers, RIDE_MAX_IMAGES is 64: a request that large would never be "
-        "let in; raise the first, lower the second, or set RIDE_WORKERS to fewer"
-    )
