@@ -278,10 +278,11 @@ class Metrics:
         yield from self._macs(sums)
         yield from self._state(sums)
         yield from self._calibration()
-        for name, labels in self._info.items():
-            text = {"model": "1, for the model that is served.", "build": "1, for what serves it."}[name]
+        for name, text in (("model", "1, for the model that is served."), ("build", "1, for what serves it.")):
+            labels = self._info.get(name, {})  # none before the engine has started
             family = GaugeMetricFamily(f"ride_{name}_info", text, labels=list(labels))
-            family.add_metric(list(labels.values()), 1)
+            if labels:
+                family.add_metric(list(labels.values()), 1)
             yield family
         pids = [int(pid) for pid in counters.column(PID) if pid]
         yield from process_families(pids, pids[-1], sums[DEAD_CPU_S])
