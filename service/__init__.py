@@ -1,3 +1,3 @@
 """The service: answers POST /classify from a bundle, stopping each image at the first expert that is sure enough."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
