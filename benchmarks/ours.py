@@ -45,8 +45,9 @@ def ride_serve(
     with Server(command, environment or {}) as server:
         listening, _ = server.wait_until(lambda: _logged(server, "listening"))
         _, start_s = server.wait_until(lambda: _answers(f"{listening['url']}/readyz"))
-        ready, _ = server.wait_until(lambda: _logged(server, "ready"))
-        yield Running(server, listening["url"], start_s, ready["variant"], ready["provider"])
+        with urllib.request.urlopen(f"{listening['url']}/model", timeout=5) as answer:
+            model = json.load(answer)
+        yield Running(server, listening["url"], start_s, model["variant"], model["provider"])
 
 
 def service_decoder() -> str:
