@@ -1,5 +1,5 @@
 """
-JPEG bytes to the trunk's pixels in one call, for the bare loop and the contestants: they decode as the service does.
+JPEG bytes to the trunk's pixels in one call, for the contestants, with the decoder that the service uses.
 
 Scaled ("draft") decoding lets libjpeg shrink the picture by 2, 4 or 8 while it decodes, to no less than twice the
 input's size.

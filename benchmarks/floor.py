@@ -1,5 +1,5 @@
 """
-The floor: a bare loop of decoding and graphs, without HTTP, on the bundle that is served.
+The floor: a bare loop of the service's own decoding and the graphs, without HTTP, on the bundle that is served.
 
     python -m benchmarks.floor --size 640x480 --draft
 
@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.decoding import DECODERS, decoder
+import service.images
 from benchmarks.images import SIZES, make_images
 from benchmarks.machine import describe
 from benchmarks.runtimes import PROVIDERS, open_graph
@@ -31,6 +32,7 @@ from model_export.bundle import Bundle, read_bundle
 from service.cores import available_cores
 
 BATCH: Final = 32
+MAX_PIXELS: Final = 10**7
 DEFAULT_BUNDLE: Final = Path(__file__).parents[1] / "service" / "default_bundle"
 
 
@@ -41,7 +43,6 @@ class Loop:
     bundle: Path
     variant: str
     provider: str
-    decoder: str
     draft: bool
     size: str
     routed: bool
@@ -148,7 +149,7 @@ def _work(loop: Loop, threads: int, number: int, barrier: Barrier, results: Conn
     bundle = read_bundle(loop.bundle)
     manifest = bundle.manifest
     jpegs = make_images(loop.size, seed=loop.seed).jpegs
-    decode = decoder(loop.decoder, manifest.input, draft=loop.draft)
+    decode = partial(service.images.decode, spec=manifest.input, max_pixels=MAX_PIXELS, scaled=loop.draft)
     model = BareModel(bundle, loop.variant, loop.provider, threads)
     batches = [jpegs[first : first + BATCH] for first in range(0, len(jpegs) - BATCH + 1, BATCH)]
 
@@ -188,7 +189,6 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, default=DEFAULT_BUNDLE, metavar="DIR", help="[default: the one we ship]")
     parser.add_argument("--variant", metavar="NAME", help="[default: the bundle's default]")
     parser.add_argument("--provider", choices=PROVIDERS, default="cpu", help="[default: %(default)s]")
-    parser.add_argument("--decoder", choices=DECODERS, default="pillow", help="[default: %(default)s]")
     parser.add_argument("--draft", action="store_true", help="let libjpeg shrink large images while it decodes")
     parser.add_argument("--size", choices=SIZES, default="32x32", help="of the JPEGs [default: %(default)s]")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each loop [default: %(default)s]")
@@ -196,7 +196,7 @@ def main() -> None:
     options = parser.parse_args()
     variant = options.variant or read_bundle(options.bundle).manifest.default_variant
     routed = Loop(
-        options.bundle, variant, options.provider, options.decoder, options.draft, options.size, True, options.seconds,
+        options.bundle, variant, options.provider, options.draft, options.size, True, options.seconds,
         options.seed,
     )  # fmt: skip
     loops = {"routed": routed, "all experts": replace(routed, routed=False)}

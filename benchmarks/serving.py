@@ -162,8 +162,8 @@ def floors(bench: Bench) -> None:
         raise SystemExit(f"the service runs {provider!r}; the bare loop knows {PROVIDERS}")
     for size, routed in ((SMALL, True), (SMALL, False), (LARGE, True)):
         loop = Loop(
-            bench.bundle, bench.served["variant"], provider, service_decoder(), draft=size == LARGE, size=size,
-            routed=routed, seconds=bench.plan.floor_s, seed=bench.seed,
+            bench.bundle, bench.served["variant"], provider, draft=size == LARGE, size=size, routed=routed,
+            seconds=bench.plan.floor_s, seed=bench.seed,
         )  # fmt: skip
         result: FloorResult = measure_floor(loop)
         bench.floors.append(asdict(result) | {"rate": result.rate})

@@ -33,7 +33,7 @@ from service.uploads import Upload, UploadMemory
 State = Literal["starting", "ready", "draining", "failed"]
 NOT_READY: Final = "graphs are being loaded and run for the first time; retry in 1 s"
 LONG_STEP_S: Final = 0.025  # for which the event loop shall not stand still
-PROFILE_RUNS: Final = 3
+PROFILE_RUNS: Final = 5
 CPU_BATCH: Final = 16  # its features still fit into the cache
 GPU_BATCH: Final = 64
 
