@@ -169,7 +169,12 @@ class Batcher(Generic[Item, Result]):
 
     def _step(self, items: list[Item]) -> tuple[list[tuple[Item, Result | Exception]], float]:
         started = time.perf_counter()
-        return self._work.step(items), time.perf_counter() - started
+        finished: list[tuple[Item, Result | Exception]]
+        try:
+            finished = self._work.step(items)
+        except Exception as error:  # the work's own mistake; whoever comes next shall still be served
+            finished = [(item, error) for item in items]
+        return finished, time.perf_counter() - started
 
     def _end_step(self, finished: list[tuple[Item, Result | Exception]], seconds: float) -> None:
         self._due = False
@@ -178,8 +183,8 @@ class Batcher(Generic[Item, Result]):
             self._seconds_per_item += 0.2 * (self._seconds / len(finished) - self._seconds_per_item)
             self._seconds = 0.0
         for item, result in finished:
-            future = self._futures.pop(item)
-            if future.done():
+            future = self._futures.pop(item, None)
+            if future is None or future.done():
                 continue
             if isinstance(result, Exception):
                 future.set_exception(result)

@@ -262,9 +262,10 @@ class Classifier:
 
     def _overloaded(self, error: QueueFullError, asked: str) -> ServiceError:
         kept = f", {error.saved} places are kept for an earlier request" if error.saved else ""
+        limit = "RIDE_MAX_QUEUE" if self._alone else "this worker's share of RIDE_MAX_QUEUE"
         return ServiceError(
             "overloaded",
-            f"{error.waiting} images are waiting{kept}, the limit is {self.settings.max_queue} (RIDE_MAX_QUEUE)"
+            f"{error.waiting} images are waiting{kept}, the limit is {self.settings.max_queue} ({limit})"
             f"{asked}; retry in {error.retry_after} s",
             retry_after=error.retry_after,
         )

@@ -1,5 +1,6 @@
 """Runs a bundle's graphs with onnxruntime, and chooses provider and variant. The only file that touches onnxruntime."""
 
+import os
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -27,7 +28,7 @@ INT8_FLAGS: Final = {"avx512_vnni", "avx_vnni", "asimddp"}  # x86 and ARM; witho
 BF16_FLAGS: Final = {"amx_bf16", "avx512_bf16", "bf16"}
 TENSORRT_OPTIONS: Final = {
     "trt_engine_cache_enable": True,
-    "trt_engine_cache_path": str(Path.home() / ".cache/ride-serving/tensorrt"),
+    "trt_engine_cache_path": os.path.expanduser("~/.cache/ride-serving/tensorrt"),
     "trt_timing_cache_enable": True,
 }
 CUDA_OPTIONS: Final = {

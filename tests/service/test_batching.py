@@ -356,6 +356,28 @@ async def test_what_waits_when_the_batcher_ends_is_told_so():
         await second
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize("threaded", [True, False])
+async def test_work_that_fails_does_not_end_the_batcher(threaded):
+    """Who was in the step is told; who comes next is served."""
+
+    class Fragile(Echo):
+        def step(self, items):
+            if items == ["broken"]:
+                raise ArithmeticError("broken")
+            return [(item, item) for item in items]
+
+    batcher = Batcher(max_queue=2)
+    batcher.start(Fragile(), threaded=threaded)
+    batcher.reserve(2)
+    broken, whole = batcher.submit("broken"), batcher.submit("whole")
+    with pytest.raises(ArithmeticError, match="broken"):
+        await broken
+
+    assert await whole == "whole"
+    await batcher.stop()
+
+
 def test_places_are_taken_all_at_once_or_not_at_all():
     """And come back when they are released."""
     batcher = Batcher(max_queue=3)
