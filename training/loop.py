@@ -80,6 +80,9 @@ def run_stage(
     )
     if start is not None:
         start.load_into(model, optimiser)
+    elif stage.begin is not None:
+        torch.manual_seed(_seed(recipe.seed, stage.name, 0))
+        stage.begin()
     model.requires_grad_(False)
     stage.part.requires_grad_(True)
     network = forward_of(model, stage, recipe)
@@ -87,7 +90,7 @@ def run_stage(
     progress = tqdm(total=stage.epochs, initial=start.epochs_done if start else 0, unit="epoch", desc=stage.name)
     for epoch in range(progress.n, stage.epochs):
         model.eval()
-        stage.part.train()
+        (model.net if stage.norms_follow else stage.part).train()
         for group in optimiser.param_groups:
             group["lr"] = stage.lr(epoch)
         generator = torch.Generator().manual_seed(_seed(recipe.seed, stage.name, epoch))
@@ -133,7 +136,7 @@ def forward_of(model: Model, stage: Stage, recipe: Recipe) -> Callable[[Tensor],
     """The network's forward pass: under autocast, compiled where the recipe says so, without gradients where frozen."""
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last)
-    learns = stage.part is model.net
+    learns = any(parameter.requires_grad for parameter in model.net.parameters())
     network = torch.compile(model.net, dynamic=False) if recipe.compile and learns else model.net
     half = recipe.precision == "bf16" or (recipe.precision == "auto" and has_bf16_units(device))
 
@@ -159,6 +162,7 @@ def batches(
         pixels = augment(
             images.pixels[chosen], generator,
             crop_padding=recipe.crop_padding, flip=recipe.flip, rotation=recipe.rotation,
+            auto_augment=recipe.auto_augment, cutout=recipe.cutout,
         )  # fmt: skip
         yield pixels, images.labels[chosen]
 

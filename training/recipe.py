@@ -23,7 +23,8 @@ class Recipe:
 
     Attributes:
         name: of the recipe; names the run directory and the exported model.
-        method: "ride", "ldam" or "ce" (training/methods).
+        method: "ride" or "single" (training/methods).
+        loss: of each expert on its own: "ce", "focal", "ldam", "balanced_softmax" or "logit_adjusted".
         data: "cifar10", "cifar100", a directory with train*.parquet, or a directory of class directories.
         profile: how the training set is thinned: "exp" or "step" (a subset of a balanced set), "natural" (not).
         imbalance: largest over smallest class size under "exp" and "step".
@@ -38,15 +39,24 @@ class Recipe:
         reduced: 3/4 of the width in the experts, as in RIDE's tables.
         classifier: "cosine" (scale `cosine_scale`, no bias) or "linear" (with bias).
         warmup_epochs: lr·(1 + e)/warmup_epochs while e < warmup_epochs.
-        lr_drops, lr_drop_factor: lr is multiplied by the factor at each of these shares of `epochs`.
+        schedule: what follows the warm-up: "step", or "cosine" to 0 after the last epoch.
+        lr_drops, lr_drop_factor: under "step", lr is multiplied by the factor at each of these shares of `epochs`.
         crop_padding: pixels of zero padding for the random crop; 0 turns it off.
         rotation: random rotation of up to ± so many degrees; 0 turns it off.
+        auto_augment: AutoAugment with its 25 sub-policies for CIFAR-10, after crop, flip and rotation.
+        cutout: side of a square, pixels, that is blackened at a random place, last of all; 0 turns it off.
         max_margin: LDAM margin of the rarest class, in units of the cosine.
+        focal_gamma: exponent of the focal loss.
+        logit_tau: weight of the log frequencies that "logit_adjusted" adds to the logits; "balanced_softmax" has 1.
         deferred_from: share of `epochs` from which class weights and temperatures apply; None: never.
         effective_beta: β of the effective-number class weights.
-        diversity_weight: λ, negative: experts are paid for disagreeing; 0 turns the term off.
+        diversity_weight: λ; negative: experts are paid for disagreeing (RIDE); positive: for agreeing (mutual
+            distillation); 0 turns the term off.
         diversity_gamma: γ in (0, 1), how far class temperatures depart from 1.
         collaborative: every expert's loss is computed on the mean logits (ablation).
+        retrain_epochs: of a stage after the experts' in which fresh classifiers alone learn; 0: there is none.
+        retrain_loss: of that stage, one of those of `loss`.
+        retrain_lr, retrain_sampler: of that stage; its warm-up is `warmup_epochs`, then the cosine.
         router_top_k: how many of the largest mean logits a router sees; at most the number of classes are used.
         router_positive_weight: weight of "another expert would help" in the router's loss.
         seed: of initial weights, order and augmentation.
@@ -56,7 +66,8 @@ class Recipe:
     """
 
     name: str
-    method: Literal["ride", "ldam", "ce"]
+    method: Literal["ride", "single"]
+    loss: Literal["ce", "focal", "ldam", "balanced_softmax", "logit_adjusted"] = "ce"
     data: str = "cifar100"
     profile: Literal["exp", "step", "natural"] = "exp"
     imbalance: float = 100.0
@@ -80,17 +91,26 @@ class Recipe:
     nesterov: bool = False
     weight_decay: float = 2e-4
     warmup_epochs: int = 5
+    schedule: Literal["step", "cosine"] = "step"
     lr_drops: tuple[float, ...] = (0.8, 0.9)
     lr_drop_factor: float = 0.01
     crop_padding: int = 4
     flip: bool = True
     rotation: float = 0.0
+    auto_augment: bool = False
+    cutout: int = 0
     max_margin: float = 0.5
+    focal_gamma: float = 1.0
+    logit_tau: float = 1.0
     deferred_from: float | None = None
     effective_beta: float = 0.9999
     diversity_weight: float = 0.0
     diversity_gamma: float = 0.05
     collaborative: bool = False
+    retrain_epochs: int = 0
+    retrain_loss: Literal["ce", "focal", "ldam", "balanced_softmax", "logit_adjusted"] = "balanced_softmax"
+    retrain_lr: float = 0.1
+    retrain_sampler: Literal["shuffled", "class_balanced"] = "shuffled"
     router_epochs: int = 5
     router_batch_size: int = 512
     router_lr: float = 0.01
@@ -121,10 +141,19 @@ class Recipe:
                 raise RecipeError(f"{field}={getattr(self, field)}: must be three numbers, one per channel")
         if self.std is not None and min(self.std) <= 0:
             raise RecipeError(f"std={self.std}: must be positive")
-        if self.method != "ride" and self.n_experts != 1:
+        if self.method == "single" and self.n_experts != 1:
             raise RecipeError(f"n_experts={self.n_experts}: method {self.method!r} trains one expert")
-        if self.method == "ldam" and self.classifier != "cosine":
+        if self.loss == "ldam" and self.classifier != "cosine":
             raise RecipeError("classifier='linear': the margins of LDAM need the cosine classifier")
+
+    def stage_epochs(self) -> dict[str, int]:
+        """The stages that this recipe trains, in order, and their epochs."""
+        stages = {"experts": self.epochs}
+        if self.retrain_epochs:
+            stages["classifiers"] = self.retrain_epochs
+        if self.n_experts > 1 and self.router_epochs:
+            stages["routers"] = self.router_epochs
+        return stages
 
     def epoch_of(self, share: float) -> int:
         """The epoch, from 0, at which `share` of the training is done."""
@@ -169,8 +198,11 @@ _RANGES = (
     ("cosine_scale", 1e-3, 1e3), ("epochs", 1, 100_000), ("batch_size", 1, 65_536), ("lr", 1e-9, 100),
     ("momentum", 0, 0.9999),
     ("weight_decay", 0, 1), ("warmup_epochs", 0, 10_000), ("lr_drop_factor", 1e-9, 1), ("crop_padding", 0, 256),
-    ("rotation", 0, 180), ("max_margin", 0, 2), ("deferred_from", 0, 1), ("effective_beta", 0, 1 - 1e-9),
-    ("diversity_weight", -100, 100), ("diversity_gamma", 0, 0.999), ("router_epochs", 0, 10_000),
+    ("rotation", 0, 180), ("cutout", 0, 1024), ("focal_gamma", 0, 100), ("logit_tau", -10, 10),
+    ("max_margin", 0, 2), ("deferred_from", 0, 1), ("effective_beta", 0, 1 - 1e-9),
+    ("diversity_weight", -100, 100), ("diversity_gamma", 0, 0.999), 
+    ("retrain_epochs", 0, 10_000), ("retrain_lr", 1e-9, 100),
+    ("router_epochs", 0, 10_000),
     ("router_batch_size", 1, 65_536),
     ("router_lr", 1e-9, 100), ("router_weight_decay", 0, 1), ("router_top_k", 1, 100_000), ("router_hidden", 1, 65_536),
     ("router_positive_weight", 1e-6, 1e6), ("seed", 0, 2**32 - 1), ("evaluate_every", 1, 100_000),

@@ -18,7 +18,7 @@ from training.methods import ride, single
 from training.methods.method import Method, Model, build_model
 from training.recipe import Recipe
 
-METHODS: dict[str, Method] = {"ride": ride.build, "ldam": single.build, "ce": single.build}
+METHODS: dict[str, Method] = {"ride": ride.build, "single": single.build}
 PUBLISHED_THRESHOLD = 0.5
 
 
@@ -81,9 +81,7 @@ def trained_model(run: Path) -> tuple[Checkpoint, Model]:
     if not done:
         raise CheckpointError(f"{run}: no checkpoints there; ride-train makes them")
     recipe = next(iter(done.values())).recipe
-    stages = {"experts": recipe.epochs}
-    if recipe.n_experts > 1 and recipe.router_epochs:
-        stages["routers"] = recipe.router_epochs
+    stages = recipe.stage_epochs()
     for name, epochs in stages.items():
         reached = done[name].epochs_done if name in done else 0
         if reached < epochs:

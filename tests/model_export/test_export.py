@@ -87,7 +87,9 @@ def test_graphs_tell_nothing_of_the_machine(exported):
 
 def test_a_model_of_one_expert_is_a_bundle_too(image_folder, tmp_path):
     """No routers, no thresholds, of each rule the one operating point that there is, and nothing to risk."""
-    directory = make_run(image_folder, tmp_path / "run", n_experts=1, method="ldam", diversity_weight=0.0)
+    directory = make_run(
+        image_folder, tmp_path / "run", n_experts=1, method="single", loss="ldam", diversity_weight=0.0
+    )
     assert main([str(directory), "-o", str(tmp_path / "bundle"), "--variants", "int8", "--max-risk", "1"]) == 0
 
     manifest = read_bundle(tmp_path / "bundle").manifest

@@ -28,7 +28,9 @@ def png(colour: tuple[int, int, int], size: int = 8) -> bytes:
 
 def recipe_for(data: object, **fields: object) -> Recipe:
     """A recipe that reads `data` as it is."""
-    return Recipe(**{"name": "t", "method": "ce", "data": str(data), "profile": "natural", "image_size": 8, **fields})
+    return Recipe(
+        **{"name": "t", "method": "single", "data": str(data), "profile": "natural", "image_size": 8, **fields}
+    )
 
 
 @pytest.fixture

@@ -27,14 +27,14 @@ def test_overrides_take_the_type_of_the_field():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"learning_rate": "1"}, "learning_rate: no such recipe field; valid are name, method, data"),
+        ({"learning_rate": "1"}, "learning_rate: no such recipe field; valid are name, method, loss"),
         ({"epochs": "many"}, "epochs=many: must be a whole number"),
         ({"lr": "fast"}, "lr=fast: must be a number"),
         ({"epochs": "0"}, "epochs=0: must be from 1"),
         ({"lr": "-0.1"}, "lr=-0.1: must be from"),
         ({"lr": "nan"}, "lr=nan: must be from"),
         ({"n_experts": "7"}, "n_experts=7: must be from 1 to 6"),
-        ({"method": "magic"}, "method='magic': must be one of ride, ldam, ce"),
+        ({"method": "magic"}, "method='magic': must be one of ride, single"),
         ({"profile": "log"}, "profile='log': must be one of exp, step, natural"),
         ({"compile": "maybe"}, "compile=maybe: must be true or false"),
         ({"lr_drops": "0.9,0.8"}, "must be ascending shares"),
@@ -42,8 +42,8 @@ def test_overrides_take_the_type_of_the_field():
         ({"mean": "none"}, "mean and std: give both"),
         ({"mean": "0.5"}, "must be three numbers"),
         ({"std": "0,1,1"}, "must be positive"),
-        ({"method": "ce"}, "method 'ce' trains one expert"),
-        ({"method": "ldam", "n_experts": "1", "classifier": "linear"}, "need the cosine classifier"),
+        ({"method": "single"}, "method 'single' trains one expert"),
+        ({"loss": "ldam", "n_experts": "1", "classifier": "linear"}, "need the cosine classifier"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
@@ -62,12 +62,12 @@ def test_a_recipe_survives_its_checkpoint(recipe):
 
 def test_ride_recipe_is_the_published_one():
     """What is most easily got wrong: drops at 160 and 180 by 0.01, DRW at 160, rotation, Nesterov, weight decay."""
-    from training.methods.method import stepped_lr
+    from training.methods.method import scheduled_lr
 
     recipe = RECIPES["ride-cifar100"]
 
     assert [recipe.epoch_of(share) for share in (*recipe.lr_drops, recipe.deferred_from)] == [160, 180, 160]
-    rates = [stepped_lr(recipe, epoch) for epoch in (0, 4, 5, 159, 160, 180)]
+    rates = [scheduled_lr(recipe, epoch) for epoch in (0, 4, 5, 159, 160, 180)]
     assert rates == pytest.approx([0.02, 0.1, 0.1, 0.1, 1e-3, 1e-5])
     assert (recipe.nesterov, recipe.weight_decay, recipe.rotation) == (True, 5e-4, 15)
     assert (RECIPES["ldam-drw-cifar100"].weight_decay, RECIPES["ldam-drw-cifar100"].rotation) == (2e-4, 0)

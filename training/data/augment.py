@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms import v2
+
+AUTO_AUGMENT_FILL = 128  # grey, as SHIKE has it
 
 
-def augment(images: Tensor, generator: torch.Generator, *, crop_padding: int, flip: bool, rotation: float) -> Tensor:
+def augment(
+    images: Tensor, generator: torch.Generator, *,
+    crop_padding: int, flip: bool, rotation: float, auto_augment: bool = False, cutout: int = 0,
+) -> Tensor:  # fmt: skip
     """
-    Random crop of the zero-padded image, then horizontal flip, then rotation about the centre.
+    Random crop of the zero-padded image, then flip, rotation about the centre, AutoAugment and Cutout.
 
     Args:
         images: (B, H, W, 3), uint8.
         generator: on the CPU, so that a seed means the same on every device.
         crop_padding: pixels on each side.
         rotation: degrees, uniform in ± this.
+        auto_augment: one of AutoAugment's 25 sub-policies for CIFAR-10 on each image.
+        cutout: side of the black square, pixels; 0: none.
 
     Returns:
         (B, H, W, 3), uint8.
@@ -28,7 +38,40 @@ def augment(images: Tensor, generator: torch.Generator, *, crop_padding: int, fl
 
     angle = (torch.rand(batch, generator=generator) * 2 - 1) * math.radians(rotation)
     shift_y, shift_x = whole(2 * crop_padding) - crop_padding, whole(2 * crop_padding) - crop_padding
-    return transform(images, shift_y, shift_x, whole(1).bool() & flip, angle)
+    images = transform(images, shift_y, shift_x, whole(1).bool() & flip, angle)
+    if auto_augment:
+        images = _auto_augment(images, generator)
+    return cut_out(images, cutout, generator) if cutout else images
+
+
+def cut_out(images: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """
+    Blacken one square of each image; its centre is uniform over the image, so part of it may fall outside.
+
+    Args:
+        images: (B, H, W, 3), uint8.
+        side: pixels.
+
+    Source: Cutout, arXiv:1708.04552.
+    """
+    batch, height, width, _ = images.shape
+
+    def covered(length: int) -> Tensor:
+        first = torch.randint(length, (batch, 1), generator=generator) - side // 2
+        place = torch.arange(length)
+        return ((place >= first) & (place < first + side)).to(images.device)  # (B, length)
+
+    hole = covered(height).unsqueeze(2) & covered(width).unsqueeze(1)
+    return images.masked_fill(hole.unsqueeze(-1), 0)
+
+
+def _auto_augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image by itself, through Pillow: torchvision's faster way for images of this size."""
+    policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10, fill=AUTO_AUGMENT_FILL)
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        changed = [np.asarray(policy(Image.fromarray(image))) for image in images.cpu().numpy()]
+    return torch.from_numpy(np.stack(changed)).to(images.device)
 
 
 def transform(images: Tensor, shift_y: Tensor, shift_x: Tensor, mirrored: Tensor, angle: Tensor) -> Tensor:

@@ -28,3 +28,6 @@ def class_balanced(labels: Tensor, generator: torch.Generator) -> Tensor:
         if passes:
             order[places] = torch.cat(passes)[: len(places)]
     return order
+
+
+SAMPLERS = {"shuffled": shuffled, "class_balanced": class_balanced}

@@ -62,6 +62,29 @@ def ldam_loss(
     return F.cross_entropy(lowered, labels, weight=weight)
 
 
+def focal_loss(logits: Tensor, labels: Tensor, gamma: float, class_weights: Tensor | None = None) -> Tensor:
+    """
+    Cross-entropy times (1 − p)^γ, p the probability of the true class without any weight.
+
+    Args:
+        logits: (B, C).
+        labels: (B,).
+        gamma: 0 gives cross-entropy.
+        class_weights: (C,); the loss is normalised by the batch's sum of weights.
+
+    Returns:
+        (), in nats.
+
+    Source: arXiv:1708.02002, as a softmax loss like LDAM's code has it; with weights CB-Focal, arXiv:1901.05555.
+    """
+    entropy = F.cross_entropy(logits, labels, reduction="none")
+    losses = (1 - torch.exp(-entropy)) ** gamma * entropy
+    if class_weights is None:
+        return losses.mean()
+    weights = class_weights[labels].to(losses.dtype)
+    return (weights * losses).sum() / weights.sum()
+
+
 def diversity_loss(expert_logits: Tensor, temperatures: Tensor) -> Tensor:
     """
     How far the experts stand from their mean; enters the total with a negative weight.

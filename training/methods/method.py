@@ -41,6 +41,8 @@ class Stage:
         losses: (outputs of the network, labels, epoch) -> "loss", which is minimised, and the parts it is made of.
         sampler: which images an epoch visits.
         lr: learning rate of an epoch, from 0.
+        begin: called once, before the first epoch, with torch's global generator seeded; sets weights afresh.
+        norms_follow: the batch norms of the frozen parts, too, follow the batches.
     """
 
     name: str
@@ -53,6 +55,8 @@ class Stage:
     momentum: float
     nesterov: bool
     weight_decay: float
+    begin: Callable[[], None] | None = None
+    norms_follow: bool = False
 
 
 class Method(Protocol):
@@ -80,12 +84,21 @@ def build_model(recipe: Recipe, n_classes: int, mean: Sequence[float], std: Sequ
     return Model(net, routers)
 
 
-def stepped_lr(recipe: Recipe, epoch: int) -> float:
-    """Linear warm-up, then `lr_drop_factor` at each of `lr_drops`; constant within an epoch."""
+def scheduled_lr(recipe: Recipe, epoch: int) -> float:
+    """Linear warm-up, then `lr_drop_factor` at each of `lr_drops`, or the cosine; constant within an epoch."""
+    if recipe.schedule == "cosine":
+        return warm_cosine_lr(recipe.lr, recipe.epochs, recipe.warmup_epochs, epoch)
     if epoch < recipe.warmup_epochs:
         return recipe.lr * (1 + epoch) / recipe.warmup_epochs
     drops = sum(epoch >= recipe.epoch_of(share) for share in recipe.lr_drops)
     return recipe.lr * recipe.lr_drop_factor**drops
+
+
+def warm_cosine_lr(base: float, epochs: int, warmup: int, epoch: int) -> float:
+    """Linear up to `base` over `warmup` epochs, then the cosine over those that are left."""
+    if epoch < warmup:
+        return base * (1 + epoch) / warmup
+    return cosine_lr(base, epochs - warmup, epoch - warmup)
 
 
 def cosine_lr(base: float, epochs: int, epoch: int) -> float:

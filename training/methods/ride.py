@@ -16,14 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.data.samplers import class_balanced, shuffled
-from training.methods.losses import (
-    class_temperatures,
-    diversity_loss,
-    effective_number_weights,
-    ldam_loss,
-    ldam_margins,
-)
-from training.methods.method import Losses, Model, Stage, build_model, cosine_lr, stepped_lr
+from training.methods.decoupled import retrain_stage
+from training.methods.individual import IndividualLoss
+from training.methods.losses import class_temperatures, diversity_loss
+from training.methods.method import Losses, Model, Stage, build_model, cosine_lr, scheduled_lr
 from training.models.multi_expert import Outputs
 from training.models.router import Routers
 from training.recipe import Recipe
@@ -31,35 +27,29 @@ from training.recipe import Recipe
 
 class RideLoss:
     """
-    Σ over experts of the individual LDAM loss, plus λ times the diversity; neither is divided by the number of experts.
+    Σ over experts of the individual loss, plus λ times the diversity; neither is divided by the number of experts.
 
     Before the deferred epoch class weights and temperatures are all 1.
     """
 
     def __init__(self, recipe: Recipe, class_counts: Sequence[int]) -> None:
         self.recipe = recipe
-        self.margins = ldam_margins(class_counts, recipe.max_margin)
-        self.class_weights = effective_number_weights(class_counts, recipe.effective_beta)
+        self.individual = IndividualLoss(recipe.loss, recipe, class_counts)
         self.temperatures = class_temperatures(class_counts, recipe.diversity_gamma)
 
     def __call__(self, outputs: Outputs, labels: Tensor, epoch: int) -> Losses:
         """The loss and its two parts, in nats, mean over the batch, sum over experts."""
         recipe, expert_logits = self.recipe, outputs.expert_logits
-        device = expert_logits.device
-        margins = self.margins.to(device)
-        deferred = recipe.deferred_from is not None and epoch >= recipe.epoch_of(recipe.deferred_from)
-        class_weights = self.class_weights.to(device) if deferred else None
-
         judged = expert_logits
         if recipe.collaborative:
             judged = expert_logits.mean(dim=0, keepdim=True).expand_as(expert_logits)
-        individual = torch.stack(
-            [ldam_loss(logits, labels, margins, recipe.cosine_scale, class_weights) for logits in judged]
-        ).sum()
+        individual = torch.stack([self.individual(logits, labels, epoch) for logits in judged]).sum()
         if not recipe.diversity_weight:
             return {"loss": individual, "individual": individual}
 
-        temperatures = self.temperatures.to(device) if deferred else torch.ones_like(self.temperatures, device=device)
+        temperatures = self.temperatures.to(expert_logits.device)
+        if not self.individual.is_deferred(epoch):
+            temperatures = torch.ones_like(temperatures)
         diversity = recipe.diversity_weight * diversity_loss(expert_logits, temperatures)
         return {"loss": individual + diversity, "individual": individual, "diversity": diversity}
 
@@ -101,13 +91,16 @@ def router_stage(recipe: Recipe, routers: Routers) -> Stage:
 def build(
     recipe: Recipe, class_counts: Sequence[int], mean: Sequence[float], std: Sequence[float]
 ) -> tuple[Model, list[Stage]]:
-    """A fresh model; the experts' stage, then the routers'."""
+    """A fresh model; the experts' stage, the classifiers' where the recipe retrains them, then the routers'."""
     model = build_model(recipe, len(class_counts), mean, std)
     experts = Stage(
         name="experts", epochs=recipe.epochs, batch_size=recipe.batch_size, part=model.net,
-        losses=RideLoss(recipe, class_counts), sampler=shuffled, lr=partial(stepped_lr, recipe),
+        losses=RideLoss(recipe, class_counts), sampler=shuffled, lr=partial(scheduled_lr, recipe),
         momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay,
     )  # fmt: skip
-    if model.routers is None or recipe.router_epochs == 0:
-        return model, [experts]
-    return model, [experts, router_stage(recipe, model.routers)]
+    stages = [experts]
+    if recipe.retrain_epochs:
+        stages.append(retrain_stage(recipe, model, class_counts))
+    if model.routers is not None and recipe.router_epochs:
+        stages.append(router_stage(recipe, model.routers))
+    return model, stages

@@ -19,8 +19,13 @@ class CosineClassifier(nn.Module):
     def __init__(self, n_features: int, n_classes: int, scale: float) -> None:
         super().__init__()
         self.scale = scale
-        weight = torch.empty(n_classes, n_features).uniform_(-1, 1)
-        self.weight = nn.Parameter(F.normalize(weight, dim=1))
+        self.weight = nn.Parameter(torch.empty(n_classes, n_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fresh weights: uniform directions of unit length."""
+        with torch.no_grad():
+            self.weight.copy_(F.normalize(torch.empty_like(self.weight).uniform_(-1, 1), dim=1))
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, D) -> (B, C)."""
@@ -31,8 +36,9 @@ class CosineClassifier(nn.Module):
 class LinearClassifier(nn.Linear):
     """An ordinary classifier with bias; fp32 under autocast, like the cosine one."""
 
-    def __init__(self, n_features: int, n_classes: int) -> None:
-        super().__init__(n_features, n_classes)
+    def reset_parameters(self) -> None:
+        """Fresh weights."""
+        super().reset_parameters()
         nn.init.kaiming_normal_(self.weight)
 
     def forward(self, features: Tensor) -> Tensor:

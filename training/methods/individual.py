@@ -1,0 +1,54 @@
+"""The loss of each expert on its own, by name; every method that trains experts can take any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from training.methods.losses import effective_number_weights, focal_loss, ldam_loss, ldam_margins
+from training.recipe import Recipe
+
+
+class IndividualLoss:
+    """
+    One of "ce", "focal", "ldam", "balanced_softmax", "logit_adjusted", with class weights from the deferred epoch on.
+
+    Args:
+        name: of the loss.
+    """
+
+    def __init__(self, name: str, recipe: Recipe, class_counts: Sequence[int]) -> None:
+        self.name, self.recipe = name, recipe
+        self.margins = ldam_margins(class_counts, recipe.max_margin)
+        self.class_weights = effective_number_weights(class_counts, recipe.effective_beta)
+        counts = torch.tensor(class_counts, dtype=torch.float64)
+        self.log_prior = torch.log(counts / counts.sum()).float()
+        if name == "logit_adjusted":
+            self.log_prior *= recipe.logit_tau
+
+    def is_deferred(self, epoch: int) -> bool:
+        """Whether class weights apply at `epoch`, from 0."""
+        return self.recipe.deferred_from is not None and epoch >= self.recipe.epoch_of(self.recipe.deferred_from)
+
+    def __call__(self, logits: Tensor, labels: Tensor, epoch: int) -> Tensor:
+        """
+        Args:
+            logits: (B, C), as the classifier scales them.
+            labels: (B,).
+            epoch: from 0.
+
+        Returns:
+            (), in nats, mean over images, weighted by class where weights apply.
+        """
+        device = logits.device
+        weights = self.class_weights.to(device) if self.is_deferred(epoch) else None
+        if self.name == "ldam":
+            return ldam_loss(logits, labels, self.margins.to(device), self.recipe.cosine_scale, weights)
+        if self.name == "focal":
+            return focal_loss(logits, labels, self.recipe.focal_gamma, weights)
+        if self.name in ("balanced_softmax", "logit_adjusted"):
+            logits = logits + self.log_prior.to(device)
+        return F.cross_entropy(logits, labels, weight=weights)
