@@ -200,7 +200,7 @@ _RANGES = (
     ("weight_decay", 0, 1), ("warmup_epochs", 0, 10_000), ("lr_drop_factor", 1e-9, 1), ("crop_padding", 0, 256),
     ("rotation", 0, 180), ("cutout", 0, 1024), ("focal_gamma", 0, 100), ("logit_tau", -10, 10),
     ("max_margin", 0, 2), ("deferred_from", 0, 1), ("effective_beta", 0, 1 - 1e-9),
-    ("diversity_weight", -100, 100), ("diversity_gamma", 0, 0.999), 
+    ("diversity_weight", -100, 100), ("diversity_gamma", 0, 0.999),
     ("retrain_epochs", 0, 10_000), ("retrain_lr", 1e-9, 100),
     ("router_epochs", 0, 10_000),
     ("router_batch_size", 1, 65_536),
