@@ -50,9 +50,9 @@ def train(recipe: Recipe, run: Path) -> dict[str, Any]:
         "commit": current_commit(), "torch": torch.__version__, "device": device.type,
     }  # fmt: skip
 
-    def evaluate(current: Model) -> dict[str, Any]:
+    def evaluate(current: Model, per_class: bool = False) -> dict[str, Any]:
         thresholds = [PUBLISHED_THRESHOLD] * (recipe.n_experts - 1)
-        return summarise(predict(current, test), data.counts, macs, thresholds)
+        return summarise(predict(current, test), data.counts, macs, thresholds, per_class)
 
     run.mkdir(parents=True, exist_ok=True)
     log = Log.open(run, {name: checkpoint.epochs_done for name, checkpoint in done.items()})
@@ -65,7 +65,7 @@ def train(recipe: Recipe, run: Path) -> dict[str, Any]:
             run_stage(model, stage, images, recipe, start=start, run=run, log=log, info=info, evaluate=evaluate)
     finally:
         log.board.close()
-    results = evaluate(model)
+    results = evaluate(model, per_class=True)
     write_atomically(run / "results.json", json.dumps(results | {"data": _describe(data)} | info, indent=1) + "\n")
     return results
 
