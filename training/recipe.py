@@ -23,7 +23,7 @@ class Recipe:
 
     Attributes:
         name: of the recipe; names the run directory and the exported model.
-        method: "ride" or "single" (training/methods).
+        method: "ride", "single" or "shike" (training/methods).
         loss: of each expert on its own: "ce", "focal", "ldam", "balanced_softmax" or "logit_adjusted".
         data: "cifar10", "cifar100", a directory with train*.parquet, or a directory of class directories.
         profile: how the training set is thinned: "exp" or "step" (a subset of a balanced set), "natural" (not).
@@ -54,6 +54,9 @@ class Recipe:
             distillation); 0 turns the term off.
         diversity_gamma: γ in (0, 1), how far class temperatures depart from 1.
         collaborative: every expert's loss is computed on the mean logits (ablation).
+        depth_fusion: SHIKE's network: the trunk has two stages, and each expert multiplies the features of its own last
+            stage by those of a shallow branch.
+        transfer_weight, mutual_weight: of SHIKE's dynamic knowledge transfer, and of its experts' mutual distillation.
         retrain_epochs: of a stage after the experts' in which fresh classifiers alone learn; 0: there is none.
         retrain_loss: of that stage, one of those of `loss`.
         retrain_lr, retrain_sampler: of that stage; its warm-up is `warmup_epochs`, then the cosine.
@@ -66,7 +69,7 @@ class Recipe:
     """
 
     name: str
-    method: Literal["ride", "single"]
+    method: Literal["ride", "single", "shike"]
     loss: Literal["ce", "focal", "ldam", "balanced_softmax", "logit_adjusted"] = "ce"
     data: str = "cifar100"
     profile: Literal["exp", "step", "natural"] = "exp"
@@ -107,6 +110,9 @@ class Recipe:
     diversity_weight: float = 0.0
     diversity_gamma: float = 0.05
     collaborative: bool = False
+    depth_fusion: bool = False
+    transfer_weight: float = 10.0
+    mutual_weight: float = 1.0
     retrain_epochs: int = 0
     retrain_loss: Literal["ce", "focal", "ldam", "balanced_softmax", "logit_adjusted"] = "balanced_softmax"
     retrain_lr: float = 0.1
@@ -143,6 +149,8 @@ class Recipe:
             raise RecipeError(f"std={self.std}: must be positive")
         if self.method == "single" and self.n_experts != 1:
             raise RecipeError(f"n_experts={self.n_experts}: method {self.method!r} trains one expert")
+        if self.method == "shike" and self.n_experts < 2:
+            raise RecipeError(f"n_experts={self.n_experts}: method 'shike' needs two experts or more")
         if self.loss == "ldam" and self.classifier != "cosine":
             raise RecipeError("classifier='linear': the margins of LDAM need the cosine classifier")
 
@@ -201,6 +209,7 @@ _RANGES = (
     ("rotation", 0, 180), ("cutout", 0, 1024), ("focal_gamma", 0, 100), ("logit_tau", -10, 10),
     ("max_margin", 0, 2), ("deferred_from", 0, 1), ("effective_beta", 0, 1 - 1e-9),
     ("diversity_weight", -100, 100), ("diversity_gamma", 0, 0.999),
+    ("transfer_weight", 0, 1000), ("mutual_weight", 0, 1000),
     ("retrain_epochs", 0, 10_000), ("retrain_lr", 1e-9, 100),
     ("router_epochs", 0, 10_000),
     ("router_batch_size", 1, 65_536),

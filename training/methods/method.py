@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from training.models.classifiers import CosineClassifier, LinearClassifier
+from training.models.depth_fusion import TwoLevelTrunk, fusion_layers
 from training.models.multi_expert import Expert, MultiExpertNet, Outputs, Trunk
 from training.models.resnet_cifar import expert_layers, trunk
 from training.models.router import Routers
@@ -70,16 +71,22 @@ class Method(Protocol):
 def build_model(recipe: Recipe, n_classes: int, mean: Sequence[float], std: Sequence[float]) -> Model:
     """The network that `recipe` describes, with fresh weights from torch's global generator."""
 
-    def expert() -> Expert:
-        layers, width = expert_layers(recipe.reduced)
+    def layers_of(index: int) -> tuple[nn.Module, int]:
+        if recipe.depth_fusion:
+            return fusion_layers(index, recipe.reduced, recipe.image_size)
+        return expert_layers(recipe.reduced)
+
+    def expert(index: int) -> Expert:
+        layers, width = layers_of(index)
         if recipe.classifier == "cosine":
             return Expert(layers, CosineClassifier(width, n_classes, recipe.cosine_scale))
         return Expert(layers, LinearClassifier(width, n_classes))
 
-    net = MultiExpertNet(Trunk(trunk(), mean, std), [expert() for _ in range(recipe.n_experts)])
+    trunk_layers = TwoLevelTrunk() if recipe.depth_fusion else trunk()
+    net = MultiExpertNet(Trunk(trunk_layers, mean, std), [expert(index) for index in range(recipe.n_experts)])
     routers = None
     if recipe.n_experts > 1:
-        width = expert_layers(recipe.reduced)[1]
+        width = layers_of(0)[1]
         routers = Routers(recipe.n_experts, width, n_classes, recipe.router_top_k, recipe.router_hidden)
     return Model(net, routers)
 
