@@ -75,9 +75,11 @@ def run_stage(
     Raises:
         DivergedError: when the loss is not finite.
     """
+    parts = stage.lr_factors or [(stage.part, 1.0)]
     optimiser = torch.optim.SGD(
-        stage.part.parameters(), stage.lr(0), stage.momentum, weight_decay=stage.weight_decay, nesterov=stage.nesterov
-    )
+        [{"params": list(part.parameters()), "lr_factor": factor} for part, factor in parts],
+        stage.lr(0), stage.momentum, weight_decay=stage.weight_decay, nesterov=stage.nesterov,
+    )  # fmt: skip
     if start is not None:
         start.load_into(model, optimiser)
     elif stage.begin is not None:
@@ -92,7 +94,7 @@ def run_stage(
         model.eval()
         (model.net if stage.norms_follow else stage.part).train()
         for group in optimiser.param_groups:
-            group["lr"] = stage.lr(epoch)
+            group["lr"] = stage.lr(epoch) * group["lr_factor"]
         generator = torch.Generator().manual_seed(_seed(recipe.seed, stage.name, epoch))
         order = stage.sampler(labels, generator)
         began = time.perf_counter()
@@ -142,7 +144,8 @@ def forward_of(model: Model, stage: Stage, recipe: Recipe) -> Callable[[Tensor],
 
     def forward(images: Tensor) -> Any:
         with torch.autocast(device.type, torch.bfloat16, enabled=half), torch.set_grad_enabled(learns):
-            return network(images)
+            outputs = network(images)
+            return outputs if stage.teacher is None else outputs._replace(teacher_logits=stage.teacher(images))
 
     return forward
 

@@ -12,16 +12,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import permutations
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.data.samplers import shuffled
-from training.methods.decoupled import retrain_stage
-from training.methods.individual import IndividualLoss
-from training.methods.method import Losses, Model, Stage, build_model, cosine_lr, scheduled_lr
-from training.methods.ride import router_stage
+from training.methods.individual import ExpertLosses
+from training.methods.method import Losses, Model, Stage, build_model, cosine_lr, experts_stage
+from training.methods.ride import later_stages
 from training.models.multi_expert import Outputs
 from training.recipe import Recipe
 
@@ -58,10 +57,8 @@ def mutual_loss(expert_logits: Tensor) -> Tensor:
     Args:
         expert_logits: (E, B, C).
     """
-    pairs = [(t, s) for s in range(len(expert_logits)) for t in range(len(expert_logits)) if t != s]
-    return torch.stack(
-        [_divergence(expert_logits[teacher], expert_logits[student]) for teacher, student in pairs]
-    ).sum()
+    pairs = permutations(expert_logits, 2)
+    return torch.stack([_divergence(teacher, student) for teacher, student in pairs]).sum()
 
 
 def _divergence(teacher: Tensor, student: Tensor) -> Tensor:
@@ -75,12 +72,12 @@ class ShikeLoss:
 
     def __init__(self, recipe: Recipe, class_counts: Sequence[int]) -> None:
         self.recipe = recipe
-        self.individual = IndividualLoss(recipe.loss, recipe, class_counts)
+        self.individual = ExpertLosses(recipe, class_counts)
 
     def __call__(self, outputs: Outputs, labels: Tensor, epoch: int) -> Losses:
         """The loss and its three parts, in nats, mean over the batch, sum over experts."""
         logits = outputs.expert_logits
-        individual = torch.stack([self.individual(each, labels, epoch) for each in logits]).sum()
+        individual = self.individual(logits, labels, epoch)
         transfer = self.recipe.transfer_weight * transfer_loss(logits, labels)
         mutual = self.recipe.mutual_weight * mutual_loss(logits)
         total = individual + transfer + mutual
@@ -104,18 +101,13 @@ def build(
 ) -> tuple[Model, list[Stage]]:
     """A fresh model; the experts' stage, the classifiers', the routers'."""
     model = build_model(recipe, len(class_counts), mean, std)
-    lr: Callable[[int], float] = partial(scheduled_lr, recipe)
+    stages = [experts_stage(recipe, model, ShikeLoss(recipe, class_counts))]
+    stages += later_stages(recipe, model, class_counts)
+    schedules: dict[str, Callable[[int], float]] = {
+        "classifiers": partial(
+            peak_lr, recipe.retrain_lr, RETRAINING_BEGINS_AT, recipe.retrain_epochs, recipe.warmup_epochs
+        )
+    }
     if recipe.schedule == "cosine":
-        lr = partial(peak_lr, recipe.lr, 0.0, recipe.epochs, recipe.warmup_epochs)
-    experts = Stage(
-        name="experts", epochs=recipe.epochs, batch_size=recipe.batch_size, part=model.net,
-        losses=ShikeLoss(recipe, class_counts), sampler=shuffled, lr=lr,
-        momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay,
-    )  # fmt: skip
-    stages = [experts]
-    if recipe.retrain_epochs:
-        lr = partial(peak_lr, recipe.retrain_lr, RETRAINING_BEGINS_AT, recipe.retrain_epochs, recipe.warmup_epochs)
-        stages.append(dataclasses.replace(retrain_stage(recipe, model, class_counts), lr=lr))
-    if model.routers is not None and recipe.router_epochs:
-        stages.append(router_stage(recipe, model.routers))
-    return model, stages
+        schedules["experts"] = partial(peak_lr, recipe.lr, 0.0, recipe.epochs, recipe.warmup_epochs)
+    return model, [dataclasses.replace(stage, lr=schedules.get(stage.name, stage.lr)) for stage in stages]
