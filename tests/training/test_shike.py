@@ -10,6 +10,7 @@ from tests.training.test_losses import COUNTS, EXACT, LABELS, golden_logits
 from training.methods import shike
 from training.methods.method import build_model
 from training.methods.shike import ShikeLoss
+from training.models.depth_fusion import FusionLayers
 from training.models.macs import count_macs
 from training.models.multi_expert import Outputs
 from training.recipe import Recipe, RecipeError
@@ -49,6 +50,17 @@ def test_experts_find_both_levels_in_the_trunks_output(side):
             layers = net.experts[index].layers
             fused = layers.deep(high) * layers.shallow(start)
             torch.testing.assert_close(outputs.expert_features[index], fused.mean(dim=(2, 3)), atol=1e-2, rtol=1e-3)
+
+
+def test_products_of_features_may_exceed_the_range_of_fp16():
+    """A model in half precision multiplies in fp32: 1000 times 1000 is no infinity."""
+    layers = FusionLayers(index=1, width=48, image_size=8).eval()
+    torch.nn.init.constant_(layers.deep[-1].bn2.bias, 1000)
+    torch.nn.init.constant_(layers.shallow[1].bias, 1000)
+    with torch.no_grad():
+        fused = layers.half()(torch.zeros(1, 16 * 8 * 8 + 32 * 4 * 4, dtype=torch.float16))
+
+    torch.testing.assert_close(fused, torch.full((1, 48), 1e6))
 
 
 def test_the_first_phase_has_its_golden_values():

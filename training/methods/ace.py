@@ -4,6 +4,7 @@ ACE: the first expert learns all classes, each later one only rarer classes, gen
 Source: Cai et al., "ACE: Ally Complementary Experts for Solving Long-Tailed Recognition in One-Shot", arXiv:2108.02385.
 There is no one reading of it; what sources disagree on is a field of the recipe, with this default:
 
+- network: as RIDE's: the first stage is shared, the others are an expert's own;
 - groups: nested, the rarest classes by number (`group_shares`, planned by hand);
 - what a later expert sees: every image passes through it, and its losses are means over the images of its group. So the
   running statistics of its batch norms are those of the images that it is tested on, and a batch with one image of

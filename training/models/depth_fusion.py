@@ -89,7 +89,7 @@ class FusionLayers(nn.Module):
         cut = LOW_WIDTH * self.low_side**2
         high = levels[:, cut:].unflatten(1, (HIGH_WIDTH, self.high_side, self.high_side))
         start = levels[:, :cut].unflatten(1, (LOW_WIDTH, self.low_side, self.low_side)) if self.starts_low else high
-        fused = self.deep(high) * self.shallow(start)  # (B, D, S/4, S/4)
+        fused = self.deep(high).float() * self.shallow(start).float()  # (B, D, S/4, S/4), beyond fp16's range
         return F.adaptive_avg_pool2d(fused, 1).flatten(1)
 
 
