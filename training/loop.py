@@ -75,11 +75,9 @@ def run_stage(
     Raises:
         DivergedError: when the loss is not finite.
     """
-    parts = stage.lr_factors or [(stage.part, 1.0)]
     optimiser = torch.optim.SGD(
-        [{"params": list(part.parameters()), "lr_factor": factor} for part, factor in parts],
-        stage.lr(0), stage.momentum, weight_decay=stage.weight_decay, nesterov=stage.nesterov,
-    )  # fmt: skip
+        parameter_groups(stage), stage.lr(0), stage.momentum, weight_decay=stage.weight_decay, nesterov=stage.nesterov
+    )
     if start is not None:
         start.load_into(model, optimiser)
     elif stage.begin is not None:
@@ -94,7 +92,7 @@ def run_stage(
         model.eval()
         (model.net if stage.norms_follow else stage.part).train()
         for group in optimiser.param_groups:
-            group["lr"] = stage.lr(epoch) * group["lr_factor"]
+            group["lr"] = group["factor"] * stage.lr(epoch)
         generator = torch.Generator().manual_seed(_seed(recipe.seed, stage.name, epoch))
         order = stage.sampler(labels, generator)
         began = time.perf_counter()
@@ -117,6 +115,14 @@ def run_stage(
         progress.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
         progress.update()
     progress.close()
+
+
+def parameter_groups(stage: Stage) -> list[dict[str, Any]]:
+    """What `stage` trains, by the "factor" of its rate: what `lr_factors` does not name, then each that it does."""
+    named = [(list(module.parameters()), factor) for module, factor in stage.lr_factors]
+    taken = {parameter for parameters, _ in named for parameter in parameters}
+    others = [parameter for parameter in stage.part.parameters() if parameter not in taken]
+    return [{"params": parameters, "factor": factor} for parameters, factor in [(others, 1.0), *named] if parameters]
 
 
 def train_step(

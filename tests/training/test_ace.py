@@ -49,14 +49,14 @@ def test_groups_are_nested_and_hold_the_rarest_classes():
 
 
 def test_learning_rates_follow_the_images_of_a_group():
-    """Shares 1, 0.187, 0.0281 of CIFAR-100-LT; the trunk learns as the first expert does; or all alike."""
+    """Shares 1, 0.187, 0.0281 of CIFAR-100-LT; what is not named learns as the first does; or all alike."""
     model, (stage, _) = ace.build(ACE, COUNTS, *MEAN_STD)
 
     assert lr_factors(nested_groups(COUNTS, (0.65, 0.3)), COUNTS) == pytest.approx([1, 2023 / 10847, 305 / 10847])
     assert [(module, pytest.approx(factor, abs=1e-4)) for module, factor in stage.lr_factors] == [
-        (model.net.trunk, 1), *zip(model.net.experts, (1, 0.1865, 0.0281), strict=True)
-    ]  # fmt: skip
-    assert small_model(group_lr_scaling=False)[1].lr_factors is None
+        *zip(model.net.experts, (1, 0.1865, 0.0281), strict=True)
+    ]
+    assert small_model(group_lr_scaling=False)[1].lr_factors == ()
 
 
 def test_each_expert_is_judged_on_its_group_alone():

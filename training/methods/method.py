@@ -47,7 +47,7 @@ class Stage:
         lr: learning rate of an epoch, from 0.
         begin: called once, before the first epoch, with torch's global generator seeded; sets weights afresh.
         norms_follow: the batch norms of the frozen parts, too, follow the batches.
-        lr_factors: the modules that `part` consists of, and what `lr` is multiplied by for each; None: 1 for all of it.
+        lr_factors: modules within `part`, and what `lr` is multiplied by for their parameters.
         teacher: sees the augmented images too; its logits (B, C) are the outputs' `teacher_logits`.
     """
 
@@ -63,7 +63,7 @@ class Stage:
     weight_decay: float
     begin: Callable[[], None] | None = None
     norms_follow: bool = False
-    lr_factors: Sequence[tuple[nn.Module, float]] | None = None
+    lr_factors: Sequence[tuple[nn.Module, float]] = ()
     teacher: Callable[[Tensor], Tensor] | None = None
 
 

@@ -9,4 +9,5 @@ ACE_CIFAR100 = Recipe(
     # Run:   ride-train ace-cifar100         Ours: training/RESULTS.md
     name="ace-cifar100", method="ace", loss="ce", classifier="linear", n_experts=3, group_shares=(0.65, 0.3),
     epochs=400,
+    complementary_weight=0.1,  # with 1, as it is read, the second expert diverges within an epoch at this learning rate
 )  # fmt: skip
