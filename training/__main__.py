@@ -71,7 +71,6 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         recipe = recipe.override(
             {key: text for key, text in SMOKE.items() if not natural or key not in ("n_max", "imbalance")}
         )
-        recipe = dataclasses.replace(recipe, retrain_epochs=min(recipe.retrain_epochs, 1))
     if options.data:
         recipe = dataclasses.replace(recipe, data=options.data)
     return recipe.override(settings)
