@@ -53,7 +53,7 @@ def _train(options: argparse.Namespace) -> int:
         return _fail(f"{run}: has checkpoints already; --resume goes on with them, --out names another directory")
     try:
         results = train(recipe, run)
-    except (CheckpointError, DataError, DivergedError) as error:
+    except (CheckpointError, DataError, DivergedError, RecipeError) as error:
         return _fail(error)
     print(table(results))
     print(f"{run / 'results.json'} holds all figures; next: ride-export {run} -o bundle")

@@ -116,7 +116,7 @@ def macs_of(model: Model, image_size: int) -> tuple[int, list[int], list[int]]:
     experts = [count_macs(expert, features) for expert in model.net.experts]
     routers = []
     if model.routers is not None:
-        each = model.routers.output.weight.numel()
+        each = model.routers.output_of(0).weight.numel()
         routers = [cast(Tensor, hidden.weight).numel() + each for hidden in model.routers.hidden]
     return count_macs(model.net.trunk, image), experts, routers
 

@@ -76,7 +76,7 @@ def run_stage(
         DivergedError: when the loss is not finite.
     """
     optimiser = torch.optim.SGD(
-        stage.part.parameters(), stage.lr(0), stage.momentum, weight_decay=stage.weight_decay, nesterov=stage.nesterov
+        parameter_groups(stage), stage.lr(0), stage.momentum, weight_decay=stage.weight_decay, nesterov=stage.nesterov
     )
     if start is not None:
         start.load_into(model, optimiser)
@@ -92,7 +92,7 @@ def run_stage(
         model.eval()
         (model.net if stage.norms_follow else stage.part).train()
         for group in optimiser.param_groups:
-            group["lr"] = stage.lr(epoch)
+            group["lr"] = group["factor"] * stage.lr(epoch)
         generator = torch.Generator().manual_seed(_seed(recipe.seed, stage.name, epoch))
         order = stage.sampler(labels, generator)
         began = time.perf_counter()
@@ -115,6 +115,14 @@ def run_stage(
         progress.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
         progress.update()
     progress.close()
+
+
+def parameter_groups(stage: Stage) -> list[dict[str, Any]]:
+    """What `stage` trains, by the "factor" of its rate: what `lr_factors` does not name, then each that it does."""
+    named = [(list(module.parameters()), factor) for module, factor in stage.lr_factors]
+    taken = {parameter for parameters, _ in named for parameter in parameters}
+    others = [parameter for parameter in stage.part.parameters() if parameter not in taken]
+    return [{"params": parameters, "factor": factor} for parameters, factor in [(others, 1.0), *named] if parameters]
 
 
 def train_step(
@@ -142,7 +150,8 @@ def forward_of(model: Model, stage: Stage, recipe: Recipe) -> Callable[[Tensor],
 
     def forward(images: Tensor) -> Any:
         with torch.autocast(device.type, torch.bfloat16, enabled=half), torch.set_grad_enabled(learns):
-            return network(images)
+            outputs = network(images)
+            return outputs if stage.teacher is None else outputs._replace(teacher_logits=stage.teacher(images))
 
     return forward
 

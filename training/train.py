@@ -14,11 +14,13 @@ from training.checkpoint import Checkpoint, CheckpointError, checkpoints_of, cur
 from training.data.sets import Data, channel_statistics, load_data
 from training.evaluate import macs_of, predict, summarise
 from training.loop import Log, run_stage
-from training.methods import ride, single
+from training.methods import ace, ride, sade, shike, single
 from training.methods.method import Method, Model, build_model
 from training.recipe import Recipe
 
-METHODS: dict[str, Method] = {"ride": ride.build, "single": single.build}
+METHODS: dict[str, Method] = {
+    "ride": ride.build, "single": single.build, "shike": shike.build, "sade": sade.build, "ace": ace.build,
+}  # fmt: skip
 PUBLISHED_THRESHOLD = 0.5
 
 
