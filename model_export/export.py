@@ -99,7 +99,7 @@ def export(
         variants: dict[str, Variant] = {}
         for graphs in write_graphs(model, images.train, precisions, directory):
             found = run_variant(directory, graphs, images.heldout.pixels.numpy(), len(checkpoint.classes))
-            parity = compare(heldout, found, wish.rule, thresholds, checkpoint.class_counts)
+            parity = compare(heldout, found, wish.rule, thresholds, checkpoint.class_counts, graphs.precision)
             if graphs.precision == "fp32":
                 require(parity, "fp32")
             variants[graphs.precision] = Variant(graphs.precision, graphs.trunk, graphs.experts, graphs.routers, parity)

@@ -52,8 +52,9 @@ def run_variant(directory: Path, variant: Variant | Graphs, images: np.ndarray, 
 
 
 def compare(
-    checkpoint: Predictions, graphs: Predictions, rule: Rule, thresholds: tuple[float, ...], class_counts: Sequence[int]
-) -> Parity:
+    checkpoint: Predictions, graphs: Predictions, rule: Rule, thresholds: tuple[float, ...],
+    class_counts: Sequence[int], name: str,
+) -> Parity:  # fmt: skip
     """
     The largest difference of the mean logits after any number of experts, how often answers agree, how right they are.
 
@@ -62,7 +63,17 @@ def compare(
     Args:
         checkpoint: with the labels.
         rule, thresholds: of the routing that is compared.
+        name: of the variant, for the message.
+
+    Raises:
+        BundleError: where a graph gives NaN or infinity.
     """
+    unusable = int((~np.isfinite(graphs.expert_logits).all(axis=(0, 2))).sum())
+    if unusable:
+        raise BundleError(
+            f"variant {name}: NaN or infinity for {unusable} of {graphs.expert_logits.shape[1]} images; "
+            "nothing was written; leave it out of --variants"
+        )
     n_experts, n_images, _ = checkpoint.expert_logits.shape
     difference = 0.0
     for count in range(1, n_experts + 1):
