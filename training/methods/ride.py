@@ -19,7 +19,7 @@ from training.data.samplers import class_balanced, shuffled
 from training.methods.decoupled import retrain_stage
 from training.methods.individual import IndividualLoss
 from training.methods.losses import class_temperatures, diversity_loss
-from training.methods.method import Losses, Model, Stage, build_model, cosine_lr, scheduled_lr
+from training.methods.method import FitStage, Losses, Model, Stage, build_model, cosine_lr, scheduled_lr
 from training.models.multi_expert import Outputs
 from training.models.router import Routers
 from training.recipe import Recipe
@@ -90,15 +90,15 @@ def router_stage(recipe: Recipe, routers: Routers) -> Stage:
 
 def build(
     recipe: Recipe, class_counts: Sequence[int], mean: Sequence[float], std: Sequence[float]
-) -> tuple[Model, list[Stage]]:
+) -> tuple[Model, list[Stage | FitStage]]:
     """A fresh model; the experts' stage, the classifiers' where the recipe retrains them, then the routers'."""
     model = build_model(recipe, len(class_counts), mean, std)
     experts = Stage(
         name="experts", epochs=recipe.epochs, batch_size=recipe.batch_size, part=model.net,
         losses=RideLoss(recipe, class_counts), sampler=shuffled, lr=partial(scheduled_lr, recipe),
-        momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay,
+        momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay, alone=recipe,
     )  # fmt: skip
-    stages = [experts]
+    stages: list[Stage | FitStage] = [experts]
     if recipe.retrain_epochs:
         stages.append(retrain_stage(recipe, model, class_counts))
     if model.routers is not None and recipe.router_epochs:

@@ -10,7 +10,7 @@ from torch import Tensor
 from training.data.samplers import shuffled
 from training.methods.decoupled import retrain_stage
 from training.methods.individual import IndividualLoss
-from training.methods.method import Losses, Model, Stage, build_model, scheduled_lr
+from training.methods.method import FitStage, Losses, Model, Stage, build_model, scheduled_lr
 from training.models.multi_expert import Outputs
 from training.recipe import Recipe
 
@@ -28,12 +28,19 @@ class SingleLoss:
 
 def build(
     recipe: Recipe, class_counts: Sequence[int], mean: Sequence[float], std: Sequence[float]
-) -> tuple[Model, list[Stage]]:
+) -> tuple[Model, list[Stage | FitStage]]:
     """A fresh model of one expert; its stage, and the classifier's where the recipe retrains it."""
     model = build_model(recipe, len(class_counts), mean, std)
-    stage = Stage(
+    stages: list[Stage | FitStage] = [experts_stage(recipe, model, class_counts)]
+    if recipe.retrain_epochs:
+        stages.append(retrain_stage(recipe, model, class_counts))
+    return model, stages
+
+
+def experts_stage(recipe: Recipe, model: Model, class_counts: Sequence[int]) -> Stage:
+    """The whole network under `recipe.loss`."""
+    return Stage(
         name="experts", epochs=recipe.epochs, batch_size=recipe.batch_size, part=model.net,
         losses=SingleLoss(recipe, class_counts), sampler=shuffled, lr=partial(scheduled_lr, recipe),
-        momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay,
+        momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay, alone=recipe,
     )  # fmt: skip
-    return model, [stage, retrain_stage(recipe, model, class_counts)] if recipe.retrain_epochs else [stage]

@@ -1,8 +1,35 @@
 """The recipes by name: one file each, with source, command and the figure to expect."""
 
+from training.recipes.balanced_softmax_cifar100 import BALANCED_SOFTMAX_CIFAR100
+from training.recipes.bbn_cifar100 import BBN_CIFAR100
+from training.recipes.cb_focal_cifar100 import CB_FOCAL_CIFAR100
 from training.recipes.ce_cifar100 import CE_CIFAR100
+from training.recipes.crt_cifar100 import CRT_CIFAR100
+from training.recipes.focal_cifar100 import FOCAL_CIFAR100
 from training.recipes.ldam_drw_cifar100 import LDAM_DRW_CIFAR100
+from training.recipes.lfme_cifar100 import LFME_CIFAR100
+from training.recipes.logit_adjustment_cifar100 import LOGIT_ADJUSTMENT_CIFAR100
+from training.recipes.lws_cifar100 import LWS_CIFAR100
+from training.recipes.m2m_cifar100 import M2M_CIFAR100
+from training.recipes.ncm_cifar100 import NCM_CIFAR100
+from training.recipes.oltr_cifar100 import OLTR_CIFAR100
 from training.recipes.ride_cifar100 import RIDE_CIFAR100
 from training.recipes.ride_own import RIDE_OWN
+from training.recipes.tau_norm_cifar100 import TAU_NORM_CIFAR100
 
-RECIPES = {recipe.name: recipe for recipe in (RIDE_CIFAR100, LDAM_DRW_CIFAR100, CE_CIFAR100, RIDE_OWN)}
+BASELINES = (
+    FOCAL_CIFAR100,
+    CB_FOCAL_CIFAR100,
+    BALANCED_SOFTMAX_CIFAR100,
+    LOGIT_ADJUSTMENT_CIFAR100,
+    CRT_CIFAR100,
+    LWS_CIFAR100,
+    TAU_NORM_CIFAR100,
+    NCM_CIFAR100,
+    BBN_CIFAR100,
+    OLTR_CIFAR100,
+    LFME_CIFAR100,
+    M2M_CIFAR100,
+)
+
+RECIPES = {recipe.name: recipe for recipe in (RIDE_CIFAR100, LDAM_DRW_CIFAR100, CE_CIFAR100, RIDE_OWN, *BASELINES)}
