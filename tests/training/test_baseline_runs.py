@@ -23,9 +23,9 @@ VARIANTS = {
     "tau-norm": {**RETRAINED, "retrain": "tau_norm", "retrain_epochs": 1},
     "ncm": {**RETRAINED, "retrain": "ncm", "retrain_epochs": 1},
     "bbn": {"method": "bbn", **LINEAR},
-    "oltr": {"method": "oltr", **LINEAR, "oltr_epochs": 2},
+    "oltr": {"method": "oltr", **LINEAR, "oltr_epochs": 2, "oltr_lr": 1e-4, "oltr_classifier_lr": 1e-3},
     "lfme": {"method": "lfme", **LINEAR, "lfme_epochs": 1},
-    "m2m": {"method": "m2m", "loss": "ldam", "m2m_from": 0.5, "m2m_steps": 2, "m2m_gamma": 0.0},
+    "m2m": {"method": "m2m", "loss": "ldam", "classifier": "cosine", "m2m_from": 0.5, "m2m_steps": 2, "m2m_gamma": 0.0},
 }
 METHODS_WITH_STAGES = [name for name in VARIANTS if name != "ce"]
 
@@ -47,12 +47,13 @@ def images(tmp_path_factory):
 def recipe_of(images):
     """The recipe of a variant on these images."""
 
-    def make(name, **fields):
+    def make(variant, **fields):
         common = {
             "name": "tiny", "data": str(images), "profile": "natural", "mean": None, "std": None, "image_size": 8,
-            "epochs": 2, "batch_size": 64, "warmup_epochs": 1, "compile": False, "evaluate_every": 1,
+            "epochs": 2, "batch_size": 64, "warmup_epochs": 1, "compile": False, "precision": "fp32",
+            "evaluate_every": 1,
         }  # fmt: skip
-        return dataclasses.replace(RECIPES["ce-cifar100"], **common | VARIANTS[name] | fields)
+        return dataclasses.replace(RECIPES["ce-cifar100"], **common | VARIANTS[variant] | fields)
 
     return make
 
@@ -136,7 +137,10 @@ def test_the_generator_of_m2m_is_a_finished_cross_entropy_run(runs, recipe_of, t
         ({"seed": 1}, "made with seed=0, this recipe needs 1"),
         ({"classifier": "cosine", "retrain": "crt"}, "made with classifier=linear, this recipe needs cosine"),
         ({"epochs": 3}, "made with epochs=2, this recipe needs 3"),
-        ({"method": "m2m", "retrain_epochs": 0, "weight_decay": 0.0}, "made with weight_decay=0.0002, this recipe"),
+        (
+            {"method": "m2m", "m2m_from": 0.5, "retrain_epochs": 0, "weight_decay": 0.0},
+            "made with weight_decay=0.0002, this recipe",
+        ),
     ],
 )
 def test_a_first_stage_of_another_recipe_is_refused(fields, message, runs, recipe_of, tmp_path):
