@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from training import loop
+from training.__main__ import main
 from training.checkpoint import CheckpointError, checkpoints_of
 from training.recipes import RECIPES
 from training.train import METHODS, train, trained_model
@@ -74,8 +75,9 @@ def runs(recipe_of, tmp_path_factory):
 
 def weights_of(run):
     """The tensors of the last stage's checkpoint."""
-    stage = list(checkpoints_of(run)[next(iter(checkpoints_of(run)))].recipe.stage_epochs())[-1]
-    return load_file(checkpoints_of(run)[stage].path / "model.safetensors")
+    checkpoints = checkpoints_of(run)
+    last = list(next(iter(checkpoints.values())).recipe.stage_epochs())[-1]
+    return load_file(checkpoints[last].path / "model.safetensors")
 
 
 @pytest.mark.parametrize("name", METHODS_WITH_STAGES)
@@ -87,7 +89,9 @@ def test_a_baseline_trains_all_its_stages_and_loads_again(name, runs, recipe_of)
     results = json.loads((run / "results.json").read_text())
     assert 0 <= results["experts"][0]["all"] <= 100
     _, model = trained_model(run)
-    assert all(weights_of(run)[key].equal(value) for key, value in model.state_dict().items())
+    stored, loaded = weights_of(run), model.state_dict()
+    assert stored.keys() == loaded.keys()
+    assert [key for key in stored if not stored[key].equal(loaded[key])] == []
 
 
 @pytest.mark.parametrize("name", METHODS_WITH_STAGES)
@@ -184,3 +188,10 @@ def test_a_recipe_names_the_stages_that_its_method_builds(recipe):
     _, stages = METHODS[recipe.method](small, [200, 50, 10], (0.5,) * 3, (0.2,) * 3)
 
     assert {stage.name: stage.epochs for stage in stages} == recipe.stage_epochs()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_smoke_run_is_possible_of_every_recipe(name, tmp_path, capsys):
+    """Its few epochs are no impossible combination: only the images are missing here."""
+    assert main([name, "--smoke", "--data", str(tmp_path / "nothing"), "--out", str(tmp_path / "run")]) == 2
+    assert "nothing: no such directory" in capsys.readouterr().err
