@@ -21,8 +21,12 @@ SMOKE = {
     "imbalance": "10",
     "compile": "false",
     "warmup_epochs": "1",
+    "retrain_epochs": "1",
+    "oltr_epochs": "1",
+    "lfme_epochs": "1",
+    "m2m_from": "0.5",
 }
-BIAS_VARIANCE_RECIPES = ["ce-cifar100", "ldam-drw-cifar100", "ride-cifar100"]
+BIAS_VARIANCE_RECIPES = ["ce-cifar100", "crt-cifar100", "tau-norm-cifar100", "ldam-drw-cifar100", "ride-cifar100"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -150,7 +154,12 @@ def _recipe(name: str, options: argparse.Namespace) -> Recipe:
     if options.smoke:
         natural = recipe.profile == "natural"
         recipe = recipe.override(
-            {key: text for key, text in SMOKE.items() if not natural or key not in ("n_max", "imbalance")}
+            {
+                key: text
+                for key, text in SMOKE.items()
+                if not (natural and key in ("n_max", "imbalance"))
+                and not (key == "retrain_epochs" and not recipe.retrain_epochs)
+            }
         )
     if options.data:
         recipe = dataclasses.replace(recipe, data=options.data)

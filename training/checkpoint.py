@@ -77,8 +77,9 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    run: Path, stage: str, epochs_done: int, model: nn.Module, optimiser: torch.optim.Optimizer, info: dict[str, Any]
-) -> Path:
+    run: Path, stage: str, epochs_done: int, model: nn.Module, optimiser: torch.optim.Optimizer | None,
+    info: dict[str, Any],
+) -> Path:  # fmt: skip
     """
     Write a checkpoint beside the others of `run`; earlier ones of the same stage are then removed.
 
@@ -88,11 +89,13 @@ def save_checkpoint(
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-    momentum: dict[str, Tensor] = {
-        str(index): optimiser.state[parameter]["momentum_buffer"].contiguous()
-        for index, parameter in enumerate(parameters)
-    }
+    momentum: dict[str, Tensor] = {}
+    if optimiser is not None:  # there is none where a stage was fitted in closed form, or taken from another run
+        parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+        momentum = {
+            str(index): optimiser.state[parameter]["momentum_buffer"].contiguous()
+            for index, parameter in enumerate(parameters)
+        }
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial / "model.safetensors")
     save_file(momentum, partial / "optimiser.safetensors")
     text = json.dumps({"format": FORMAT, "stage": stage, "epochs_done": epochs_done, **info}, indent=1)

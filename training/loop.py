@@ -18,7 +18,7 @@ from tqdm import tqdm
 from training.checkpoint import Checkpoint, save_checkpoint
 from training.data.augment import augment
 from training.data.sets import Images
-from training.methods.method import Model, Stage
+from training.methods.method import FitStage, Model, Stage
 from training.recipe import Recipe
 
 
@@ -56,7 +56,7 @@ class Log:
 
 
 def run_stage(
-    model: Model, stage: Stage, train: Images, recipe: Recipe, *,
+    model: Model, stage: Stage, train: Images, heldout: Images, recipe: Recipe, *,
     start: Checkpoint | None, run: Path, log: Log, info: dict[str, Any],
     evaluate: Callable[[Model], dict[str, Any]],
 ) -> None:  # fmt: skip
@@ -67,7 +67,7 @@ def run_stage(
     were run in this process: a killed and resumed training ends with the same weights.
 
     Args:
-        train: on the model's device.
+        train, heldout: on the model's device; of the latter a stage sees only what its `prepare` takes from it.
         start: where to go on; None: at the beginning.
         info: what goes into every checkpoint besides the metrics.
         evaluate: called every `recipe.evaluate_every` epochs; its result is logged.
@@ -90,6 +90,9 @@ def run_stage(
     progress = tqdm(total=stage.epochs, initial=start.epochs_done if start else 0, unit="epoch", desc=stage.name)
     for epoch in range(progress.n, stage.epochs):
         model.eval()
+        if stage.prepare is not None:
+            with torch.no_grad():
+                stage.prepare(train, heldout, epoch)
         (model.net if stage.norms_follow else stage.part).train()
         for group in optimiser.param_groups:
             group["lr"] = group["factor"] * stage.lr(epoch)
@@ -98,7 +101,7 @@ def run_stage(
         began = time.perf_counter()
         sums: dict[str, Tensor] = {}
         for images, targets in batches(train, order, stage.batch_size, recipe, generator):
-            losses, right = train_step(network, stage, optimiser, images, targets, epoch)
+            losses, right = train_step(network, stage, optimiser, images, targets, epoch, generator)
             for name, value in {**losses, "accuracy": 100 * right}.items():
                 sums[name] = sums.get(name, 0) + value.detach() * len(targets)
         means = {name: float(value) / len(order) for name, value in sums.items()}
@@ -108,13 +111,26 @@ def run_stage(
         line: dict[str, Any] = {"stage": stage.name, "epoch": epoch + 1, "lr": stage.lr(epoch), **means}
         line |= {"seconds": round(seconds, 3), "images_per_second": round(len(order) / seconds, 1)}
         if (epoch + 1) % recipe.evaluate_every == 0 and epoch + 1 < stage.epochs:
-            line["test"] = evaluate(model)
+            line["test"] = evaluate(model if stage.network is None else Model(stage.network, None))
         log.write(line)
         save_checkpoint(run, stage.name, epoch + 1, model, optimiser, info | {"metrics": line})
         shown = {"loss": means["loss"], "accuracy": means["accuracy"], "images/s": line["images_per_second"]}
         progress.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
         progress.update()
     progress.close()
+
+
+def fit_stage(
+    model: Model, stage: FitStage, train: Images, heldout: Images, *, run: Path, log: Log, info: dict[str, Any]
+) -> None:
+    """Let `stage` set its weights from images on the model's device; save a checkpoint and log what it says."""
+    model.eval()
+    began = time.perf_counter()
+    with torch.no_grad():
+        found = stage.fit(train, heldout)
+    line = {"stage": stage.name, "epoch": 1, **found, "seconds": round(time.perf_counter() - began, 3)}
+    log.write(line)
+    save_checkpoint(run, stage.name, 1, model, None, info | {"metrics": line})
 
 
 def parameter_groups(stage: Stage) -> list[dict[str, Any]]:
@@ -127,11 +143,15 @@ def parameter_groups(stage: Stage) -> list[dict[str, Any]]:
 
 def train_step(
     network: Callable[[Tensor], Any], stage: Stage, optimiser: torch.optim.Optimizer,
-    images: Tensor, labels: Tensor, epoch: int,
+    images: Tensor, labels: Tensor, epoch: int, generator: torch.Generator,
 ) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
     """Forward, loss, backward, step. Returns the losses and the share of images that all experts together get right."""
-    outputs = network(images)
-    losses = stage.losses(outputs, labels, epoch)
+    if stage.step is not None:
+        outputs, losses = stage.step(network, images, labels, epoch, generator)
+    else:
+        assert stage.losses is not None
+        outputs = network(images)
+        losses = stage.losses(outputs, labels, epoch)
     optimiser.zero_grad()
     losses["loss"].backward()
     optimiser.step()
@@ -144,8 +164,9 @@ def forward_of(model: Model, stage: Stage, recipe: Recipe) -> Callable[[Tensor],
     """The network's forward pass: under autocast, compiled where the recipe says so, without gradients where frozen."""
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last)
-    learns = any(parameter.requires_grad for parameter in model.net.parameters())
-    network = torch.compile(model.net, dynamic=False) if recipe.compile and learns else model.net
+    net = model.net if stage.network is None else stage.network
+    learns = any(parameter.requires_grad for parameter in net.parameters())
+    network = torch.compile(net, dynamic=False) if recipe.compile and learns else net
     half = recipe.precision == "bf16" or (recipe.precision == "auto" and has_bf16_units(device))
 
     def forward(images: Tensor) -> Any:

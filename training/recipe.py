@@ -23,7 +23,7 @@ class Recipe:
 
     Attributes:
         name: of the recipe; names the run directory and the exported model.
-        method: "ride", "single", "shike", "sade" or "ace" (training/methods).
+        method: "ride", "single", "shike", "sade", "ace", "bbn", "oltr", "lfme" or "m2m" (training/methods).
         loss: of each expert on its own: "ce", "focal", "ldam", "balanced_softmax" or "logit_adjusted".
         data: "cifar10", "cifar100", a directory with train*.parquet, or a directory of class directories.
         profile: how the training set is thinned: "exp" or "step" (a subset of a balanced set), "natural" (not).
@@ -39,6 +39,7 @@ class Recipe:
         reduced: 3/4 of the width in the experts, as in RIDE's tables.
         classifier: "cosine" (scale `cosine_scale`, no bias) or "linear" (with bias).
         warmup_epochs: lr·(1 + e)/warmup_epochs while e < warmup_epochs.
+        warmup_start: share of lr at e = 0, from which it grows evenly to lr at e = warmup_epochs; None: as above.
         schedule: what follows the warm-up: "step", or "cosine" to 0 after the last epoch.
         lr_drops, lr_drop_factor: under "step", lr is multiplied by the factor at each of these shares of `epochs`.
         crop_padding: pixels of zero padding for the random crop; 0 turns it off.
@@ -74,9 +75,33 @@ class Recipe:
         group_norm_rows: which rows of the classifier that mean is over: those of the expert's "own" group, or "all".
         group_answer: for a class, the mean over the experts whose "group" has it; or over "all", where those whose
             group has not say 0.
-        retrain_epochs: of a stage after the experts' in which fresh classifiers alone learn; 0: there is none.
-        retrain_loss: of that stage, one of those of `loss`.
-        retrain_lr, retrain_sampler: of that stage; its warm-up is `warmup_epochs`, then the cosine.
+        first_stage: a finished run of the recipe of which this one's first stage is the whole: its weights are taken
+            and the stage is not trained again; None: it is trained.
+        retrain_epochs: of a stage after the experts' in which the classifiers alone change; 0: there is none.
+        retrain: what that stage does: "crt" trains fresh classifiers, "lws" one scale for each class's logit; in closed
+            form, with retrain_epochs=1, "tau_norm" normalises the weights and "ncm" takes the nearest class mean.
+        retrain_loss: of that stage under "crt" and "lws", one of those of `loss`.
+        retrain_lr, retrain_sampler: of that stage; after its warm-up it follows the cosine to 0.
+        retrain_warmup_epochs, retrain_batch_size, retrain_weight_decay: of that stage; None: as before it.
+        tau: exponent of "tau_norm"; None: the best of 0, 0.1 .. 2 on the held-out images.
+        ncm_features: of "ncm": as they are ("un"), of unit length ("l2n"), less their mean and of unit length ("cl2n"),
+            or what is "best" on the held-out images.
+        oltr_epochs, oltr_lr, oltr_weight_decay: of OLTR's second stage; lr drops to a tenth after each third of it.
+        oltr_classifier_lr: of its classifier with the memory's selectors; features and centroids have `oltr_lr`.
+        oltr_centroid_weight: of the loss that draws features to their class's centroid in the memory.
+        oltr_repel_weight, oltr_margin: within that loss, of the term that keeps other centroids at the squared distance
+            `oltr_margin`.
+        oltr_reach: numerator of an image's reach; the denominator is its distance to the nearest centroid.
+        oltr_scale: of the cosine classifier.
+        lfme_epochs, lfme_lr, lfme_weight_decay: of each teacher; cosine schedule.
+        lfme_temperature: of the distillation.
+        lfme_threshold: share of a teacher's accuracy that the student must reach before its weight falls from 1.
+        m2m_from: share of `epochs` from which minority images are generated, on class-balanced batches.
+        m2m_beta: a seed image of class k0 is taken for class k with probability 1 − β^(n_k0 − n_k).
+        m2m_lambda: weight of the trained network's logit of the seed's class while an image is generated.
+        m2m_gamma: probability of its new class that a generated image must reach.
+        m2m_steps, m2m_step_size, m2m_noise: gradient steps, their length, and the longest noise that they start from;
+            Euclidean lengths over the pixels in [0, 1] of an image.
         router_top_k: how many of the largest mean logits a router sees; at most the number of classes are used.
         router_shared: the routers share their output layer (RIDE's code); else each has its own.
         router_positive_weight: weight of "another expert would help" in the router's loss.
@@ -87,7 +112,7 @@ class Recipe:
     """
 
     name: str
-    method: Literal["ride", "single", "shike", "sade", "ace"]
+    method: Literal["ride", "single", "shike", "sade", "ace", "bbn", "oltr", "lfme", "m2m"]
     loss: Literal["ce", "focal", "ldam", "balanced_softmax", "logit_adjusted"] = "ce"
     data: str = "cifar100"
     profile: Literal["exp", "step", "natural"] = "exp"
@@ -112,6 +137,7 @@ class Recipe:
     nesterov: bool = False
     weight_decay: float = 2e-4
     warmup_epochs: int = 5
+    warmup_start: float | None = None
     schedule: Literal["step", "cosine"] = "step"
     lr_drops: tuple[float, ...] = (0.8, 0.9)
     lr_drop_factor: float = 0.01
@@ -148,7 +174,35 @@ class Recipe:
     retrain_epochs: int = 0
     retrain_loss: Literal["ce", "focal", "ldam", "balanced_softmax", "logit_adjusted"] = "balanced_softmax"
     retrain_lr: float = 0.1
-    retrain_sampler: Literal["shuffled", "class_balanced"] = "shuffled"
+    retrain_sampler: Literal["shuffled", "class_balanced", "class_aware"] = "shuffled"
+    first_stage: str | None = None
+    retrain: Literal["crt", "lws", "tau_norm", "ncm"] = "crt"
+    retrain_warmup_epochs: int | None = None
+    retrain_batch_size: int | None = None
+    retrain_weight_decay: float | None = None
+    tau: float | None = None
+    ncm_features: Literal["best", "un", "l2n", "cl2n"] = "best"
+    oltr_epochs: int = 60
+    oltr_lr: float = 0.01
+    oltr_classifier_lr: float = 0.1
+    oltr_weight_decay: float = 5e-4
+    oltr_centroid_weight: float = 0.01
+    oltr_repel_weight: float = 0.01
+    oltr_margin: float = 10.0
+    oltr_reach: float = 10.0
+    oltr_scale: float = 16.0
+    lfme_epochs: int = 120
+    lfme_lr: float = 0.1
+    lfme_weight_decay: float = 5e-4
+    lfme_temperature: float = 2.0
+    lfme_threshold: float = 0.3
+    m2m_from: float = 0.8
+    m2m_beta: float = 0.999
+    m2m_lambda: float = 0.5
+    m2m_gamma: float = 0.9
+    m2m_steps: int = 10
+    m2m_step_size: float = 0.1
+    m2m_noise: float = 0.5
     router_epochs: int = 5
     router_batch_size: int = 512
     router_lr: float = 0.01
@@ -180,7 +234,7 @@ class Recipe:
                 raise RecipeError(f"{field}={getattr(self, field)}: must be three numbers, one per channel")
         if self.std is not None and min(self.std) <= 0:
             raise RecipeError(f"std={self.std}: must be positive")
-        if self.method == "single" and self.n_experts != 1:
+        if self.method in ("single", "bbn", "oltr", "lfme", "m2m") and self.n_experts != 1:
             raise RecipeError(f"n_experts={self.n_experts}: method {self.method!r} trains one expert")
         if self.method in ("shike", "ace") and self.n_experts < 2:
             raise RecipeError(f"n_experts={self.n_experts}: method {self.method!r} needs two experts or more")
@@ -201,6 +255,7 @@ class Recipe:
         self._check_groups()
         if self.loss == "ldam" and self.classifier != "cosine":
             raise RecipeError("classifier='linear': the margins of LDAM need the cosine classifier")
+        self._refuse_stages()
 
     def _check_groups(self) -> None:
         shares, wanted = self.group_shares, self.n_experts - 1 if self.method == "ace" else 0
@@ -214,8 +269,44 @@ class Recipe:
         if self.method == "ace" and self.group_norm_power and self.classifier == "cosine":
             raise RecipeError("classifier='cosine': has no lengths to scale by; take linear or group_norm_power=0")
 
+    def _refuse_stages(self) -> None:
+        """What the stages besides the experts' cannot do."""
+        if self.retrain_epochs:
+            if self.method in ("bbn", "oltr", "lfme", "m2m"):
+                raise RecipeError(
+                    f"retrain_epochs={self.retrain_epochs}: method {self.method!r} has no such stage; 0 is possible"
+                )
+            if self.retrain in ("tau_norm", "ncm") and self.retrain_epochs != 1:
+                raise RecipeError(
+                    f"retrain_epochs={self.retrain_epochs}: retrain={self.retrain!r} has a closed form; 1 is possible"
+                )
+            if self.retrain != "crt" and self.classifier != "linear":
+                raise RecipeError(f"classifier={self.classifier!r}: retrain={self.retrain!r} needs the linear one")
+            if self.retrain == "crt" and self.retrain_loss == "ldam" and self.classifier != "cosine":
+                raise RecipeError("retrain_loss='ldam': the margins of LDAM need the cosine classifier")
+        if self.method in ("bbn", "oltr", "lfme") and (self.classifier, self.loss) != ("linear", "ce"):
+            raise RecipeError(
+                f"classifier={self.classifier!r}, loss={self.loss!r}: method {self.method!r} has the linear classifier "
+                "and loss 'ce'"
+            )
+        if self.method == "m2m" and not 0 < self.epoch_of(self.m2m_from) < self.epochs:
+            raise RecipeError(
+                f"m2m_from={self.m2m_from}: of epochs={self.epochs}, one at least must lie before it and one after"
+            )
+        if self.first_stage is not None and self.method in ("bbn", "lfme"):
+            raise RecipeError(
+                f"first_stage={self.first_stage}: method {self.method!r} has no stage that a run can replace"
+            )
+
     def stage_epochs(self) -> dict[str, int]:
         """The stages that this recipe trains, in order, and their epochs."""
+        if self.method == "oltr":
+            return {"experts": self.epochs, "centroids": 1, "memory": self.oltr_epochs}
+        if self.method == "lfme":
+            return {**dict.fromkeys(("many", "medium", "few"), self.lfme_epochs), "experts": self.epochs}
+        if self.method == "m2m":
+            begin = self.epoch_of(self.m2m_from)
+            return {"generator": self.epochs, "experts": begin, "translated": self.epochs - begin}
         stages = {"experts": self.epochs}
         if self.retrain_epochs:
             stages["classifiers"] = self.retrain_epochs
@@ -273,6 +364,13 @@ _RANGES = (
     ("complementary_weight", 0, 1000), ("group_norm_power", -4, 4),
     ("transfer_weight", 0, 1000), ("mutual_weight", 0, 1000),
     ("retrain_epochs", 0, 10_000), ("retrain_lr", 1e-9, 100),
+    ("warmup_start", 0, 1), ("retrain_warmup_epochs", 0, 10_000), ("retrain_batch_size", 1, 65_536),
+    ("retrain_weight_decay", 0, 1), ("tau", 0, 10), ("oltr_epochs", 1, 100_000), ("oltr_lr", 1e-9, 100),
+    ("oltr_classifier_lr", 1e-9, 100), ("oltr_weight_decay", 0, 1), ("oltr_centroid_weight", 0, 100),
+    ("oltr_repel_weight", 0, 100), ("oltr_margin", 0, 1e6), ("oltr_reach", 1e-6, 1e6), ("oltr_scale", 1e-3, 1e3),
+    ("lfme_epochs", 1, 100_000), ("lfme_lr", 1e-9, 100), ("lfme_weight_decay", 0, 1), ("lfme_temperature", 1e-3, 1e3),
+    ("lfme_threshold", 0, 0.999), ("m2m_from", 0, 1), ("m2m_beta", 0, 1 - 1e-9), ("m2m_lambda", 0, 1e3),
+    ("m2m_gamma", 0, 1), ("m2m_steps", 1, 10_000), ("m2m_step_size", 1e-6, 1e3), ("m2m_noise", 0, 1e3),
     ("router_epochs", 0, 10_000),
     ("router_batch_size", 1, 65_536),
     ("router_lr", 1e-9, 100), ("router_weight_decay", 0, 1), ("router_top_k", 1, 100_000), ("router_hidden", 1, 65_536),

@@ -13,13 +13,15 @@ import torch
 from training.checkpoint import Checkpoint, CheckpointError, checkpoints_of, current_commit
 from training.data.sets import Data, channel_statistics, load_data
 from training.evaluate import macs_of, predict, summarise
-from training.loop import Log, run_stage
-from training.methods import ace, ride, sade, shike, single
-from training.methods.method import Method, Model, build_model
+from training.first_stage import take_over
+from training.loop import Log, fit_stage, run_stage
+from training.methods import ace, bbn, lfme, m2m, oltr, ride, sade, shike, single
+from training.methods.method import FitStage, Method, Model
 from training.recipe import Recipe
 
 METHODS: dict[str, Method] = {
     "ride": ride.build, "single": single.build, "shike": shike.build, "sade": sade.build, "ace": ace.build,
+    "bbn": bbn.build, "oltr": oltr.build, "lfme": lfme.build, "m2m": m2m.build,
 }  # fmt: skip
 PUBLISHED_THRESHOLD = 0.5
 
@@ -33,7 +35,7 @@ def train(recipe: Recipe, run: Path) -> dict[str, Any]:
 
     Raises:
         DataError: for images that are missing, unreadable or too few.
-        CheckpointError: where `run` holds another recipe's checkpoints.
+        CheckpointError: where `run` holds another recipe's checkpoints, or `recipe.first_stage` does not fit.
         DivergedError: when the loss is not finite.
     """
     done = checkpoints_of(run)
@@ -45,8 +47,7 @@ def train(recipe: Recipe, run: Path) -> dict[str, Any]:
     torch.manual_seed(recipe.seed)
     model, stages = METHODS[recipe.method](recipe, data.counts, mean, std)
     model.to(device)
-    images, test = data.train.to(device), data.test.to(device)
-    macs = macs_of(model, recipe.image_size)
+    images, heldout, test = (part.to(device) for part in (data.train, data.heldout, data.test))
     info = {
         "recipe": recipe.to_dict(), "classes": data.classes, "class_counts": data.counts, "mean": mean, "std": std,
         "commit": current_commit(), "torch": torch.__version__, "device": device.type,
@@ -54,17 +55,28 @@ def train(recipe: Recipe, run: Path) -> dict[str, Any]:
 
     def evaluate(current: Model, per_class: bool = False) -> dict[str, Any]:
         thresholds = [PUBLISHED_THRESHOLD] * (recipe.n_experts - 1)
+        macs = macs_of(current, recipe.image_size)
         return summarise(predict(current, test), data.counts, macs, thresholds, per_class)
 
     run.mkdir(parents=True, exist_ok=True)
     log = Log.open(run, {name: checkpoint.epochs_done for name, checkpoint in done.items()})
     try:
         for stage in stages:
+            if stage.arrange is not None:
+                stage.arrange()
+                model.to(device)
             start = done.get(stage.name)
             if start is not None and start.epochs_done == stage.epochs:
                 start.load_into(model)
-                continue
-            run_stage(model, stage, images, recipe, start=start, run=run, log=log, info=info, evaluate=evaluate)
+            elif isinstance(stage, FitStage):
+                fit_stage(model, stage, images, heldout, run=run, log=log, info=info)
+            elif start is None and stage.alone is not None and recipe.first_stage is not None:
+                take_over(Path(recipe.first_stage), model, stage, run=run, info=info)
+            else:
+                run_stage(
+                    model, stage, images, heldout, recipe,
+                    start=start, run=run, log=log, info=info, evaluate=evaluate,
+                )  # fmt: skip
     finally:
         log.board.close()
     results = evaluate(model, per_class=True)
@@ -91,7 +103,10 @@ def trained_model(run: Path) -> tuple[Checkpoint, Model]:
                 f"{run}: stage {name} has {reached} of {epochs} epochs; finish it with ride-train --resume"
             )
     checkpoint = done[list(stages)[-1]]
-    model = build_model(recipe, len(checkpoint.classes), checkpoint.mean, checkpoint.std)
+    model, built = METHODS[recipe.method](recipe, checkpoint.class_counts, checkpoint.mean, checkpoint.std)
+    for stage in built:
+        if stage.arrange is not None:
+            stage.arrange()
     checkpoint.load_into(model)
     return checkpoint, model.eval()
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+
+IMAGES_PER_CLASS = 4  # of class-aware sampling, one after another
 
 
 def shuffled(labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -18,9 +22,64 @@ def class_balanced(labels: Tensor, generator: torch.Generator) -> Tensor:
     A class's list is reshuffled each time it has been used up, so within a class images appear equally often.
     """
     classes = torch.unique(labels)
-    drawn = classes[torch.randint(len(classes), (len(labels),), generator=generator)]
-    order = torch.empty(len(labels), dtype=torch.long)
-    for label in classes:
+    return _next_images(labels, classes[torch.randint(len(classes), (len(labels),), generator=generator)], generator)
+
+
+def class_aware(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """
+    (N,): the next class of a reshuffled list of all, then the next four images of that class's reshuffled list.
+
+    Source: the public code of OLTR, arXiv:1904.05160, and of decoupled training, arXiv:1910.09217.
+    """
+    classes = torch.unique(labels)
+    rounds = -(-len(labels) // (IMAGES_PER_CLASS * len(classes)))
+    passes = torch.cat([classes[torch.randperm(len(classes), generator=generator)] for _ in range(rounds)])
+    return _next_images(labels, passes.repeat_interleave(IMAGES_PER_CLASS)[: len(labels)], generator)
+
+
+def reversed_frequency(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """(N,): class c with probability proportional to 1/n_c, then any of its images; draws are independent."""
+    _, places, counts = torch.unique(labels, return_inverse=True, return_counts=True)
+    drawn = torch.multinomial(1 / counts.double(), len(labels), replacement=True, generator=generator)
+    by_class = torch.argsort(places, stable=True)
+    within = (torch.rand(len(labels), generator=generator, dtype=torch.float64) * counts[drawn]).long()
+    return by_class[(counts.cumsum(0) - counts)[drawn] + within]
+
+
+def uniform_and_reversed(batch_size: int) -> Callable[[Tensor, torch.Generator], Tensor]:
+    """
+    A sampler, (2N,): of every `batch_size` images the first half are `shuffled`, the other half `reversed_frequency`.
+
+    The last batch is as short as the images left over make it, and in halves too.
+
+    Args:
+        batch_size: even, of the stage.
+
+    Source: BBN, arXiv:1912.02413.
+    """
+
+    def sampler(labels: Tensor, generator: torch.Generator) -> Tensor:
+        uniform, rare = shuffled(labels, generator), reversed_frequency(labels, generator)
+        halves = zip(uniform.split(batch_size // 2), rare.split(batch_size // 2), strict=True)
+        return torch.cat([torch.cat(pair) for pair in halves])
+
+    return sampler
+
+
+def of_classes(classes: Sequence[int]) -> Callable[[Tensor, torch.Generator], Tensor]:
+    """A sampler: the images of `classes` alone, each once, in random order."""
+
+    def sampler(labels: Tensor, generator: torch.Generator) -> Tensor:
+        members = torch.nonzero(torch.isin(labels, torch.tensor(classes))).flatten()
+        return members[torch.randperm(len(members), generator=generator)]
+
+    return sampler
+
+
+def _next_images(labels: Tensor, drawn: Tensor, generator: torch.Generator) -> Tensor:
+    """An image for each class of `drawn`: the next one of that class's list, which is reshuffled when used up."""
+    order = torch.empty(len(drawn), dtype=torch.long)
+    for label in torch.unique(labels):
         members = torch.nonzero(labels == label).flatten()
         places = torch.nonzero(drawn == label).flatten()
         rounds = -(-len(places) // len(members))
@@ -30,4 +89,4 @@ def class_balanced(labels: Tensor, generator: torch.Generator) -> Tensor:
     return order
 
 
-SAMPLERS = {"shuffled": shuffled, "class_balanced": class_balanced}
+SAMPLERS = {"shuffled": shuffled, "class_balanced": class_balanced, "class_aware": class_aware}

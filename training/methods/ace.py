@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from training.methods.individual import IndividualLoss
-from training.methods.method import Losses, Model, Stage, build_model, experts_stage
+from training.methods.method import FitStage, Losses, Model, Stage, build_model, experts_stage
 from training.methods.ride import later_stages
 from training.models.groups import GroupNet, nested_groups
 from training.models.multi_expert import Outputs
@@ -84,7 +84,7 @@ def lr_factors(groups: Tensor, class_counts: Sequence[int]) -> list[float]:
 
 def build(
     recipe: Recipe, class_counts: Sequence[int], mean: Sequence[float], std: Sequence[float]
-) -> tuple[Model, list[Stage]]:
+) -> tuple[Model, list[Stage | FitStage]]:
     """A fresh model with its groups; the experts' stage, with a learning rate for each expert, and the routers'."""
     model = build_model(recipe, len(class_counts), mean, std)
     groups = nested_groups(class_counts, recipe.group_shares)

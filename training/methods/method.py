@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from training.data.samplers import shuffled
+from training.data.sets import Images
 from training.models.classifiers import CosineClassifier, LinearClassifier
 from training.models.depth_fusion import TwoLevelTrunk, fusion_layers
 from training.models.groups import Aggregation, GroupNet
@@ -22,15 +23,19 @@ from training.recipe import Recipe
 
 Sampler = Callable[[Tensor, torch.Generator], Tensor]
 Losses = dict[str, Tensor]
+Network = Callable[[Tensor], Any]
 
 
 class Model(nn.Module):
-    """What a checkpoint holds: the network, and its routers where there are several experts."""
+    """What a checkpoint holds: the network, its routers where there are several experts, networks that teach it."""
 
-    def __init__(self, net: MultiExpertNet, routers: Routers | None) -> None:
+    def __init__(
+        self, net: MultiExpertNet, routers: Routers | None, teachers: dict[str, MultiExpertNet] | None = None
+    ) -> None:
         super().__init__()
         self.net = net
         self.routers = routers
+        self.teachers = nn.ModuleDict(teachers)
 
 
 @dataclass(frozen=True)
@@ -42,20 +47,31 @@ class Stage:
         name: "experts", "routers"; names checkpoints and log lines.
         epochs, batch_size: of this stage.
         part: what learns. It alone is in training mode; everything else is frozen, in evaluation mode.
-        losses: (outputs of the network, labels, epoch) -> "loss", which is minimised, and the parts it is made of.
+        losses: (outputs of the network, labels, epoch) -> "loss", which is minimised, and the parts it is made of; None
+            where `step` gives them.
         sampler: which images an epoch visits.
         lr: learning rate of an epoch, from 0.
         begin: called once, before the first epoch, with torch's global generator seeded; sets weights afresh.
         norms_follow: the batch norms of the frozen parts, too, follow the batches.
         lr_factors: modules within `part`, and what `lr` is multiplied by for their parameters.
         teacher: sees the augmented images too; its logits (B, C) are the outputs' `teacher_logits`.
+        network: what runs on the images and is evaluated; None: the model's `net`.
+        arrange: called before the stage's weights are loaded or set; exchanges modules of the model for those that
+            this stage trains. What earlier stages trained stays in place.
+        prepare: (training images, held-out images, epoch), called before every epoch, all in evaluation mode and
+            without gradients.
+        step: (network, images, labels, epoch, generator) -> outputs, losses; in place of one forward pass and `losses`
+            where a method does more with a batch. Images are (B, H, W, 3), uint8 or float, in [0, 255]; the generator
+            is the epoch's, on the CPU.
+        alone: the recipe of which this stage is the whole training; a finished run of it may stand in for the stage
+            (`Recipe.first_stage`).
     """
 
     name: str
     epochs: int
     batch_size: int
     part: nn.Module
-    losses: Callable[[Outputs, Tensor, int], Losses]
+    losses: Callable[[Outputs, Tensor, int], Losses] | None
     sampler: Sampler
     lr: Callable[[int], float]
     momentum: float
@@ -65,6 +81,28 @@ class Stage:
     norms_follow: bool = False
     lr_factors: Sequence[tuple[nn.Module, float]] = ()
     teacher: Callable[[Tensor], Tensor] | None = None
+    network: MultiExpertNet | None = None
+    arrange: Callable[[], None] | None = None
+    prepare: Callable[[Images, Images, int], None] | None = None
+    step: Callable[[Network, Tensor, Tensor, int, torch.Generator], tuple[Outputs, Losses]] | None = None
+    alone: Recipe | None = None
+
+
+@dataclass(frozen=True)
+class FitStage:
+    """
+    A stage without gradients: weights in closed form.
+
+    Attributes:
+        name: names its checkpoint and log line.
+        fit: (training images, held-out images) -> what the log is to say; sets weights, in evaluation mode.
+        arrange: as of `Stage`.
+    """
+
+    name: str
+    fit: Callable[[Images, Images], dict[str, Any]]
+    arrange: Callable[[], None] | None = None
+    epochs: int = 1
 
 
 class Method(Protocol):
@@ -72,7 +110,7 @@ class Method(Protocol):
 
     def __call__(
         self, recipe: Recipe, class_counts: Sequence[int], mean: Sequence[float], std: Sequence[float]
-    ) -> tuple[Model, list[Stage]]: ...
+    ) -> tuple[Model, Sequence[Stage | FitStage]]: ...
 
 
 def build_model(recipe: Recipe, n_classes: int, mean: Sequence[float], std: Sequence[float]) -> Model:
@@ -111,7 +149,7 @@ def experts_stage(recipe: Recipe, model: Model, losses: Callable[[Outputs, Tenso
     return Stage(
         name="experts", epochs=recipe.epochs, batch_size=recipe.batch_size, part=model.net,
         losses=losses, sampler=shuffled, lr=partial(scheduled_lr, recipe),
-        momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay,
+        momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay, alone=recipe,
     )  # fmt: skip
 
 
@@ -120,6 +158,8 @@ def scheduled_lr(recipe: Recipe, epoch: int) -> float:
     if recipe.schedule == "cosine":
         return warm_cosine_lr(recipe.lr, recipe.epochs, recipe.warmup_epochs, epoch)
     if epoch < recipe.warmup_epochs:
+        if recipe.warmup_start is not None:
+            return recipe.lr * (recipe.warmup_start + (1 - recipe.warmup_start) * epoch / recipe.warmup_epochs)
         return recipe.lr * (1 + epoch) / recipe.warmup_epochs
     drops = sum(epoch >= recipe.epoch_of(share) for share in recipe.lr_drops)
     return recipe.lr * recipe.lr_drop_factor**drops

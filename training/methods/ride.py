@@ -22,7 +22,7 @@ from training.data.samplers import class_balanced
 from training.methods.decoupled import retrain_stage
 from training.methods.individual import ExpertLosses
 from training.methods.losses import class_temperatures, distillation_loss, diversity_loss, pairwise_diversity_loss
-from training.methods.method import Losses, Model, Stage, build_model, cosine_lr, experts_stage
+from training.methods.method import FitStage, Losses, Model, Stage, build_model, cosine_lr, experts_stage
 from training.methods.teacher import Teacher
 from training.models.multi_expert import Outputs
 from training.models.router import Routers
@@ -99,9 +99,9 @@ def router_stage(recipe: Recipe, routers: Routers) -> Stage:
     )  # fmt: skip
 
 
-def later_stages(recipe: Recipe, model: Model, class_counts: Sequence[int]) -> list[Stage]:
+def later_stages(recipe: Recipe, model: Model, class_counts: Sequence[int]) -> list[Stage | FitStage]:
     """What follows the experts under any method: the classifiers' stage and the routers', where the recipe has them."""
-    stages = [retrain_stage(recipe, model, class_counts)] if recipe.retrain_epochs else []
+    stages: list[Stage | FitStage] = [retrain_stage(recipe, model, class_counts)] if recipe.retrain_epochs else []
     if model.routers is not None and recipe.router_epochs:
         stages.append(router_stage(recipe, model.routers))
     return stages
@@ -109,7 +109,7 @@ def later_stages(recipe: Recipe, model: Model, class_counts: Sequence[int]) -> l
 
 def build(
     recipe: Recipe, class_counts: Sequence[int], mean: Sequence[float], std: Sequence[float]
-) -> tuple[Model, list[Stage]]:
+) -> tuple[Model, list[Stage | FitStage]]:
     """A fresh model; the experts' stage, the classifiers' where the recipe retrains them, then the routers'."""
     model = build_model(recipe, len(class_counts), mean, std)
     experts = experts_stage(recipe, model, RideLoss(recipe, class_counts))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from training.methods.individual import IndividualLoss
-from training.methods.method import Losses, Model, Stage, build_model, experts_stage
+from training.methods.method import FitStage, Losses, Model, Stage, build_model, experts_stage
 from training.methods.ride import later_stages
 from training.models.multi_expert import Outputs
 from training.recipe import Recipe
@@ -54,7 +54,7 @@ class SadeLoss:
 
 def build(
     recipe: Recipe, class_counts: Sequence[int], mean: Sequence[float], std: Sequence[float]
-) -> tuple[Model, list[Stage]]:
+) -> tuple[Model, list[Stage | FitStage]]:
     """A fresh model; the experts' stage, the classifiers' where the recipe retrains them, then the routers'."""
     model = build_model(recipe, len(class_counts), mean, std)
     experts = experts_stage(recipe, model, SadeLoss(recipe, class_counts))

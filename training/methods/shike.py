@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.methods.individual import ExpertLosses
-from training.methods.method import Losses, Model, Stage, build_model, cosine_lr, experts_stage
+from training.methods.method import FitStage, Losses, Model, Stage, build_model, cosine_lr, experts_stage
 from training.methods.ride import later_stages
 from training.models.multi_expert import Outputs
 from training.recipe import Recipe
@@ -98,10 +98,10 @@ def peak_lr(peak: float, begins_at: float, epochs: int, warmup: int, epoch: int)
 
 def build(
     recipe: Recipe, class_counts: Sequence[int], mean: Sequence[float], std: Sequence[float]
-) -> tuple[Model, list[Stage]]:
+) -> tuple[Model, list[Stage | FitStage]]:
     """A fresh model; the experts' stage, the classifiers', the routers'."""
     model = build_model(recipe, len(class_counts), mean, std)
-    stages = [experts_stage(recipe, model, ShikeLoss(recipe, class_counts))]
+    stages: list[Stage | FitStage] = [experts_stage(recipe, model, ShikeLoss(recipe, class_counts))]
     stages += later_stages(recipe, model, class_counts)
     schedules: dict[str, Callable[[int], float]] = {
         "classifiers": partial(
@@ -110,4 +110,9 @@ def build(
     }
     if recipe.schedule == "cosine":
         schedules["experts"] = partial(peak_lr, recipe.lr, 0.0, recipe.epochs, recipe.warmup_epochs)
-    return model, [dataclasses.replace(stage, lr=schedules.get(stage.name, stage.lr)) for stage in stages]
+    return model, [
+        dataclasses.replace(stage, lr=schedules[stage.name])
+        if isinstance(stage, Stage) and stage.name in schedules
+        else stage
+        for stage in stages
+    ]

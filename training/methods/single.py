@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from torch import Tensor
 
-from training.data.samplers import shuffled
 from training.methods.decoupled import retrain_stage
 from training.methods.individual import IndividualLoss
-from training.methods.method import Losses, Model, Stage, build_model, scheduled_lr
+from training.methods.method import FitStage, Losses, Model, Stage, build_model, experts_stage
 from training.models.multi_expert import Outputs
 from training.recipe import Recipe
 
@@ -28,12 +26,15 @@ class SingleLoss:
 
 def build(
     recipe: Recipe, class_counts: Sequence[int], mean: Sequence[float], std: Sequence[float]
-) -> tuple[Model, list[Stage]]:
+) -> tuple[Model, list[Stage | FitStage]]:
     """A fresh model of one expert; its stage, and the classifier's where the recipe retrains it."""
     model = build_model(recipe, len(class_counts), mean, std)
-    stage = Stage(
-        name="experts", epochs=recipe.epochs, batch_size=recipe.batch_size, part=model.net,
-        losses=SingleLoss(recipe, class_counts), sampler=shuffled, lr=partial(scheduled_lr, recipe),
-        momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay,
-    )  # fmt: skip
-    return model, [stage, retrain_stage(recipe, model, class_counts)] if recipe.retrain_epochs else [stage]
+    stages: list[Stage | FitStage] = [single_stage(recipe, model, class_counts)]
+    if recipe.retrain_epochs:
+        stages.append(retrain_stage(recipe, model, class_counts))
+    return model, stages
+
+
+def single_stage(recipe: Recipe, model: Model, class_counts: Sequence[int]) -> Stage:
+    """The whole network under `recipe.loss`."""
+    return experts_stage(recipe, model, SingleLoss(recipe, class_counts))

@@ -5,8 +5,19 @@ from training.recipes.ace_cifar10 import ACE_CIFAR10
 from training.recipes.ace_cifar10_50 import ACE_CIFAR10_50
 from training.recipes.ace_cifar100 import ACE_CIFAR100
 from training.recipes.ace_cifar100_50 import ACE_CIFAR100_50
+from training.recipes.balanced_softmax_cifar100 import BALANCED_SOFTMAX_CIFAR100
+from training.recipes.bbn_cifar100 import BBN_CIFAR100
+from training.recipes.cb_focal_cifar100 import CB_FOCAL_CIFAR100
 from training.recipes.ce_cifar100 import CE_CIFAR100
+from training.recipes.crt_cifar100 import CRT_CIFAR100
+from training.recipes.focal_cifar100 import FOCAL_CIFAR100
 from training.recipes.ldam_drw_cifar100 import LDAM_DRW_CIFAR100
+from training.recipes.lfme_cifar100 import LFME_CIFAR100
+from training.recipes.logit_adjustment_cifar100 import LOGIT_ADJUSTMENT_CIFAR100
+from training.recipes.lws_cifar100 import LWS_CIFAR100
+from training.recipes.m2m_cifar100 import M2M_CIFAR100
+from training.recipes.ncm_cifar100 import NCM_CIFAR100
+from training.recipes.oltr_cifar100 import OLTR_CIFAR100
 from training.recipes.ride_2_cifar100 import RIDE_2_CIFAR100
 from training.recipes.ride_4_cifar100 import RIDE_4_CIFAR100
 from training.recipes.ride_4_distilled_cifar100 import RIDE_4_DISTILLED_CIFAR100
@@ -21,6 +32,7 @@ from training.recipes.sade_cifar100 import SADE_CIFAR100
 from training.recipes.sade_cifar100_50 import SADE_CIFAR100_50
 from training.recipes.shike_cifar100 import SHIKE_CIFAR100
 from training.recipes.shike_cifar100_50 import SHIKE_CIFAR100_50
+from training.recipes.tau_norm_cifar100 import TAU_NORM_CIFAR100
 
 RECIPES = {
     recipe.name: recipe
@@ -30,5 +42,8 @@ RECIPES = {
         RIDE_CIFAR100_50, RIDE_CIFAR10, RIDE_CIFAR10_50,
         SHIKE_CIFAR100, SHIKE_CIFAR100_50, SADE_CIFAR100, SADE_CIFAR100_50,
         ACE_CIFAR100, ACE_4_CIFAR100, ACE_CIFAR100_50, ACE_CIFAR10, ACE_CIFAR10_50,
+        FOCAL_CIFAR100, CB_FOCAL_CIFAR100, BALANCED_SOFTMAX_CIFAR100, LOGIT_ADJUSTMENT_CIFAR100,
+        CRT_CIFAR100, LWS_CIFAR100, TAU_NORM_CIFAR100, NCM_CIFAR100,
+        BBN_CIFAR100, OLTR_CIFAR100, LFME_CIFAR100, M2M_CIFAR100,
     )
 }  # fmt: skip

@@ -1,0 +1,577 @@
+"""The formulas of the baselines, against golden values, hand-worked cases and plain references."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.training.test_losses import COUNTS, EXACT, LABELS, golden_logits
+from training.data.sets import DataError, Images
+from training.evaluate import macs_of
+from training.loop import parameter_groups
+from training.methods import bbn, lfme, m2m, oltr
+from training.methods.decoupled import (
+    NearestMeanClassifier,
+    ScaledClassifier,
+    class_mean_accuracy,
+    fit_nearest_means,
+    fit_tau_norm,
+    tau_normalised,
+)
+from training.methods.individual import IndividualLoss
+from training.methods.losses import effective_number_weights, focal_loss
+from training.methods.method import Model, build_model, scheduled_lr
+from training.models.classifiers import LinearClassifier
+from training.models.multi_expert import Expert, MultiExpertNet, Trunk
+from training.recipe import RecipeError
+from training.recipes import RECIPES
+
+MEAN_STD = ((0.5,) * 3, (0.25,) * 3)
+
+
+def tiny(name, **fields):
+    """A recipe on 8x8 images."""
+    return dataclasses.replace(RECIPES[name], image_size=8, compile=False, **fields)
+
+
+def noise(count, seed=0):
+    """(count, 8, 8, 3), uint8."""
+    return torch.randint(0, 256, (count, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def net_of_features(classifier):
+    """A net of one expert whose features are the first numbers of the image, unscaled."""
+    width = classifier.in_features
+
+    class First(nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :width]
+
+    return MultiExpertNet(Trunk(nn.Identity(), (0.0,) * 3, (1 / 255,) * 3), [Expert(First(), classifier)])
+
+
+def test_focal_loss_has_its_golden_value():
+    """Gamma 1 on the first expert; gamma 0 is cross-entropy."""
+    logits = golden_logits()[0]
+
+    assert focal_loss(logits, LABELS, 1.0).item() == pytest.approx(7.546944, **EXACT)
+    assert focal_loss(logits, LABELS, 0.0).item() == pytest.approx(7.572661, **EXACT)
+
+
+def test_class_balanced_focal_loss_weighs_images_but_not_their_probability():
+    """By hand: p = 3/4 and 1/2 with weights 1 and 3."""
+    logits = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])
+    each = [0.25**2 * math.log(4 / 3), 0.5**2 * math.log(2.0)]
+
+    loss = focal_loss(logits, torch.tensor([0, 1]), 2.0, torch.tensor([1.0, 3.0]))
+
+    assert loss.item() == pytest.approx((each[0] + 3 * each[1]) / 4, rel=1e-6)
+
+
+def test_the_cb_focal_recipe_weighs_classes_from_the_first_epoch():
+    """Not deferred as in DRW; the focal recipe never does."""
+    logits = golden_logits()[0]
+    weighted, plain = (
+        IndividualLoss("focal", RECIPES[name], COUNTS)(logits, LABELS, 0).item()
+        for name in ("cb-focal-cifar100", "focal-cifar100")
+    )
+
+    weights = effective_number_weights(COUNTS, 0.9999).double()
+    assert weighted == pytest.approx(focal_loss(logits, LABELS, 1.0, weights).item(), **EXACT)
+    assert plain == pytest.approx(7.546944, **EXACT)
+
+
+def test_balanced_softmax_and_logit_adjustment_at_tau_1_are_the_same_loss():
+    """Cross-entropy after the log of the class frequencies was added."""
+    logits = golden_logits()[0]
+    expected = F.cross_entropy(logits + torch.tensor(COUNTS).double().log(), LABELS).item()
+
+    for name in ("balanced-softmax-cifar100", "logit-adjustment-cifar100"):
+        recipe = RECIPES[name]
+        found = IndividualLoss(recipe.loss, recipe, COUNTS)(logits, LABELS, 0).item()
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_tau_0_leaves_the_weights_and_tau_1_makes_them_unit_vectors():
+    """And what lies between scales by the length to the power 1 − τ."""
+    weight = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 6).unsqueeze(1)
+
+    assert torch.equal(tau_normalised(weight, 0), weight)
+    assert tau_normalised(weight, 1).norm(dim=1).tolist() == pytest.approx([1] * 5)
+    lengths = tau_normalised(weight, 0.3).norm(dim=1)
+    assert torch.allclose(lengths, weight.norm(dim=1) ** 0.7)
+
+
+def test_tau_is_what_is_best_on_held_out_images():
+    """The frequent class has long weights: equal votes need τ = 1 or about it. The bias goes."""
+    classifier = LinearClassifier(2, 2)
+    classifier.weight.data, classifier.bias.data = torch.tensor([[100.0, 0.0], [0.0, 1.0]]), torch.tensor([3.0, -3.0])
+    features = torch.tensor([[9.0, 10.0], [10.0, 9.0], [8.0, 9.0], [12.0, 11.0]])
+    pixels = torch.zeros(4, 1, 1, 3)
+    pixels[:, 0, 0, :2] = features
+    heldout = Images(pixels, torch.tensor([1, 0, 1, 0]))
+    net = net_of_features(classifier)
+
+    with torch.no_grad():
+        found = fit_tau_norm(net, None, heldout, heldout)
+
+    assert found["heldout_accuracy"] == {"0": 100.0}
+    assert found["tau"] == {"0": 1.0}
+    assert classifier.weight.norm(dim=1).tolist() == pytest.approx([1, 1])
+    assert classifier.bias.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("kind", ["un", "l2n", "cl2n"])
+def test_the_nearest_mean_classifier_finds_the_nearest_mean(kind):
+    """The linear logits choose the class that a brute-force search over distances chooses."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 5
+    features = torch.randn(60, 4, generator=generator) + 2 * F.one_hot(labels, 5)[:, :4] + 1
+    asked = 2 * torch.randn(200, 4, generator=generator)
+    centre = features.mean(dim=0) if kind == "cl2n" else torch.zeros(4)
+
+    def transformed(each):
+        return each - centre if kind == "un" else (each - centre) / (each - centre).norm(dim=1, keepdim=True)
+
+    means = torch.stack([transformed(features)[labels == c].mean(dim=0) for c in range(5)])
+    nearest = [min(range(5), key=lambda c: float((g - means[c]).square().sum())) for g in transformed(asked)]
+    classifier = NearestMeanClassifier(4, 5)
+    with torch.no_grad():
+        classifier.fit(features, labels, kind)
+
+        assert classifier(asked).argmax(dim=1).tolist() == nearest
+
+
+def test_the_kind_of_features_is_what_is_best_on_held_out_images():
+    """Classes differ in direction, images in length, and one class was seen long, the other short."""
+    directions = torch.tensor([[1.0, 0.2], [0.2, 1.0]])
+    labels = torch.arange(20) % 2
+    lengths = torch.linspace(1, 30, 20).unsqueeze(1)
+    lengths[:6] = torch.tensor([20.0, 2.0] * 3).unsqueeze(1)
+    pixels = torch.zeros(20, 1, 1, 3)
+    pixels[:, 0, 0, :2] = directions[labels] * lengths
+    train = Images(pixels[:6], labels[:6])
+    classifier = NearestMeanClassifier(2, 2)
+
+    with torch.no_grad():
+        found = fit_nearest_means(net_of_features(classifier), "best", train, Images(pixels[6:], labels[6:]))
+
+    assert found["features"] == {"0": "l2n"}
+    assert found["heldout_accuracy"] == {"0": 100.0}
+    assert bool(classifier.unit_length)
+
+
+def test_lws_trains_only_the_scales_and_starts_from_the_classifier():
+    """s = 1 changes nothing; the bias is scaled too."""
+    linear = LinearClassifier(3, 2)
+    nn.init.normal_(linear.bias)
+    scaled, features = ScaledClassifier(linear), torch.randn(4, 3)
+
+    assert torch.equal(scaled(features), linear(features))
+    scaled.scales[0].data = torch.tensor([2.0, 0.5])
+    assert torch.allclose(scaled(features), linear(features) * torch.tensor([2.0, 0.5]))
+
+
+def test_the_accuracy_that_choices_are_made_by_is_the_mean_over_classes():
+    """Nine of ten right in one class, none of one in the other; a class without images does not count."""
+    logits = torch.zeros(11, 3)
+    logits[:9, 0], logits[9:, 2] = 1, 1
+
+    assert class_mean_accuracy(logits, torch.tensor([0] * 10 + [1])) == pytest.approx(45)
+
+
+def test_bbn_moves_from_the_uniform_to_the_reversed_branch():
+    """α = 1 − (e/200)²."""
+    assert [bbn.uniform_share(epoch, 200) for epoch in (0, 100, 199)] == pytest.approx([1, 0.75, 1 - 0.995**2])
+
+
+def test_bbn_mixes_features_and_losses_by_alpha():
+    """Against a direct computation on random features: 2α and 2(1 − α), and both cross-entropies of the same logits."""
+    generator = torch.Generator().manual_seed(0)
+    features, classifier = torch.randn(1, 3, 8, generator=generator), LinearClassifier(8, 4)
+    labels = torch.tensor([0, 1, 2, 3, 3, 2])
+
+    def network(images):
+        return bbn.Outputs(torch.zeros(1, 3, 4), features)
+
+    outputs, losses = bbn.step(classifier, 200, network, torch.zeros(6), labels, 100, generator)
+
+    mixed = torch.cat([1.5 * features[0, :, :4], 0.5 * features[0, :, 4:]], dim=1)
+    logits = mixed @ classifier.weight.T + classifier.bias
+    expected = 0.75 * F.cross_entropy(logits, labels[:3]) + 0.25 * F.cross_entropy(logits, labels[3:])
+    assert losses["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert outputs.expert_logits.shape == (1, 6, 4)
+    assert torch.allclose(outputs.expert_logits[0, 3:], logits)
+
+
+def test_bbn_branches_see_their_own_half_in_training_and_every_image_in_evaluation():
+    """The second half does not reach the conventional branch's batch norms, nor the first half the other's."""
+    torch.manual_seed(0)
+    model, _ = bbn.build(tiny("bbn-cifar100"), [9, 5, 2], *MEAN_STD)
+    images = noise(8)
+    other = torch.cat([images[:4], noise(4, seed=1)])
+    model.eval()
+    with torch.no_grad():
+        assert model.net(images).expert_features.shape == (1, 8, 128)
+        model.net.experts[0].layers.train()
+        for module in model.net.experts[0].layers.shared.modules():
+            module.eval()
+        first, second = (model.net(each).expert_features[0] for each in (images, other))
+    assert first.shape == (4, 128)
+    assert torch.equal(first[:, :64], second[:, :64])
+    assert not torch.allclose(first[:, 64:], second[:, 64:])
+
+
+def test_bbn_costs_what_its_paper_says():
+    """One more block than ResNet-32, 128 features: 74.2 M; the published 74.3 comes from another tool."""
+    model, _ = bbn.build(RECIPES["bbn-cifar100"], [1] * 100, *MEAN_STD)
+    trunk, experts, _ = macs_of(model, 32)
+
+    assert (trunk + sum(experts)) / 1e6 == pytest.approx(74.2, abs=0.05)
+
+
+def test_the_bbn_recipe_warms_up_from_a_third_and_drops_at_120_and_160():
+    """As in the authors' configuration."""
+    recipe = RECIPES["bbn-cifar100"]
+    rates = [scheduled_lr(recipe, epoch) for epoch in (0, 1, 4, 5, 119, 120, 160)]
+
+    assert rates == pytest.approx([0.1 / 3, 0.14 / 3, 0.26 / 3, 0.1, 0.1, 1e-3, 1e-5])
+
+
+@pytest.mark.parametrize(("accuracy", "weight"), [(0, 1), (14.9, 1), (15.1, 0.9971428), (32.5, 0.5), (50, 0), (60, 0)])
+def test_a_teacher_falls_silent_as_the_student_catches_up(accuracy, weight):
+    """Teacher at 50 %, threshold 0.3: full weight below 15 %, then linear to 0 at 50 %."""
+    assert lfme.teacher_weight(accuracy, 50, 0.3) == pytest.approx(weight)
+
+
+def test_a_teacher_that_is_never_right_weighs_nothing():
+    """Instead of dividing by 0."""
+    assert lfme.teacher_weight(0, 0, 0.3) == 0
+
+
+def test_hard_images_enter_slowly():
+    """From the teacher's confidence to 1 at half of the epochs, and no further."""
+    confidence = torch.tensor([0.1, 0.6])
+
+    weights = [lfme.curriculum_weights(confidence, epoch, 90).tolist() for epoch in (0, 9, 45, 89)]
+    assert weights == [pytest.approx(each) for each in ([0.1, 0.6], [0.28, 0.68], [1, 1], [1, 1])]
+
+
+def test_lfme_distils_each_split_on_its_own_classes():
+    """The student's step against a direct computation: scaled logits, slices, temperature 2, teachers' weights."""
+    torch.manual_seed(0)
+    recipe = tiny("lfme-cifar100")
+    model, _ = lfme.build(recipe, [150, 120, 50, 10], *MEAN_STD)
+    model.eval()
+    student = lfme.Student(recipe, model, lfme.classes_of_splits([150, 120, 50, 10]))
+    student.weights = {"many": 0.5, "medium": 1.0, "few": 0.0}
+    images, labels = noise(4), torch.tensor([1, 2, 3, 0])
+
+    _, losses = student.step(model.net, images, labels, 25, torch.Generator())
+
+    slices = {"many": [0, 1], "medium": [2], "few": [3]}
+    taught = {name: model.teachers[name](images).expert_logits[0][:, classes] for name, classes in slices.items()}
+    p_many = torch.softmax(taught["many"], dim=1)
+    confidence = torch.stack([p_many[0, 1], torch.tensor(1.0), torch.tensor(1.0), p_many[3, 0]])
+    logits = (confidence + (1 - confidence) * 0.25).unsqueeze(1) * model.net(images).expert_logits[0]
+    p, q = torch.softmax(taught["many"] / 2, dim=1), torch.softmax(logits[:, :2] / 2, dim=1)
+    assert losses["many"].item() == pytest.approx(0.5 * (p * (p / q).log()).sum(dim=1).mean().item(), rel=1e-4)
+    assert (losses["medium"].item(), losses["few"].item()) == (0, 0)
+    assert losses["cross_entropy"].item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert losses["loss"].item() == pytest.approx(losses["cross_entropy"].item() + losses["many"].item(), rel=1e-5)
+
+
+def test_the_student_is_weighed_on_held_out_images():
+    """A student that already does as well as its teachers is left to itself; one that knows nothing is not."""
+    torch.manual_seed(0)
+    counts = [150, 120, 50, 10]
+    recipe = tiny("lfme-cifar100")
+    model, _ = lfme.build(recipe, counts, *MEAN_STD)
+    classifier = model.teachers["many"].experts[0].classifier
+    nn.init.zeros_(classifier.weight)
+    classifier.bias.data = torch.tensor([9.0, 0, 0, 0])  # right in one of its two classes
+    model.net.experts[0].classifier.load_state_dict(classifier.state_dict())
+    student = lfme.Student(recipe, model.eval(), lfme.classes_of_splits(counts))
+
+    with torch.no_grad():
+        student.prepare(None, Images(noise(4), torch.tensor([0, 1, 2, 3])), 0)
+
+    assert student.weights == {"many": 0, "medium": 1, "few": 1}
+
+
+def test_a_teacher_is_judged_by_its_own_classes_only():
+    """Other classes have no part in its loss, and get no gradient."""
+    torch.manual_seed(0)
+    model, stages = lfme.build(tiny("lfme-cifar100"), [150, 50, 10], *MEAN_STD)
+    teacher = model.teachers["medium"].train()
+
+    outputs, losses = stages[1].step(teacher, noise(4), torch.ones(4, dtype=torch.long), 0, torch.Generator())
+    losses["loss"].backward()
+
+    assert stages[1].network is teacher
+    assert outputs.expert_logits[0].argmax(dim=1).tolist() == [1] * 4
+    assert teacher.experts[0].classifier.weight.grad[[0, 2]].abs().max() == 0
+
+
+def test_lfme_needs_classes_in_every_split():
+    """A teacher without images could not be trained."""
+    with pytest.raises(DataError, match="no class is many; many is more than 100"):
+        lfme.build(tiny("lfme-cifar100"), [90, 50, 10], *MEAN_STD)
+
+
+def test_m2m_takes_seeds_from_more_frequent_classes_only():
+    """Images of the largest class stay; seeds have more images than their target, and the stated acceptance."""
+    counts = torch.tensor([500, 50, 5])
+    labels = torch.tensor([0, 1, 2] * 200)
+
+    chosen = m2m.plan(labels, counts, 0.999, torch.Generator().manual_seed(0))
+
+    targets, seeds = labels[chosen.places], labels[chosen.seeds]
+    assert (counts[seeds] > counts[targets]).all()
+    expected = 1 - 0.999 ** (counts[seeds] - counts[targets]).double()
+    assert torch.allclose(chosen.acceptance, expected)
+    stayed = 1 - torch.bincount(targets, minlength=3) / 200
+    assert stayed.tolist() == pytest.approx([1, 0.1, 0.01], abs=0.05)
+    from_head = (seeds[targets == 2] == 0).double().mean().item()
+    head, middle = 1 - 0.999**495, 1 - 0.999**45
+    assert from_head == pytest.approx(head / (head + middle), abs=0.05)
+
+
+def test_m2m_without_a_more_frequent_class_in_the_batch_changes_nothing():
+    """There is nothing to start from."""
+    chosen = m2m.plan(torch.tensor([2, 2]), torch.tensor([500, 50, 5]), 0.999, torch.Generator().manual_seed(0))
+
+    assert len(chosen.places) == len(chosen.seeds) == len(chosen.acceptance) == 0
+
+
+def test_m2m_accepts_by_the_judge_and_by_chance():
+    """Below γ never; at γ and above with the plan's probability."""
+    generator = torch.Generator().manual_seed(0)
+    judged = torch.tensor([0.89, 0.9, 1.0]).repeat(1000)
+    acceptance = torch.tensor([1.0, 1.0, 0.25], dtype=torch.float64).repeat(1000)
+
+    shares = m2m.accepted(judged, acceptance, 0.9, generator).view(1000, 3).double().mean(dim=0)
+
+    assert shares.tolist() == pytest.approx([0, 1, 0.25], abs=0.04)
+
+
+@pytest.fixture(scope="module")
+def two_nets():
+    """A model with its generator, in evaluation mode, with three classes."""
+    torch.manual_seed(0)
+    recipe = tiny("m2m-cifar100")
+    model, _ = m2m.build(recipe, [500, 50, 5], *MEAN_STD)
+    with torch.no_grad():  # lively running statistics
+        model.train()
+        for net in (model.net, model.teachers["generator"]):
+            for seed in range(10):
+                net(noise(64, seed))
+    return recipe, model.eval().requires_grad_(False)
+
+
+def test_generated_images_are_images_nearer_to_their_new_class(two_nets):
+    """They lie within the range of pixels, differ from their seeds, and the judge finds their target more likely."""
+    recipe, model = two_nets
+    judge, seeds, targets = model.teachers["generator"], noise(6, seed=3), torch.tensor([1, 2] * 3)
+    before = F.softmax(judge(seeds).expert_logits[0], dim=1)[torch.arange(6), targets]
+
+    made, after = m2m.translate(
+        model.net, judge, seeds, torch.zeros(6).long(), targets, recipe, torch.Generator().manual_seed(0)
+    )
+
+    assert made.min() >= 0
+    assert made.max() <= 255
+    moved = ((made - seeds) / 255).flatten(1).norm(dim=1)
+    assert moved.min() > 0.1
+    assert moved.max() <= recipe.m2m_noise + recipe.m2m_steps * recipe.m2m_step_size + 1e-4
+    assert (after > before).all()
+    assert torch.allclose(after, F.softmax(judge(made).expert_logits[0], dim=1)[torch.arange(6), targets])
+
+
+def test_the_trained_networks_logit_of_the_old_class_is_lowered(two_nets):
+    """With a large λ more so than without."""
+    recipe, model = two_nets
+    seeds, targets = noise(6, seed=3), torch.ones(6).long()
+
+    def left(weight):
+        made, _ = m2m.translate(
+            model.net, model.teachers["generator"], seeds, torch.zeros(6).long(), targets,
+            dataclasses.replace(recipe, m2m_lambda=weight), torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        return model.net(made).expert_logits[0][:, 0].mean().item()
+
+    assert left(10.0) < left(0.0) - 0.1
+
+
+def test_m2m_replaces_accepted_images_and_keeps_all_labels(two_nets):
+    """With γ = 0 all that chance allows, with an impossible γ none; the share is logged."""
+    recipe, model = two_nets
+    counts, labels = torch.tensor([500, 50, 5]), torch.tensor([0, 1, 2, 0, 0, 1, 2, 2])
+    images = noise(8, seed=5)
+    loss = m2m.SingleLoss(recipe, counts.tolist())
+    shown = []
+
+    def network(batch):
+        shown.append(batch)
+        return model.net(batch)
+
+    for gamma, changed in ((0.0, True), (1.0, False)):
+        _, losses = m2m.step(
+            dataclasses.replace(recipe, m2m_gamma=gamma), model, model.teachers["generator"], counts, loss, 160,
+            network, images, labels, 0, torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        different = (shown[-1] != images).flatten(1).any(dim=1)
+        assert losses["generated"].item() == pytest.approx(different.float().mean().item())
+        assert different.any() == changed
+        assert not different[labels == 0].any()
+        assert images.dtype == torch.uint8
+    model.eval()
+
+
+def test_the_schedule_of_m2m_goes_on_where_translation_begins():
+    """Two stages of one schedule: 160 epochs and 40."""
+    _, stages = m2m.build(RECIPES["m2m-cifar100"], [500, 50, 5], *MEAN_STD)
+
+    assert [(stage.name, stage.epochs) for stage in stages] == [
+        ("generator", 200), ("experts", 160), ("translated", 40)
+    ]  # fmt: skip
+    assert [stages[1].lr(159), stages[2].lr(0), stages[2].lr(20)] == pytest.approx([0.1, 1e-3, 1e-5])
+
+
+@pytest.fixture(scope="module")
+def memory_model():
+    """OLTR's model with attention and memory in place, both filled with numbers; and its stages."""
+    torch.manual_seed(0)
+    model, stages = oltr.build(tiny("oltr-cifar100"), [9, 5, 2], *MEAN_STD)
+    stages[1].arrange()
+    for _, parameter in model.net.experts[0].classifier.named_parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model.eval(), stages
+
+
+def test_oltr_enriches_features_by_its_memory(memory_model):
+    """Against a loop over images with the paper's formula and the code's squashed cosine."""
+    classifier = memory_model[0].net.experts[0].classifier
+    features = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).abs()
+    centroids = classifier.memory.centroids
+    expected = []
+    for f in features:
+        shares = torch.softmax(classifier.concepts.weight @ f + classifier.concepts.bias, dim=0)
+        selector = torch.tanh(classifier.selector.weight @ f + classifier.selector.bias)
+        reach = 10 / min((f - centroid).norm() for centroid in centroids)
+        v = reach * (f + selector * (shares @ centroids))
+        squashed = v.norm() / (1 + v.norm()) * v / v.norm()
+        expected.append(torch.stack([16 * squashed @ w / w.norm() for w in classifier.cosine.weight]))
+
+    assert torch.allclose(classifier(features), torch.stack(expected), atol=1e-4)
+
+
+def test_the_centroid_loss_draws_to_the_own_centroid_and_pushes_from_others():
+    """By hand: two classes at distance 2 and 3 from features on the axes."""
+    memory = oltr.Memory(2, 2)
+    memory.centroids.data = torch.tensor([[0.0, 0.0], [4.0, 0.0]])
+    features, labels = torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1])
+    attract = (1 + 4) / 2 / 2
+    repel = 10 - (9 + 4) / (2 * 2)
+
+    loss = oltr.centroid_loss(memory, features, labels, 10, 0.01)
+
+    assert loss.item() == pytest.approx(attract + 0.01 * repel)
+    assert oltr.centroid_loss(memory, features, labels, 3, 0.01).item() == pytest.approx(attract)
+
+
+def test_centroids_learn_from_their_own_loss_alone(memory_model):
+    """The classification does not reach them."""
+    model, stages = memory_model
+    outputs = model.net(noise(4))
+    losses = stages[2].losses(outputs, torch.tensor([0, 1, 2, 0]), 0)
+    centroids = model.net.experts[0].classifier.memory.centroids
+
+    (slope,) = torch.autograd.grad(losses["cross_entropy"], centroids, retain_graph=True, allow_unused=True)
+    assert slope is None
+    (slope,) = torch.autograd.grad(losses["centroid"], centroids)
+    assert slope.abs().max() > 0
+
+
+def test_attention_begins_as_the_identity_and_then_weighs_places():
+    """Against a direct computation; the places' weights sum to 1."""
+    torch.manual_seed(0)
+    attention, x = oltr.ModulatedAttention(4, 6), torch.randn(2, 4, 2, 3)
+    assert torch.equal(attention(x), x)
+
+    nn.init.normal_(attention.out.weight)
+    flat = x.flatten(2)
+    value, query, key = (
+        torch.einsum("oc,bcp->bop", layer.weight[:, :, 0, 0], flat) + layer.bias[:, None]
+        for layer in (attention.value, attention.query, attention.key)
+    )
+    weights = torch.softmax(torch.einsum("bop,boq->bpq", query, key), dim=2)
+    mask = torch.einsum("co,bop->bcp", attention.out.weight[:, :, 0, 0], torch.einsum("bpq,boq->bop", weights, value))
+    places = torch.softmax(x.flatten(1) @ attention.spatial.weight.T + attention.spatial.bias, dim=1)
+    assert torch.allclose(attention(x).flatten(2), flat + places.unsqueeze(1) * mask, atol=1e-5)
+
+
+def test_the_memory_is_filled_with_class_means():
+    """Of the features as stage 1 leaves them; W_h is the first stage's classifier."""
+    torch.manual_seed(0)
+    model, stages = oltr.build(tiny("oltr-cifar100"), [9, 5, 2], *MEAN_STD)
+    images, labels = noise(6), torch.tensor([0, 1, 2, 0, 1, 0])
+    first = model.net.experts[0].classifier
+    with torch.no_grad():
+        features = model.eval().net(images).expert_features[0]
+        stages[1].arrange()
+        model.eval()
+        stages[1].fit(Images(images, labels), Images(images, labels))
+
+    classifier = model.net.experts[0].classifier
+    assert classifier.concepts is first
+    means = torch.stack([features[labels == c].mean(dim=0) for c in range(3)])
+    assert torch.allclose(classifier.memory.centroids, means, rtol=1e-4, atol=1e-4)
+
+
+def test_oltr_learns_classifiers_faster_than_features_and_centroids(memory_model):
+    """0.1 against 0.01, a tenth after each third; every parameter once."""
+    model, stages = memory_model
+    groups = parameter_groups(stages[2])
+    classifier = model.net.experts[0].classifier
+
+    assert [group["factor"] for group in groups] == pytest.approx([1, 10, 10, 10])
+    assert any(parameter is classifier.memory.centroids for parameter in groups[0]["params"])
+    assert sum(len(group["params"]) for group in groups) == len(list(model.net.parameters()))
+    assert [stages[2].lr(epoch) for epoch in (0, 19, 20, 59)] == pytest.approx([0.01, 0.01, 1e-3, 1e-4])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("ncm-cifar100", {"retrain_epochs": "5"}, "retrain_epochs=5: retrain='ncm' has a closed form; 1 is possible"),
+        ("tau-norm-cifar100", {"classifier": "cosine"}, "retrain='tau_norm' needs the linear one"),
+        ("bbn-cifar100", {"retrain_epochs": "5"}, "method 'bbn' has no such stage"),
+        ("bbn-cifar100", {"classifier": "cosine"}, "method 'bbn' has the linear classifier"),
+        ("oltr-cifar100", {"loss": "focal"}, "and loss 'ce'"),
+        ("lfme-cifar100", {"n_experts": "3"}, "method 'lfme' trains one expert"),
+        ("lfme-cifar100", {"first_stage": "runs/ce"}, "method 'lfme' has no stage that a run can replace"),
+        ("m2m-cifar100", {"m2m_from": "1"}, "m2m_from=1.0: of epochs=200, one at least"),
+        ("m2m-cifar100", {"m2m_beta": "1"}, "m2m_beta=1.0: must be from 0"),
+        ("crt-cifar100", {"retrain_loss": "ldam"}, "need the cosine classifier"),
+        ("crt-cifar100", {"retrain": "svm"}, "must be one of crt, lws, tau_norm, ncm"),
+    ],
+)
+def test_impossible_baselines_are_refused(name, settings, message):
+    """The message names the field, the value and what is possible."""
+    with pytest.raises(RecipeError, match=message):
+        RECIPES[name].override(settings)
+
+
+def test_a_model_carries_its_teachers_in_its_checkpoint():
+    """So that a resumed training has them."""
+    recipe = tiny("ce-cifar100")
+    nets = [build_model(recipe, 2, *MEAN_STD).net for _ in range(2)]
+
+    names = Model(nets[0], None, {"generator": nets[1]}).state_dict().keys()
+
+    assert {name.split(".")[0] for name in names} == {"net", "teachers"}
+    assert {name.split(".")[0] for name in Model(nets[0], None).state_dict()} == {"net"}
