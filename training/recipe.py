@@ -35,6 +35,9 @@ class Recipe:
         holdout_share, test_share: of each class of a "natural" set; the latter only where the set has no test images.
         image_size: side of the square network input, pixels.
         mean, std: per channel (R, G, B), pixels in [0, 1]; None: measured on the training images.
+        backbone: of training/models/backbones.py: CIFAR ResNets, ResNets, ResNeXts (32x4d), Swin transformers.
+        share_stage3: the experts have the third of four stages in common too (ResNets and ResNeXts).
+        drop_path: share of images for which the last Swin block is skipped in training; it grows from 0 at the first.
         n_experts: 1 to 6.
         reduced: 3/4 of the width in the experts, as in RIDE's tables.
         classifier: "cosine" (scale `cosine_scale`, no bias) or "linear" (with bias).
@@ -80,6 +83,12 @@ class Recipe:
     image_size: int = 32
     mean: tuple[float, float, float] | None = CIFAR_MEAN
     std: tuple[float, float, float] | None = CIFAR_STD
+    backbone: Literal[
+        "resnet20_cifar", "resnet32_cifar", "resnet44_cifar", "resnet56_cifar",
+        "resnet10", "resnet50", "resnet101", "resnet152", "resnext50", "resnext101", "swin_t", "swin_s",
+    ] = "resnet32_cifar"  # fmt: skip
+    share_stage3: bool = False
+    drop_path: float = 0.0
     n_experts: int = 1
     reduced: bool = False
     classifier: Literal["cosine", "linear"] = "cosine"
@@ -141,6 +150,11 @@ class Recipe:
                 raise RecipeError(f"{field}={getattr(self, field)}: must be three numbers, one per channel")
         if self.std is not None and min(self.std) <= 0:
             raise RecipeError(f"std={self.std}: must be positive")
+        swin, cifar = self.backbone.startswith("swin"), self.backbone.endswith("_cifar")
+        if self.share_stage3 and (swin or cifar):
+            raise RecipeError(f"share_stage3=True: only ResNets of four stages can, {self.backbone} is none")
+        if self.drop_path and not swin:
+            raise RecipeError(f"drop_path={self.drop_path:g}: only Swin transformers have it, {self.backbone} is none")
         if self.method == "single" and self.n_experts != 1:
             raise RecipeError(f"n_experts={self.n_experts}: method {self.method!r} trains one expert")
         if self.loss == "ldam" and self.classifier != "cosine":
@@ -194,7 +208,8 @@ _INFINITE = float("inf")
 _RANGES = (
     ("imbalance", 1, _INFINITE), ("n_max", 1, _INFINITE), ("subset_seed", 0, 2**32 - 1),
     ("holdout_per_class", 1, _INFINITE),
-    ("holdout_share", 0.01, 0.5), ("test_share", 0.01, 0.5), ("image_size", 8, 1024), ("n_experts", 1, 6),
+    ("holdout_share", 0.01, 0.5), ("test_share", 0.01, 0.5), ("image_size", 8, 1024),
+    ("drop_path", 0, 0.99), ("n_experts", 1, 6),
     ("cosine_scale", 1e-3, 1e3), ("epochs", 1, 100_000), ("batch_size", 1, 65_536), ("lr", 1e-9, 100),
     ("momentum", 0, 0.9999),
     ("weight_decay", 0, 1), ("warmup_epochs", 0, 10_000), ("lr_drop_factor", 1e-9, 1), ("crop_padding", 0, 256),

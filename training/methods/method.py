@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from training.models.backbones import BACKBONES
 from training.models.classifiers import CosineClassifier, LinearClassifier
 from training.models.multi_expert import Expert, MultiExpertNet, Outputs, Trunk
-from training.models.resnet_cifar import expert_layers, trunk
 from training.models.router import Routers
 from training.recipe import Recipe
 
@@ -69,17 +69,19 @@ class Method(Protocol):
 
 def build_model(recipe: Recipe, n_classes: int, mean: Sequence[float], std: Sequence[float]) -> Model:
     """The network that `recipe` describes, with fresh weights from torch's global generator."""
+    backbone = BACKBONES[recipe.backbone]
+    width = backbone.n_features(recipe.reduced)
 
     def expert() -> Expert:
-        layers, width = expert_layers(recipe.reduced)
+        layers = backbone.expert(recipe)
         if recipe.classifier == "cosine":
             return Expert(layers, CosineClassifier(width, n_classes, recipe.cosine_scale))
         return Expert(layers, LinearClassifier(width, n_classes))
 
-    net = MultiExpertNet(Trunk(trunk(), mean, std), [expert() for _ in range(recipe.n_experts)])
+    net = MultiExpertNet(Trunk(backbone.trunk(recipe), mean, std), [expert() for _ in range(recipe.n_experts)])
+    backbone.share_layers([cast(Expert, each) for each in net.experts])
     routers = None
     if recipe.n_experts > 1:
-        width = expert_layers(recipe.reduced)[1]
         routers = Routers(recipe.n_experts, width, n_classes, recipe.router_top_k, recipe.router_hidden)
     return Model(net, routers)
 
