@@ -108,7 +108,7 @@ class TorchFile:
             content = self._bytes_of(stored.storage)
             if len(content) != stored.storage.n_bytes:
                 raise TorchFileError(f"storage {stored.storage.key[:50]!r} is cut short")
-        if not content:
+        if 0 in stored.shape:
             return torch.empty(stored.shape, dtype=stored.storage.dtype)
         flat = torch.frombuffer(bytearray(content), dtype=stored.storage.dtype)
         return flat.as_strided(stored.shape, stored.strides, stored.offset).clone()

@@ -20,7 +20,7 @@ from model_export.bundle import (
     split_of,
     write_manifest,
 )
-from tests.tiny import operating_points, parity
+from tests.tiny import operating_points, parity, remove_routers
 
 
 @pytest.fixture
@@ -295,6 +295,19 @@ def test_a_manifest_that_is_not_so_is_refused(bundle, key, value, words):
         read_bundle(bundle)
     assert words in str(refusal.value)
     assert len(str(refusal.value)) < 700 or len(str(value)) > 700
+
+
+def test_a_model_without_routers_is_a_bundle(bundle):
+    """It has another rule than the router's, in the calibration too; some routers are as wrong as too many."""
+    manifest = read_bundle(remove_routers(bundle, "margin")).manifest
+    assert (manifest.n_experts, manifest.macs.routers, manifest.variants["fp32"].routers) == (3, (), ())
+
+    points = sorted(operating_points(3) + operating_points(3, "margin"), key=lambda point: point.mean_experts)
+    for changed in ({"rule": "router"}, {"calibration": dataclasses.replace(manifest.calibration, points=points)}):
+        with pytest.raises(BundleError, match="the rule 'router' has nothing to ask; expected another rule"):
+            dataclasses.replace(manifest, **changed)
+    with pytest.raises(BundleError, match=r"variants.fp32.routers: has 0 entries; expected 2, as many as macs.routers"):
+        dataclasses.replace(manifest, macs=dataclasses.replace(manifest.macs, routers=(12, 12)))
 
 
 def test_strings_that_cannot_be_written_are_refused(bundle):
