@@ -3,7 +3,9 @@ The checkpoints that RIDE's authors publish, as models of ours.
 
 A file holds `arch` (the class of their network), `epoch` and `state_dict`, and what is not needed here: the optimiser's
 state, the criterion and an object of their configuration's class. It says neither the classes and their counts nor the
-normalisation nor the scale of the cosine classifier; those come from the caller.
+normalisation nor the scale of the cosine classifier; those come from the caller. The larger nets were tested on the
+middle 224 of 256 pixels, a bundle scales the shorter side to 224: the same pixels get the same logits, yet a photograph
+does not become the same pixels.
 
 Source: RIDE's public code and model zoo, arXiv:2010.01809.
 """
@@ -32,6 +34,8 @@ SETTABLE = (
     "data", "profile", "imbalance", "n_max", "subset_order", "subset_seed", "holdout_per_class", "holdout_share",
     "test_share", "image_size", "mean", "std", "cosine_scale",
 )  # fmt: skip
+_ONLY_THINNED = {"imbalance", "n_max", "subset_order", "holdout_per_class"}
+_ONLY_NATURAL = {"holdout_share", "test_share"}
 
 _IMAGENET = Recipe(
     name="published", method="ride", data="", profile="natural", image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD
@@ -80,8 +84,10 @@ class Published:
     @property
     def assumed(self) -> dict[str, Any]:
         """What the file does not say, and what is taken for it, by the name of the setting that changes it."""
-        unsaid = [name for name in SETTABLE if name != "cosine_scale" or self.recipe.classifier == "cosine"]
-        return {name: self.recipe.to_dict()[name] for name in unsaid}
+        idle = _ONLY_THINNED if self.recipe.profile == "natural" else _ONLY_NATURAL
+        if self.recipe.classifier == "linear":
+            idle = idle | {"cosine_scale"}
+        return {name: self.recipe.to_dict()[name] for name in SETTABLE if name not in idle}
 
 
 def read_published(file: Path, settings: Mapping[str, str]) -> Published:
@@ -208,7 +214,7 @@ def _load_into(model: Model, opened: TorchFile, arch: str, stored: dict[str, Sto
         if found != wanted:
             raise CheckpointError(
                 f"{path}: tensor backbone.{theirs} is {_shown(found)}; {arch} with {len(model.net.experts)} experts "
-                f"has {_shown(wanted)}"
+                f"has {'no such tensor' if wanted is None else wanted}"
             )
     loaded = {}
     for theirs, name in ours.items():

@@ -142,7 +142,7 @@ def renamed(state, old, new):
         (lambda s: {k: v for k, v in s.items() if k != "backbone.layer1.4.conv2.weight"},
          "tensor backbone.layer1.4.conv2.weight is missing; ResNet32EAModel with 2 experts has (16, 16, 3, 3)"),
         (lambda s: s | {"backbone.layer1.5.conv1.weight": torch.zeros(1, 2)},
-         "tensor backbone.layer1.5.conv1.weight is (1, 2); ResNet32EAModel with 2 experts has missing"),
+         "tensor backbone.layer1.5.conv1.weight is (1, 2); ResNet32EAModel with 2 experts has no such"),
         (lambda s: renamed(s, "layer2s.1", "layer2s.2"), "backbone.layer2s.1.0.conv1.weight is missing"),
         (lambda s: renamed(s, "backbone.", ""), "tensor conv1.weight is unexpected; all names begin with backbone."),
         (lambda s: {"module." + k if "bn1" in k else k: v for k, v in s.items()}, "module.backbone.bn1.weight is unex"),
@@ -500,6 +500,7 @@ def test_the_published_subset_of_cifar_is_the_default(tmp_path):
     large = save(tmp_path / "large.pth", "ResNet10Model", state_dict("ResNet10Model", 2, 40))
     assumed = read_published(large, {}).assumed
     assert (assumed["profile"], assumed["image_size"], assumed["mean"]) == ("natural", 224, [0.485, 0.456, 0.406])
+    assert "imbalance" not in assumed
 
 
 def test_a_file_with_any_byte_changed_is_read_or_refused(tmp_path):
