@@ -73,9 +73,7 @@ def _read(recipe: Recipe) -> tuple[str, dict[str, Tensor]]:
     except Exception as error:  # unpickling damaged or foreign bytes may fail in any way
         raise CheckpointError(f"pretrained={file}: cannot be read ({error})") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(
-            f"pretrained={file}: must hold tensors by name and nothing else, as torchvision's do"
-        )
+        raise CheckpointError(f"pretrained={file}: must hold tensors by name and nothing else, as torchvision's do")
     return str(file), content
 
 

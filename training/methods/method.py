@@ -104,19 +104,18 @@ def mixing_of(recipe: Recipe, n_classes: int) -> Mixing | None:
 def scheduled_lr(recipe: Recipe, epoch: int) -> float:
     """Linear warm-up, then `lr_drop_factor` at each of `lr_drops`, or the cosine; constant within an epoch."""
     if recipe.schedule == "cosine":
-        falling = warm_cosine_lr(recipe.lr - recipe.lr_min, recipe.epochs, recipe.warmup_epochs, epoch)
-        return falling + recipe.lr_min
+        return warm_cosine_lr(recipe.lr, recipe.epochs, recipe.warmup_epochs, epoch, recipe.lr_min)
     if epoch < recipe.warmup_epochs:
         return recipe.lr * (1 + epoch) / recipe.warmup_epochs
     drops = sum(epoch >= recipe.epoch_of(share) for share in recipe.lr_drops)
     return recipe.lr * recipe.lr_drop_factor**drops
 
 
-def warm_cosine_lr(base: float, epochs: int, warmup: int, epoch: int) -> float:
-    """Linear up to `base` over `warmup` epochs, then the cosine over those that are left."""
+def warm_cosine_lr(base: float, epochs: int, warmup: int, epoch: int, lowest: float = 0.0) -> float:
+    """Linear up to `base` over `warmup` epochs, then the cosine over those that are left, towards `lowest`."""
     if epoch < warmup:
         return base * (1 + epoch) / warmup
-    return cosine_lr(base, epochs - warmup, epoch - warmup)
+    return lowest + cosine_lr(base - lowest, epochs - warmup, epoch - warmup)
 
 
 def cosine_lr(base: float, epochs: int, epoch: int) -> float:
