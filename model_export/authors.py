@@ -3,9 +3,7 @@ The checkpoints that RIDE's authors publish, as models of ours.
 
 A file holds `arch` (the class of their network), `epoch` and `state_dict`, and what is not needed here: the optimiser's
 state, the criterion and an object of their configuration's class. It says neither the classes and their counts nor the
-normalisation nor the scale of the cosine classifier; those come from the caller. The larger nets were tested on the
-middle 224 of 256 pixels, a bundle scales the shorter side to 224: the same pixels get the same logits, yet a photograph
-does not become the same pixels.
+normalisation nor the scale of the cosine classifier; those come from the caller.
 
 Source: RIDE's public code and model zoo, arXiv:2010.01809.
 """
@@ -26,20 +24,20 @@ from model_export.torch_file import Stored, TorchFile, open_torch_file
 from training.checkpoint import CheckpointError
 from training.methods.method import Model, build_model
 from training.models.backbones import BACKBONES
-from training.recipe import Recipe, RecipeError
+from training.recipe import IMAGENET_MEAN, IMAGENET_STD, Recipe, RecipeError
 
 EXPERTS = range(2, 7)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SETTABLE = (
     "data", "profile", "imbalance", "n_max", "subset_order", "subset_seed", "holdout_per_class", "holdout_share",
-    "test_share", "image_size", "mean", "std", "cosine_scale",
+    "test_share", "image_size", "test_fit", "mean", "std", "cosine_scale",
 )  # fmt: skip
 _ONLY_THINNED = {"imbalance", "n_max", "subset_order", "holdout_per_class"}
 _ONLY_NATURAL = {"holdout_share", "test_share"}
 
 _IMAGENET = Recipe(
-    name="published", method="ride", data="", profile="natural", image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD
-)
+    name="published", method="ride", data="", profile="natural", image_size=224, test_fit="inner_crop",
+    mean=IMAGENET_MEAN, std=IMAGENET_STD,
+)  # fmt: skip
 _FAMILIES = {
     "ResNet32": Recipe(name="published", method="ride", data="", backbone="resnet32_cifar"),
     "ResNet10": dataclasses.replace(_IMAGENET, backbone="resnet10"),

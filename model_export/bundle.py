@@ -59,14 +59,15 @@ class InputSpec:
     How an image of any size becomes the trunk's input.
 
     Attributes:
-        fit: "crop" scales the shorter side and takes the centre; "stretch" ignores the aspect ratio.
+        fit: "crop" scales the shorter side and takes the centre; "inner_crop" scales it to 8/7 of the input first, as
+            256 is of 224; "stretch" ignores the aspect ratio.
         interpolation: the antialiased Pillow filter.
         mean, std: per channel (R, G, B) for pixels in [0, 1]; applied in the trunk's graph, recorded here to be read.
     """
 
     height: int
     width: int
-    fit: Literal["crop", "stretch"]
+    fit: Literal["crop", "inner_crop", "stretch"]
     interpolation: Literal["bilinear", "bicubic"]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]

@@ -34,7 +34,7 @@ from model_export.parity import compare, require, run_variant
 from model_export.precision import write_graphs
 from model_export.risk import certify
 from training.checkpoint import Checkpoint
-from training.data.images import FIT, INTERPOLATION
+from training.data.images import INTERPOLATION
 from training.data.longtail import FEW_BELOW, MANY_ABOVE
 from training.data.sets import Data, load_data
 from training.evaluate import Predictions, macs_of, predict, summarise
@@ -121,7 +121,7 @@ def export(
             classes=checkpoint.classes, class_counts=checkpoint.class_counts,
             split_bounds=SplitBounds(many_above=MANY_ABOVE, few_below=FEW_BELOW),
             input=InputSpec(
-                height=recipe.image_size, width=recipe.image_size, fit=FIT, interpolation=INTERPOLATION,
+                height=recipe.image_size, width=recipe.image_size, fit=recipe.test_fit, interpolation=INTERPOLATION,
                 mean=checkpoint.mean, std=checkpoint.std,
             ),
             macs=Macs(macs[0], tuple(macs[1]), tuple(macs[2])),

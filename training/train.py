@@ -16,6 +16,7 @@ from training.evaluate import macs_of, predict, summarise
 from training.loop import Log, run_stage
 from training.methods import ride, single
 from training.methods.method import Method, Model, build_model
+from training.pretrained import start_from
 from training.recipe import Recipe
 
 METHODS: dict[str, Method] = {"ride": ride.build, "single": single.build}
@@ -45,10 +46,12 @@ def train(recipe: Recipe, run: Path) -> dict[str, Any]:
     model.to(device)
     images, test = data.train.to(device), data.test.to(device)
     macs = macs_of(model, recipe.image_size)
-    info = {
+    info: dict[str, Any] = {
         "recipe": recipe.to_dict(), "classes": data.classes, "class_counts": data.counts, "mean": mean, "std": std,
         "commit": current_commit(), "torch": torch.__version__, "device": device.type,
     }  # fmt: skip
+    if recipe.pretrained is not None:
+        info["pretrained"] = start_from(model.net, recipe)
 
     def evaluate(current: Model) -> dict[str, Any]:
         thresholds = [PUBLISHED_THRESHOLD] * (recipe.n_experts - 1)

@@ -194,7 +194,7 @@ def test_an_unknown_key_is_refused(bundle, key):
         ("variants", [], "variants: is []; expected an object"),
         ("input.mean", [0.5, 0.5], "input.mean: has 2 entries; expected 3"),
         ("input.mean.1", None, "input.mean[1]: is None; expected float"),
-        ("input.fit", "pad", "input.fit: is 'pad'; expected one of ['crop', 'stretch']"),
+        ("input.fit", "pad", "input.fit: is 'pad'; expected one of ['crop', 'inner_crop', 'stretch']"),
         ("input.interpolation", ["bilinear"], "expected one of ['bilinear', 'bicubic']"),
         ("provenance", [], "provenance: is []; expected an object"),
         ("variants.fp32.trunk.inputs.0.shape.1", "H", "shape[1]: is 'H'; expected int"),

@@ -6,9 +6,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from training.methods.losses import effective_number_weights, focal_loss, ldam_loss, ldam_margins
+from training.methods.losses import (
+    effective_number_weights,
+    focal_loss,
+    ldam_loss,
+    ldam_margins,
+    weighted_cross_entropy,
+)
 from training.recipe import Recipe
 
 
@@ -33,12 +38,14 @@ class IndividualLoss:
         """Whether class weights apply at `epoch`, from 0."""
         return self.recipe.deferred_from is not None and epoch >= self.recipe.epoch_of(self.recipe.deferred_from)
 
-    def __call__(self, logits: Tensor, labels: Tensor, epoch: int) -> Tensor:
+    def __call__(self, logits: Tensor, labels: Tensor, epoch: int, targets: Tensor | None = None) -> Tensor:
         """
         Args:
             logits: (B, C), as the classifier scales them.
             labels: (B,).
             epoch: from 0.
+            targets: (B, C), rows that sum to 1, of mixed images; margins and class weights follow `labels`. None: the
+                labels themselves. The focal loss has no such form.
 
         Returns:
             (), in nats, mean over images, weighted by class where weights apply.
@@ -46,9 +53,9 @@ class IndividualLoss:
         device = logits.device
         weights = self.class_weights.to(device) if self.is_deferred(epoch) else None
         if self.name == "ldam":
-            return ldam_loss(logits, labels, self.margins.to(device), self.recipe.cosine_scale, weights)
+            return ldam_loss(logits, labels, self.margins.to(device), self.recipe.cosine_scale, weights, targets)
         if self.name == "focal":
             return focal_loss(logits, labels, self.recipe.focal_gamma, weights)
         if self.name in ("balanced_softmax", "logit_adjusted"):
             logits = logits + self.log_prior.to(device)
-        return F.cross_entropy(logits, labels, weight=weights)
+        return weighted_cross_entropy(logits, labels, weights, targets)

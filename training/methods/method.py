@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from training.data.mixing import Mixing
 from training.models.backbones import BACKBONES
 from training.models.classifiers import CosineClassifier, LinearClassifier
-from training.models.multi_expert import Expert, MultiExpertNet, Outputs, Trunk
+from training.models.multi_expert import Expert, MultiExpertNet, Trunk
 from training.models.router import Routers
 from training.recipe import Recipe
 
@@ -39,17 +40,21 @@ class Stage:
         epochs, batch_size: of this stage.
         part: what learns. It alone is in training mode; everything else is frozen, in evaluation mode.
         losses: (outputs of the network, labels, epoch) -> "loss", which is minimised, and the parts it is made of.
+            Where `mixing` is set, a fourth argument says what is in each image: targets (B, C), rows that sum to 1.
         sampler: which images an epoch visits.
         lr: learning rate of an epoch, from 0.
         begin: called once, before the first epoch, with torch's global generator seeded; sets weights afresh.
         norms_follow: the batch norms of the frozen parts, too, follow the batches.
+        optimiser: "sgd" or "adamw"; the latter has no use for `momentum` and `nesterov`.
+        clip_norm: gradients of `part` are scaled down to this length, all together; None: never.
+        mixing: what happens to the images of a batch and their labels; None: nothing.
     """
 
     name: str
     epochs: int
     batch_size: int
     part: nn.Module
-    losses: Callable[[Outputs, Tensor, int], Losses]
+    losses: Callable[..., Losses]
     sampler: Sampler
     lr: Callable[[int], float]
     momentum: float
@@ -57,6 +62,9 @@ class Stage:
     weight_decay: float
     begin: Callable[[], None] | None = None
     norms_follow: bool = False
+    optimiser: Literal["sgd", "adamw"] = "sgd"
+    clip_norm: float | None = None
+    mixing: Mixing | None = None
 
 
 class Method(Protocol):
@@ -86,21 +94,28 @@ def build_model(recipe: Recipe, n_classes: int, mean: Sequence[float], std: Sequ
     return Model(net, routers)
 
 
+def mixing_of(recipe: Recipe, n_classes: int) -> Mixing | None:
+    """What the recipe does to the images and labels of a batch; None: nothing."""
+    if not (recipe.mixup or recipe.cutmix or recipe.label_smoothing):
+        return None
+    return Mixing(n_classes, recipe.mixup, recipe.cutmix, recipe.label_smoothing)
+
+
 def scheduled_lr(recipe: Recipe, epoch: int) -> float:
     """Linear warm-up, then `lr_drop_factor` at each of `lr_drops`, or the cosine; constant within an epoch."""
     if recipe.schedule == "cosine":
-        return warm_cosine_lr(recipe.lr, recipe.epochs, recipe.warmup_epochs, epoch)
+        return warm_cosine_lr(recipe.lr, recipe.epochs, recipe.warmup_epochs, epoch, recipe.lr_min)
     if epoch < recipe.warmup_epochs:
         return recipe.lr * (1 + epoch) / recipe.warmup_epochs
     drops = sum(epoch >= recipe.epoch_of(share) for share in recipe.lr_drops)
     return recipe.lr * recipe.lr_drop_factor**drops
 
 
-def warm_cosine_lr(base: float, epochs: int, warmup: int, epoch: int) -> float:
-    """Linear up to `base` over `warmup` epochs, then the cosine over those that are left."""
+def warm_cosine_lr(base: float, epochs: int, warmup: int, epoch: int, lowest: float = 0.0) -> float:
+    """Linear up to `base` over `warmup` epochs, then the cosine over those that are left, towards `lowest`."""
     if epoch < warmup:
         return base * (1 + epoch) / warmup
-    return cosine_lr(base, epochs - warmup, epoch - warmup)
+    return lowest + cosine_lr(base - lowest, epochs - warmup, epoch - warmup)
 
 
 def cosine_lr(base: float, epochs: int, epoch: int) -> float:

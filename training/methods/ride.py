@@ -19,7 +19,7 @@ from training.data.samplers import class_balanced, shuffled
 from training.methods.decoupled import retrain_stage
 from training.methods.individual import IndividualLoss
 from training.methods.losses import class_temperatures, diversity_loss
-from training.methods.method import Losses, Model, Stage, build_model, cosine_lr, scheduled_lr
+from training.methods.method import Losses, Model, Stage, build_model, cosine_lr, mixing_of, scheduled_lr
 from training.models.multi_expert import Outputs
 from training.models.router import Routers
 from training.recipe import Recipe
@@ -37,13 +37,13 @@ class RideLoss:
         self.individual = IndividualLoss(recipe.loss, recipe, class_counts)
         self.temperatures = class_temperatures(class_counts, recipe.diversity_gamma)
 
-    def __call__(self, outputs: Outputs, labels: Tensor, epoch: int) -> Losses:
+    def __call__(self, outputs: Outputs, labels: Tensor, epoch: int, targets: Tensor | None = None) -> Losses:
         """The loss and its two parts, in nats, mean over the batch, sum over experts."""
         recipe, expert_logits = self.recipe, outputs.expert_logits
         judged = expert_logits
         if recipe.collaborative:
             judged = expert_logits.mean(dim=0, keepdim=True).expand_as(expert_logits)
-        individual = torch.stack([self.individual(logits, labels, epoch) for logits in judged]).sum()
+        individual = torch.stack([self.individual(logits, labels, epoch, targets) for logits in judged]).sum()
         if not recipe.diversity_weight:
             return {"loss": individual, "individual": individual}
 
@@ -51,6 +51,8 @@ class RideLoss:
         if not self.individual.is_deferred(epoch):
             temperatures = torch.ones_like(temperatures)
         diversity = recipe.diversity_weight * diversity_loss(expert_logits, temperatures)
+        if recipe.diversity_mean:
+            diversity = diversity / len(expert_logits)
         return {"loss": individual + diversity, "individual": individual, "diversity": diversity}
 
 
@@ -97,6 +99,7 @@ def build(
         name="experts", epochs=recipe.epochs, batch_size=recipe.batch_size, part=model.net,
         losses=RideLoss(recipe, class_counts), sampler=shuffled, lr=partial(scheduled_lr, recipe),
         momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay,
+        optimiser=recipe.optimiser, clip_norm=recipe.clip_norm, mixing=mixing_of(recipe, len(class_counts)),
     )  # fmt: skip
     stages = [experts]
     if recipe.retrain_epochs:

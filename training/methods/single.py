@@ -10,7 +10,7 @@ from torch import Tensor
 from training.data.samplers import shuffled
 from training.methods.decoupled import retrain_stage
 from training.methods.individual import IndividualLoss
-from training.methods.method import Losses, Model, Stage, build_model, scheduled_lr
+from training.methods.method import Losses, Model, Stage, build_model, mixing_of, scheduled_lr
 from training.models.multi_expert import Outputs
 from training.recipe import Recipe
 
@@ -21,9 +21,9 @@ class SingleLoss:
     def __init__(self, recipe: Recipe, class_counts: Sequence[int]) -> None:
         self.individual = IndividualLoss(recipe.loss, recipe, class_counts)
 
-    def __call__(self, outputs: Outputs, labels: Tensor, epoch: int) -> Losses:
+    def __call__(self, outputs: Outputs, labels: Tensor, epoch: int, targets: Tensor | None = None) -> Losses:
         """The loss, in nats, mean over the batch."""
-        return {"loss": self.individual(outputs.expert_logits[0], labels, epoch)}
+        return {"loss": self.individual(outputs.expert_logits[0], labels, epoch, targets)}
 
 
 def build(
@@ -35,5 +35,6 @@ def build(
         name="experts", epochs=recipe.epochs, batch_size=recipe.batch_size, part=model.net,
         losses=SingleLoss(recipe, class_counts), sampler=shuffled, lr=partial(scheduled_lr, recipe),
         momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay,
+        optimiser=recipe.optimiser, clip_norm=recipe.clip_norm, mixing=mixing_of(recipe, len(class_counts)),
     )  # fmt: skip
     return model, [stage, retrain_stage(recipe, model, class_counts)] if recipe.retrain_epochs else [stage]

@@ -4,8 +4,8 @@ Swin transformers of torchvision's blocks, cut after their second stage.
 Tensors have torchvision's names, so that its weights fit: features.0 to features.4 in the trunk; features.5 to
 features.7 and norm in an expert.
 
-Source: Liu et al., arXiv:2103.14030; cut and widths as in RIDE's public code. A stage ends with its patch merging, as in
-the transformer's own public code, and all experts have the last layer norm in common.
+Source: Liu et al., arXiv:2103.14030; cut and widths as in RIDE's public code. A stage ends with its patch merging, as
+in the transformer's own public code, and all experts have the last layer norm in common.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from torchvision.ops import Permute
 
 PATCH = 4
 WINDOW = 7
-WIDTHS = (96, 192, 384, 768)
-REDUCED_WIDTHS = (96, 192, 288, 576)
 HEADS = (3, 6, 12, 24)
 INITIAL_DEVIATION = 0.02
 LayerNorm = partial(nn.LayerNorm, eps=1e-5)
@@ -34,19 +32,21 @@ class Swin:
 
     Attributes:
         blocks: of each of the four stages.
+        width: of the first; each doubles the one before, but the third is 1.5 times the second when reduced.
     """
 
     blocks: tuple[int, int, int, int]
+    width: int = 96
 
     def trunk(self, reduced: bool, drop_path: float) -> nn.Sequential:
         """
-        (B, 3, H, W) -> (B, H/16, W/16, 384), or 288 when reduced: patches, stages one and two, each with its merging.
+        (B, 3, H, W) -> (B, H/16, W/16, 4·width), 3·width when reduced: patches, two stages, each with its merging.
 
         Args:
             drop_path: share of images for which the net's last block is skipped in training; it grows from 0 at the
                 first block.
         """
-        widths = _widths(reduced)
+        widths = self._widths(reduced)
         embed = nn.Sequential(nn.Conv2d(3, widths[0], PATCH, stride=PATCH), Permute([0, 2, 3, 1]), LayerNorm(widths[0]))
         layers = nn.Sequential(
             embed,
@@ -57,7 +57,7 @@ class Swin:
 
     def expert(self, reduced: bool, drop_path: float) -> nn.Sequential:
         """Features of the trunk -> (B, D): stages three and four, layer norm, global average."""
-        widths = _widths(reduced)
+        widths = self._widths(reduced)
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         layers["5"] = self._stage(2, reduced, drop_path)
         layers["6"] = _merging(widths[2], widths[3])
@@ -73,18 +73,22 @@ class Swin:
 
     def n_features(self, reduced: bool) -> int:
         """D: 576 of 768."""
-        return _widths(reduced)[3]
+        return self._widths(reduced)[3]
 
     def _stage(self, index: int, reduced: bool, drop_path: float) -> nn.Sequential:
         before, last = sum(self.blocks[:index]), sum(self.blocks) - 1
         return nn.Sequential(*(
             SwinTransformerBlock(
-                _widths(reduced)[index], HEADS[index], window_size=[WINDOW, WINDOW],
+                self._widths(reduced)[index], HEADS[index], window_size=[WINDOW, WINDOW],
                 shift_size=[block % 2 * (WINDOW // 2)] * 2,
                 stochastic_depth_prob=drop_path * (before + block) / last, norm_layer=LayerNorm,
             )
             for block in range(self.blocks[index])
         ))  # fmt: skip
+
+    def _widths(self, reduced: bool) -> tuple[int, int, int, int]:
+        third = 3 * self.width if reduced else 4 * self.width
+        return self.width, 2 * self.width, third, 2 * third
 
 
 def _merging(width: int, merged: int) -> PatchMerging:
@@ -92,10 +96,6 @@ def _merging(width: int, merged: int) -> PatchMerging:
     merging = PatchMerging(width, LayerNorm)
     merging.reduction = nn.Linear(4 * width, merged, bias=False)
     return merging
-
-
-def _widths(reduced: bool) -> tuple[int, int, int, int]:
-    return REDUCED_WIDTHS if reduced else WIDTHS
 
 
 def _initialised(layers: nn.Sequential) -> nn.Sequential:
