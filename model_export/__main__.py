@@ -20,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     from model_export.precision import obstacle, parse_precisions
     from training.checkpoint import CheckpointError
     from training.data.sets import DataError
+    from training.recipe import RecipeError
 
     try:
         precisions = []
@@ -34,9 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
         )
         manifest = export(
             options.run, options.output, name=options.name, version=options.version, wish=wish, precisions=precisions,
-            data=options.data,
+            data=options.data, settings=_settings(options.set),
         )  # fmt: skip
-    except (BundleError, CheckpointError, DataError) as error:
+    except (BundleError, CheckpointError, DataError, RecipeError) as error:
         print(f"ride-export: {error}", file=sys.stderr)
         return 2
     print(table(manifest))
@@ -49,6 +50,7 @@ def table(manifest: Manifest) -> str:
     calibration = manifest.calibration
     lines = [
         f"{manifest.name} {manifest.version}: {len(manifest.classes)} classes, {manifest.n_experts} experts",
+        *_published_lines(manifest),
         *_variant_lines(manifest),
         f"the rule {manifest.rule} on {calibration.images} images ({calibration.data}); * is the default",
         "  experts  M MACs    all   many  medium   few  thresholds",
@@ -63,6 +65,19 @@ def table(manifest: Manifest) -> str:
     if calibration.risk is not None:
         lines += _risk_lines(calibration.risk, manifest)
     return "\n".join(lines)
+
+
+def _published_lines(manifest: Manifest) -> Iterator[str]:
+    """Of a checkpoint of the authors: which, and what was taken for things that it does not say."""
+    published = manifest.provenance.get("published")
+    if published is not None:
+        yield f"{published['file']}: {published['arch']} after epoch {published['epoch']}; it does not say:"
+        settings = [(name, value) for name, value in published["assumed"].items() if value is not None]
+        yield "  " + ", ".join(f"{name}={','.join(map(str, _listed(value)))}" for name, value in settings)
+
+
+def _listed(value: object) -> list[object]:
+    return value if isinstance(value, list) else [value]
 
 
 def _variant_lines(manifest: Manifest) -> Iterator[str]:
@@ -132,25 +147,52 @@ def _cells(accuracy: Accuracy) -> str:
     return " ".join("     –" if value is None else f"{value:6.2f}" for value in values)
 
 
+def _settings(texts: list[str]) -> dict[str, str]:
+    from training.recipe import RecipeError
+
+    settings = {}
+    for text in texts:
+        field, separator, value = text.partition("=")
+        if not separator:
+            raise RecipeError(f"--set {text}: must be field=value")
+        settings[field] = value
+    return settings
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ride-export",
         description="Write a finished run as a bundle: graphs, manifest, parity figures, calibration table.",
     )
-    parser.add_argument("run", type=Path, help="run directory that ride-train made")
+    parser.add_argument(
+        "run", type=Path,
+        help="run directory that ride-train made, or a checkpoint file that RIDE's authors published (.pth, stage 1 or "
+             "with routers), of which no code is run",
+    )  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="directory to write")
     parser.add_argument("--name", help="of the model, in every answer [default: the recipe's]")
     parser.add_argument("--version", default="1", help="of the model, in every answer [default: 1]")
-    parser.add_argument("--data", help="where the images lie now, if not where the recipe says")
+    parser.add_argument(
+        "--data",
+        help="where the images lie now, if not where the recipe says; a published checkpoint needs it, for classes, "
+             "their counts and held-out images: cifar100, a directory with train and test class folders or parquet "
+             "files",
+    )  # fmt: skip
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE",
+        help="what a published checkpoint does not say, as a field of the recipe: profile and imbalance of its data, "
+             "mean, std, cosine_scale; a wrong one gives other answers than the authors' [default: as for CIFAR-100-LT "
+             "with imbalance 100; for other nets than ResNet-32 a natural profile, ImageNet's mean and std]",
+    )  # fmt: skip
     parser.add_argument(
         "--variants", default="fp32,bf16,fp16,int8", metavar="LIST",
         help="precisions to write besides fp32, which is the reference; one that loses more than 0.3 points in a split "
              "is written with its figures and served only where it is asked for [default: fp32,bf16,fp16,int8]",
     )  # fmt: skip
     parser.add_argument(
-        "--rule", choices=get_args(Rule), default="router",
+        "--rule", choices=get_args(Rule),
         help="what decides by default whether another expert runs; the table has the points of every rule, and a "
-             "service may choose another [default: router]",
+             "service may choose another [default: router, or confidence for a published checkpoint without routers]",
     )  # fmt: skip
     wish = parser.add_mutually_exclusive_group()
     wish.add_argument(
@@ -160,7 +202,8 @@ def _parser() -> argparse.ArgumentParser:
     wish.add_argument(
         "--max-accuracy-loss", type=float, metavar="POINTS",
         help="the default thresholds are the cheapest that lose at most so many percentage points on held-out images; "
-             "more saves experts and costs accuracy, of rare classes first [default: 0.3]",
+             "more saves experts and costs accuracy, of rare classes first [default: 0.3; the routers of a published "
+             "checkpoint keep their threshold of 0.5]",
     )  # fmt: skip
     wish.add_argument(
         "--max-risk", type=float, metavar="POINTS",

@@ -59,14 +59,15 @@ class InputSpec:
     How an image of any size becomes the trunk's input.
 
     Attributes:
-        fit: "crop" scales the shorter side and takes the centre; "stretch" ignores the aspect ratio.
+        fit: "crop" scales the shorter side and takes the centre; "inner_crop" scales it to 8/7 of the input first, as
+            256 is of 224; "stretch" ignores the aspect ratio.
         interpolation: the antialiased Pillow filter.
         mean, std: per channel (R, G, B) for pixels in [0, 1]; applied in the trunk's graph, recorded here to be read.
     """
 
     height: int
     width: int
-    fit: Literal["crop", "stretch"]
+    fit: Literal["crop", "inner_crop", "stretch"]
     interpolation: Literal["bilinear", "bicubic"]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -161,10 +162,11 @@ class Parity:
 @dataclass(frozen=True)
 class Variant:
     """
-    The graphs of one precision of the model: trunk, E experts, E - 1 routers.
+    The graphs of one precision of the model: trunk, E experts, E - 1 routers or none.
 
     Attributes:
         precision: what the graphs are computed in. bf16 has the files of fp32: the runtime rounds (OpenVINO).
+        routers: none where the model was trained without; another rule than "router" then decides.
     """
 
     precision: Precision
@@ -326,7 +328,8 @@ class Manifest:
         n_experts = self.n_experts
         if n_experts < 1:
             raise _fail("macs.experts", "is empty; expected at least one expert")
-        _check_length("macs.routers", self.macs.routers, n_experts - 1, "one for each expert but the last")
+        if self.macs.routers:
+            _check_length("macs.routers", self.macs.routers, n_experts - 1, "one for each expert but the last")
         _check_thresholds("thresholds", self.thresholds, n_experts)
 
     def _check_calibration(self) -> None:
@@ -341,6 +344,8 @@ class Manifest:
                 raise _fail(
                     f"{where}.experts_share", f"is {list(point.experts_share)}; expected shares that add up to 1"
                 )
+        if n_experts > 1 and not self.macs.routers and "router" in (self.rule, *(point.rule for point in points)):
+            raise _fail("macs.routers", "is empty, so that the rule 'router' has nothing to ask; expected another rule")
         complete = {point.rule for point in points if max(point.thresholds, default=0.0) == 0}
         for rule in (self.rule, *(point.rule for point in points)):
             if rule not in complete:
@@ -355,7 +360,7 @@ class Manifest:
     def _check_graphs(self, where: str, variant: Variant) -> None:
         n_experts, n_classes = self.n_experts, len(self.classes)
         _check_length(f"{where}.experts", variant.experts, n_experts, "as many as macs.experts")
-        _check_length(f"{where}.routers", variant.routers, n_experts - 1, "one for each expert but the last")
+        _check_length(f"{where}.routers", variant.routers, len(self.macs.routers), "as many as macs.routers")
         logits = (None, n_classes)
         _check_tensors(
             f"{where}.trunk",

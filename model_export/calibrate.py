@@ -105,7 +105,10 @@ def calibrate(
         chosen, risk: a rule and its thresholds that must have a point, and how they were chosen, where it was by risk.
     """
     points = []
+    n_routed = len(predictions.expert_logits) - 1
     for rule in RULES:
+        if rule == "router" and len(predictions.router_scores) < n_routed:
+            continue  # a model without routers
         wanted = [chosen[1]] if chosen is not None and chosen[0] == rule else []
         points += _points(predictions, class_counts, macs, rule, wanted)
     points.sort(key=lambda point: (point.mean_experts, point.mean_macs))

@@ -17,6 +17,7 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow would warn at one size and refuse at ano
 FILTERS: Final = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 JPEG_START: Final = b"\xff\xd8\xff"
 PNG_START: Final = b"\x89PNG\r\n\x1a\n"
+INNER_SHARE: Final = 7 / 8  # of the shorter side, in "inner_crop": 224 of 256
 SMALL_JPEG: Final = 640 * 480  # pixels that take about a millisecond
 SMALL_PNG: Final = 200 * 200
 SCALED_MARGIN: Final = 7  # times the input size; below 6, accuracy moved by more than 0.1 points
@@ -170,10 +171,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def fit(image: Image.Image, spec: InputSpec) -> Image.Image:
-    """Resize an RGB image to the input's size, antialiased: of its centre ("crop") or the whole of it ("stretch")."""
+    """Resize an RGB image to the input's size, antialiased: of its centre (crops) or the whole of it ("stretch")."""
     box = (0.0, 0.0, float(image.width), float(image.height))
-    if spec.fit == "crop":
-        scale = min(image.width / spec.width, image.height / spec.height)
+    if spec.fit != "stretch":
+        scale = min(image.width / spec.width, image.height / spec.height) * (1.0 if spec.fit == "crop" else INNER_SHARE)
         left, top = (image.width - spec.width * scale) / 2, (image.height - spec.height * scale) / 2
         box = (left, top, left + spec.width * scale, top + spec.height * scale)
     return image.resize((spec.width, spec.height), FILTERS[spec.interpolation], box=box)

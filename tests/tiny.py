@@ -23,6 +23,7 @@ from model_export.bundle import (
     SplitBounds,
     TensorSpec,
     Variant,
+    read_bundle,
     sha256_of,
     write_manifest,
 )
@@ -157,6 +158,21 @@ def write_bundle(
         "provenance": {"recipe": {"name": "tiny"}, "seed": 0},
     }  # fmt: skip
     write_manifest(directory, Manifest(**usual | fields))
+    return directory
+
+
+def remove_routers(directory: Path, rule: Rule) -> Path:
+    """Make the bundle that of a model without routers, which exits by another rule."""
+    manifest = read_bundle(directory).manifest
+    variants = {name: replace(variant, routers=()) for name, variant in manifest.variants.items()}
+    points = operating_points(manifest.n_experts, rule)
+    changed = replace(
+        manifest, rule=rule, variants=variants, macs=replace(manifest.macs, routers=()),
+        calibration=replace(manifest.calibration, points=points),
+    )  # fmt: skip
+    for file in directory.glob("router_*.onnx"):
+        file.unlink()
+    write_manifest(directory, changed)
     return directory
 
 

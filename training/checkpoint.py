@@ -2,7 +2,7 @@
 Checkpoints: a directory each, complete or not there at all.
 
     runs/NAME/checkpoints/experts-0120/model.safetensors   weights
-                                       optimiser.safetensors   momentum, to resume
+                                       optimiser.safetensors   its state (momentum, ...), to resume
                                        checkpoint.json     recipe, class counts, metrics, commit
 """
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from training.recipe import Recipe
 
 FORMAT = 1
+MOMENTUM = "momentum_buffer"  # the state of SGD, kept under the number of its parameter alone
 
 
 class CheckpointError(ValueError):
@@ -71,9 +72,12 @@ class Checkpoint:
                 )
         model.load_state_dict(stored)
         if optimiser is not None:
-            momentum = _load(self.path / "optimiser.safetensors")
-            for index, parameter in enumerate(p for group in optimiser.param_groups for p in group["params"]):
-                optimiser.state[parameter]["momentum_buffer"] = momentum[str(index)].to(parameter.device)
+            parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+            for key, tensor in _load(self.path / "optimiser.safetensors").items():
+                index, _, name = key.partition(".")
+                parameter = parameters[int(index)]
+                place = "cpu" if name == "step" else parameter.device  # where torch itself counts the steps
+                optimiser.state[parameter][name or MOMENTUM] = tensor.to(place)
 
 
 def save_checkpoint(
@@ -89,15 +93,19 @@ def save_checkpoint(
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    momentum: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
     if optimiser is not None:  # there is none where a stage was fitted in closed form, or taken from another run
         parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-        momentum = {
-            str(index): optimiser.state[parameter]["momentum_buffer"].contiguous()
+        state = {
+            str(index) if name == MOMENTUM else f"{index}.{name}": tensor.contiguous()
             for index, parameter in enumerate(parameters)
+            for name, tensor in optimiser.state[parameter].items()
         }
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial / "model.safetensors")
-    save_file(momentum, partial / "optimiser.safetensors")
+    weights = {  # copies: experts may have layers in common, and a file cannot say so
+        name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in model.state_dict().items()
+    }
+    save_file(weights, partial / "model.safetensors")
+    save_file(state, partial / "optimiser.safetensors")
     text = json.dumps({"format": FORMAT, "stage": stage, "epochs_done": epochs_done, **info}, indent=1)
     (partial / "checkpoint.json").write_text(text + "\n", encoding="utf-8")
     for file in (*partial.iterdir(), partial):

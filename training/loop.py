@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from training.checkpoint import Checkpoint, save_checkpoint
-from training.data.augment import augment
 from training.data.sets import Images
+from training.data.views import train_views
 from training.methods.method import FitStage, Model, Stage
+from training.optimiser import optimiser_of
 from training.recipe import Recipe
 
 
@@ -75,9 +76,7 @@ def run_stage(
     Raises:
         DivergedError: when the loss is not finite.
     """
-    optimiser = torch.optim.SGD(
-        parameter_groups(stage), stage.lr(0), stage.momentum, weight_decay=stage.weight_decay, nesterov=stage.nesterov
-    )
+    optimiser = optimiser_of(stage)
     if start is not None:
         start.load_into(model, optimiser)
     elif stage.begin is not None:
@@ -97,6 +96,7 @@ def run_stage(
         for group in optimiser.param_groups:
             group["lr"] = group["factor"] * stage.lr(epoch)
         generator = torch.Generator().manual_seed(_seed(recipe.seed, stage.name, epoch))
+        torch.manual_seed(_seed(recipe.seed, stage.name, epoch))  # dropped paths
         order = stage.sampler(labels, generator)
         began = time.perf_counter()
         sums: dict[str, Tensor] = {}
@@ -133,14 +133,6 @@ def fit_stage(
     save_checkpoint(run, stage.name, 1, model, None, info | {"metrics": line})
 
 
-def parameter_groups(stage: Stage) -> list[dict[str, Any]]:
-    """What `stage` trains, by the "factor" of its rate: what `lr_factors` does not name, then each that it does."""
-    named = [(list(module.parameters()), factor) for module, factor in stage.lr_factors]
-    taken = {parameter for parameters, _ in named for parameter in parameters}
-    others = [parameter for parameter in stage.part.parameters() if parameter not in taken]
-    return [{"params": parameters, "factor": factor} for parameters, factor in [(others, 1.0), *named] if parameters]
-
-
 def train_step(
     network: Callable[[Tensor], Any], stage: Stage, optimiser: torch.optim.Optimizer,
     images: Tensor, labels: Tensor, epoch: int, generator: torch.Generator,
@@ -150,10 +142,15 @@ def train_step(
         outputs, losses = stage.step(network, images, labels, epoch, generator)
     else:
         assert stage.losses is not None
+        soft: Sequence[Tensor] = ()
+        if stage.mixing is not None:
+            images, *soft = stage.mixing(images, labels, generator)
         outputs = network(images)
-        losses = stage.losses(outputs, labels, epoch)
+        losses = stage.losses(outputs, labels, epoch, *soft)
     optimiser.zero_grad()
     losses["loss"].backward()
+    if stage.clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(stage.part.parameters(), stage.clip_norm)
     optimiser.step()
     with torch.no_grad():
         right = (outputs.expert_logits.mean(dim=0).argmax(dim=1) == labels).float().mean()
@@ -189,12 +186,7 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Augmented images (B, H, W, 3) uint8 and labels (B,) in `order`; the last batch may be smaller."""
     for chosen in order.to(images.labels.device).split(batch_size):
-        pixels = augment(
-            images.pixels[chosen], generator,
-            crop_padding=recipe.crop_padding, flip=recipe.flip, rotation=recipe.rotation,
-            auto_augment=recipe.auto_augment, cutout=recipe.cutout,
-        )  # fmt: skip
-        yield pixels, images.labels[chosen]
+        yield train_views(images.pixels[chosen], recipe, generator), images.labels[chosen]
 
 
 def _seed(seed: int, stage: str, epoch: int) -> int:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2023, 0.1994, 0.2010)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class RecipeError(ValueError):
@@ -35,16 +37,34 @@ class Recipe:
         holdout_share, test_share: of each class of a "natural" set; the latter only where the set has no test images.
         image_size: side of the square network input, pixels.
         mean, std: per channel (R, G, B), pixels in [0, 1]; None: measured on the training images.
+        backbone: of training/models/backbones.py: CIFAR ResNets, ResNets, ResNeXts (32x4d), Swin transformers.
+        pretrained: weights that trunk and experts start from, where widths allow: "torchvision" for its own, or a file
+            with torchvision's names (.pth, .safetensors), which is read again when a run is resumed; None: fresh ones.
+        share_stage3: the experts have the third of four stages in common too (ResNets and ResNeXts).
+        drop_path: share of images for which the last Swin block is skipped in training; it grows from 0 at the first.
         n_experts: 1 to 6.
         reduced: 3/4 of the width in the experts, as in RIDE's tables.
         classifier: "cosine" (scale `cosine_scale`, no bias) or "linear" (with bias).
         warmup_epochs: lr·(1 + e)/warmup_epochs while e < warmup_epochs.
         warmup_start: share of lr at e = 0, from which it grows evenly to lr at e = warmup_epochs; None: as above.
-        schedule: what follows the warm-up: "step", or "cosine" to 0 after the last epoch.
+        schedule: what follows the warm-up: "step", or "cosine" to `lr_min` after the last epoch.
+        lr_min: under "cosine", where it ends.
+        optimiser: of the experts: "sgd" (`momentum`, `nesterov`) or "adamw" (0.9, 0.999; no decay of biases and norms).
+        clip_norm: length to which longer gradients of the experts are scaled down; None: never.
         lr_drops, lr_drop_factor: under "step", lr is multiplied by the factor at each of these shares of `epochs`.
-        crop_padding: pixels of zero padding for the random crop; 0 turns it off.
+        crop: "padded": random crop of the zero-padded image; "resized": a random part of 8 % of the area or more, at
+            random proportions, scaled to the input, as for large images.
+        crop_interpolation: of "resized".
+        crop_padding: under "padded", pixels of zero padding; 0 turns the crop off.
         rotation: random rotation of up to ± so many degrees; 0 turns it off.
         auto_augment: AutoAugment with its 25 sub-policies for CIFAR-10, after crop, flip and rotation.
+        colour_jitter: brightness, contrast and saturation times 1 ± up to so much; 0 turns it off.
+        rand_augment: RandAugment of two operations at magnitude 9 of 10, as Swin transformers are trained.
+        random_erasing: probability that a rectangle becomes noise.
+        mixup, cutmix: α of the share in which the experts see images mixed in pairs; 0 turns it off.
+        label_smoothing: part of the experts' labels that is spread evenly over all classes.
+        test_fit: of held-out, test and served images: "crop" scales the shorter side to image_size and takes the
+            centre; "inner_crop" scales it to 8/7 of that first, as 256 is of 224.
         cutout: side of a square, pixels, that is blackened at a random place, last of all; 0 turns it off.
         max_margin: LDAM margin of the rarest class, in units of the cosine.
         focal_gamma: exponent of the focal loss.
@@ -55,6 +75,7 @@ class Recipe:
             distillation); 0 turns the term off.
         diversity_form: "mean": each expert against the mean logits (RIDE's code); "pairwise": every expert against
             every other, with the temperatures of the paper.
+        diversity_mean: the diversity is divided by the number of experts (RIDE with Swin transformers), not summed.
         diversity_gamma: γ in (0, 1), how far class temperatures depart from 1.
         collaborative: every expert's loss is computed on the mean logits (ablation).
         expert_taus: under "logit_adjusted", a `logit_tau` for each expert of its own; empty: `logit_tau` for all.
@@ -126,6 +147,13 @@ class Recipe:
     image_size: int = 32
     mean: tuple[float, float, float] | None = CIFAR_MEAN
     std: tuple[float, float, float] | None = CIFAR_STD
+    backbone: Literal[
+        "resnet20_cifar", "resnet32_cifar", "resnet44_cifar", "resnet56_cifar",
+        "resnet10", "resnet50", "resnet101", "resnet152", "resnext50", "resnext101", "swin_t", "swin_s",
+    ] = "resnet32_cifar"  # fmt: skip
+    pretrained: str | None = None
+    share_stage3: bool = False
+    drop_path: float = 0.0
     n_experts: int = 1
     reduced: bool = False
     classifier: Literal["cosine", "linear"] = "cosine"
@@ -139,12 +167,24 @@ class Recipe:
     warmup_epochs: int = 5
     warmup_start: float | None = None
     schedule: Literal["step", "cosine"] = "step"
+    lr_min: float = 0.0
+    optimiser: Literal["sgd", "adamw"] = "sgd"
+    clip_norm: float | None = None
     lr_drops: tuple[float, ...] = (0.8, 0.9)
     lr_drop_factor: float = 0.01
+    crop: Literal["padded", "resized"] = "padded"
+    crop_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     crop_padding: int = 4
     flip: bool = True
     rotation: float = 0.0
     auto_augment: bool = False
+    colour_jitter: float = 0.0
+    rand_augment: bool = False
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.0
+    test_fit: Literal["crop", "inner_crop"] = "crop"
     cutout: int = 0
     max_margin: float = 0.5
     focal_gamma: float = 1.0
@@ -153,6 +193,7 @@ class Recipe:
     effective_beta: float = 0.9999
     diversity_weight: float = 0.0
     diversity_form: Literal["mean", "pairwise"] = "mean"
+    diversity_mean: bool = False
     diversity_gamma: float = 0.05
     collaborative: bool = False
     expert_taus: tuple[float, ...] = ()
@@ -234,6 +275,22 @@ class Recipe:
                 raise RecipeError(f"{field}={getattr(self, field)}: must be three numbers, one per channel")
         if self.std is not None and min(self.std) <= 0:
             raise RecipeError(f"std={self.std}: must be positive")
+        swin, cifar = self.backbone.startswith("swin"), self.backbone.endswith("_cifar")
+        if self.pretrained is not None and cifar:
+            raise RecipeError(f"pretrained={self.pretrained}: there are no such weights for {self.backbone}; none")
+        if self.share_stage3 and (swin or cifar):
+            raise RecipeError(f"share_stage3=True: only ResNets of four stages can, {self.backbone} is none")
+        if self.drop_path and not swin:
+            raise RecipeError(f"drop_path={self.drop_path:g}: only Swin transformers have it, {self.backbone} is none")
+        resized_only = {name: getattr(self, name) for name in ("colour_jitter", "rand_augment", "random_erasing")}
+        padded_only = {"auto_augment": self.auto_augment, "cutout": self.cutout}
+        for field, value in (resized_only if self.crop == "padded" else padded_only).items():
+            if value:
+                raise RecipeError(f"{field}={value}: not with crop={self.crop!r}, which has other views")
+        if self.loss == "focal" and (self.mixup or self.cutmix or self.label_smoothing):
+            raise RecipeError("loss='focal': mixup, cutmix and label_smoothing need a cross-entropy; they can be 0")
+        if self.lr_min > self.lr:
+            raise RecipeError(f"lr_min={self.lr_min:g}: must be lr={self.lr:g} at most")
         if self.method in ("single", "bbn", "oltr", "lfme", "m2m") and self.n_experts != 1:
             raise RecipeError(f"n_experts={self.n_experts}: method {self.method!r} trains one expert")
         if self.method in ("shike", "ace") and self.n_experts < 2:
@@ -256,6 +313,21 @@ class Recipe:
         if self.loss == "ldam" and self.classifier != "cosine":
             raise RecipeError("classifier='linear': the margins of LDAM need the cosine classifier")
         self._refuse_stages()
+        self._refuse_networks()
+
+    def _refuse_networks(self) -> None:
+        """What a method's own network or loss cannot be combined with."""
+        if (self.method == "shike" or self.depth_fusion) and self.backbone != "resnet32_cifar":
+            raise RecipeError(f"backbone={self.backbone!r}: depth fusion is built for resnet32_cifar")
+        if self.method in ("bbn", "oltr") and not self.backbone.endswith("_cifar"):
+            raise RecipeError(f"backbone={self.backbone!r}: method {self.method!r} is built for the CIFAR ResNets")
+        for field in ("mixup", "cutmix", "label_smoothing"):
+            if getattr(self, field) and self.method not in ("ride", "single"):
+                raise RecipeError(f"{field}={getattr(self, field):g}: only methods 'ride' and 'single' can; take 0")
+        if self.method in ("bbn", "oltr", "lfme", "m2m") and (self.optimiser != "sgd" or self.clip_norm is not None):
+            raise RecipeError(
+                f"optimiser={self.optimiser!r}, clip_norm={self.clip_norm}: method {self.method!r} has sgd without a limit"
+            )
 
     def _check_groups(self) -> None:
         shares, wanted = self.group_shares, self.n_experts - 1 if self.method == "ace" else 0
@@ -353,7 +425,10 @@ _INFINITE = float("inf")
 _RANGES = (
     ("imbalance", 1, _INFINITE), ("n_max", 1, _INFINITE), ("subset_seed", 0, 2**32 - 1),
     ("holdout_per_class", 1, _INFINITE),
-    ("holdout_share", 0.01, 0.5), ("test_share", 0.01, 0.5), ("image_size", 8, 1024), ("n_experts", 1, 6),
+    ("holdout_share", 0.01, 0.5), ("test_share", 0.01, 0.5), ("image_size", 8, 1024),
+    ("drop_path", 0, 0.99), ("lr_min", 0, 100), ("clip_norm", 1e-6, 1e6), ("colour_jitter", 0, 1),
+    ("random_erasing", 0, 1), ("mixup", 0, 100), ("cutmix", 0, 100), ("label_smoothing", 0, 0.99),
+    ("n_experts", 1, 6),
     ("cosine_scale", 1e-3, 1e3), ("epochs", 1, 100_000), ("batch_size", 1, 65_536), ("lr", 1e-9, 100),
     ("momentum", 0, 0.9999),
     ("weight_decay", 0, 1), ("warmup_epochs", 0, 10_000), ("lr_drop_factor", 1e-9, 1), ("crop_padding", 0, 256),

@@ -17,6 +17,7 @@ from training.first_stage import take_over
 from training.loop import Log, fit_stage, run_stage
 from training.methods import ace, bbn, lfme, m2m, oltr, ride, sade, shike, single
 from training.methods.method import FitStage, Method, Model
+from training.pretrained import start_from
 from training.recipe import Recipe
 
 METHODS: dict[str, Method] = {
@@ -48,10 +49,12 @@ def train(recipe: Recipe, run: Path) -> dict[str, Any]:
     model, stages = METHODS[recipe.method](recipe, data.counts, mean, std)
     model.to(device)
     images, heldout, test = (part.to(device) for part in (data.train, data.heldout, data.test))
-    info = {
+    info: dict[str, Any] = {
         "recipe": recipe.to_dict(), "classes": data.classes, "class_counts": data.counts, "mean": mean, "std": std,
         "commit": current_commit(), "torch": torch.__version__, "device": device.type,
     }  # fmt: skip
+    if recipe.pretrained is not None:
+        info["pretrained"] = start_from(model.net, recipe)
 
     def evaluate(current: Model, per_class: bool = False) -> dict[str, Any]:
         thresholds = [PUBLISHED_THRESHOLD] * (recipe.n_experts - 1)

@@ -31,8 +31,8 @@ def image_folder(tmp_path_factory):
 def make_run(folder, directory, **fields):
     """A run directory as a finished training leaves it, with random weights and lively running statistics."""
     recipe = dataclasses.replace(
-        RECIPES["ride-own"], data=str(folder), image_size=16, holdout_share=0.3, test_share=0.2, epochs=1,
-        router_epochs=1, **fields,
+        RECIPES["ride-own"], data=str(folder), holdout_share=0.3, test_share=0.2, epochs=1, router_epochs=1,
+        **{"image_size": 16} | fields,
     )  # fmt: skip
     data = load_data(recipe)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)

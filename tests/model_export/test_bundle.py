@@ -20,7 +20,7 @@ from model_export.bundle import (
     split_of,
     write_manifest,
 )
-from tests.tiny import operating_points, parity
+from tests.tiny import operating_points, parity, remove_routers
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_an_unknown_key_is_refused(bundle, key):
         ("variants", [], "variants: is []; expected an object"),
         ("input.mean", [0.5, 0.5], "input.mean: has 2 entries; expected 3"),
         ("input.mean.1", None, "input.mean[1]: is None; expected float"),
-        ("input.fit", "pad", "input.fit: is 'pad'; expected one of ['crop', 'stretch']"),
+        ("input.fit", "pad", "input.fit: is 'pad'; expected one of ['crop', 'inner_crop', 'stretch']"),
         ("input.interpolation", ["bilinear"], "expected one of ['bilinear', 'bicubic']"),
         ("provenance", [], "provenance: is []; expected an object"),
         ("variants.fp32.trunk.inputs.0.shape.1", "H", "shape[1]: is 'H'; expected int"),
@@ -295,6 +295,19 @@ def test_a_manifest_that_is_not_so_is_refused(bundle, key, value, words):
         read_bundle(bundle)
     assert words in str(refusal.value)
     assert len(str(refusal.value)) < 700 or len(str(value)) > 700
+
+
+def test_a_model_without_routers_is_a_bundle(bundle):
+    """It has another rule than the router's, in the calibration too; some routers are as wrong as too many."""
+    manifest = read_bundle(remove_routers(bundle, "margin")).manifest
+    assert (manifest.n_experts, manifest.macs.routers, manifest.variants["fp32"].routers) == (3, (), ())
+
+    points = sorted(operating_points(3) + operating_points(3, "margin"), key=lambda point: point.mean_experts)
+    for changed in ({"rule": "router"}, {"calibration": dataclasses.replace(manifest.calibration, points=points)}):
+        with pytest.raises(BundleError, match="the rule 'router' has nothing to ask; expected another rule"):
+            dataclasses.replace(manifest, **changed)
+    with pytest.raises(BundleError, match=r"variants.fp32.routers: has 0 entries; expected 2, as many as macs.routers"):
+        dataclasses.replace(manifest, macs=dataclasses.replace(manifest.macs, routers=(12, 12)))
 
 
 def test_strings_that_cannot_be_written_are_refused(bundle):

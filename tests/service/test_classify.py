@@ -5,8 +5,9 @@ import pytest
 
 from model_export.bundle import Calibration
 from service.schemas import Answer, ErrorAnswer
+from service.settings import SettingsError
 from tests.service.conftest import encode, start
-from tests.tiny import CLASSES, COUNTS, MACS, TinyModel, noise, operating_points
+from tests.tiny import CLASSES, COUNTS, MACS, TinyModel, noise, operating_points, remove_routers
 
 pytestmark = pytest.mark.anyio
 SPLITS = dict(zip(CLASSES, ("many", "many", "many", "medium", "medium", "few", "few"), strict=True))
@@ -252,6 +253,29 @@ async def test_a_model_of_one_expert_has_no_routers(make_bundle):
 
     assert (result["experts_used"], result["experts_total"], result["exit_reason"]) == (1, 1, "last")
     assert (result["router_scores"], result["thresholds"]) == ([], [])
+
+
+@pytest.mark.parametrize("rule", ["confidence", "margin", "agreement", "depth"])
+async def test_a_model_without_routers_is_served_by_another_rule(make_bundle, rule, tmp_path):
+    """With the answers of the same model under that rule with its routers in place."""
+    images = noise(20)
+    async with start(
+        make_bundle(rule=rule, calibration=Calibration("", 100, operating_points(3, rule), None))
+    ) as whole:
+        expected = await whole.answer(*images, threshold=0.6)
+    async with start(remove_routers(tmp_path / "bundle", rule)) as service:
+        results = await service.answer(*images, threshold=0.6)
+
+    keys = ("predictions", "experts_used", "exit_reason", "router_scores", "macs")
+    assert [[found[key] for key in keys] for found in results] == [[found[key] for key in keys] for found in expected]
+
+
+async def test_a_model_without_routers_refuses_their_rule(make_bundle, tmp_path):
+    """When it starts, with the rules that it was calibrated for."""
+    make_bundle()
+    with pytest.raises(SettingsError, match=r"RIDE_RULE is router, tiny was calibrated for \['margin'\]"):
+        async with start(remove_routers(tmp_path / "bundle", "margin"), rule="router"):
+            pass
 
 
 async def test_a_model_of_six_experts_is_served_alike(make_bundle):

@@ -281,13 +281,14 @@ def odd_images() -> dict[str, bytes]:
     return encoded
 
 
+@pytest.mark.parametrize("how", ["crop", "inner_crop"])
 @pytest.mark.parametrize(("name", "encoded"), odd_images().items(), ids=odd_images().keys())
-def test_training_and_service_see_the_same_pixels(name, encoded):
+def test_training_and_service_see_the_same_pixels(name, encoded, how):
     """The two decoders are separate so that neither package imports the other; they must not differ by one bit."""
     from model_export.bundle import InputSpec
     from service.images import decode
 
-    spec = InputSpec(16, 16, "crop", "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    spec = InputSpec(16, 16, how, "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert np.array_equal(read_image(encoded, 16), decode(encoded, spec, 10**6))
+        assert np.array_equal(read_image(encoded, 16, how), decode(encoded, spec, 10**6))

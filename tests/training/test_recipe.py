@@ -71,3 +71,63 @@ def test_ride_recipe_is_the_published_one():
     assert rates == pytest.approx([0.02, 0.1, 0.1, 0.1, 1e-3, 1e-5])
     assert (recipe.nesterov, recipe.weight_decay, recipe.rotation) == (True, 5e-4, 15)
     assert (RECIPES["ldam-drw-cifar100"].weight_decay, RECIPES["ldam-drw-cifar100"].rotation) == (2e-4, 0)
+
+
+@pytest.mark.parametrize("name", ["ride-imagenet-lt-r10", "ride-imagenet-lt-r50", "ride-imagenet-lt-x50"])
+def test_imagenet_lt_recipes_are_the_published_ones(name):
+    """Drops at 60 and 80 by 0.1, DRW with the second of them, colour jitter, no rotation."""
+    from training.methods.method import scheduled_lr
+
+    recipe = RECIPES[name]
+
+    rates = [scheduled_lr(recipe, epoch) for epoch in (0, 4, 59, 60, 79, 80, 99)]
+    assert rates == pytest.approx([0.02, 0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3])
+    assert recipe.epoch_of(recipe.deferred_from) == 80
+    assert (recipe.batch_size, recipe.weight_decay, recipe.nesterov, recipe.momentum) == (256, 2e-4, True, 0.9)
+    assert (recipe.diversity_weight, recipe.diversity_gamma) == (-0.2, 0.02)
+    assert (recipe.image_size, recipe.crop, recipe.colour_jitter, recipe.rotation) == (224, "resized", 0.4, 0)
+    assert recipe.router_top_k == (30 if name.endswith("r10") else 50)
+    assert (recipe.n_experts, recipe.reduced) == (3, True)
+
+
+def test_inaturalist_recipe_is_the_published_one():
+    """Twice the rate and batch of ImageNet-LT, its own mean and deviation, no colour jitter."""
+    recipe = RECIPES["ride-inaturalist-r50"]
+
+    assert (recipe.lr, recipe.batch_size, recipe.diversity_gamma, recipe.colour_jitter) == (0.2, 512, 0.015, 0)
+    assert (recipe.mean, recipe.std) == ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192))
+
+
+def test_swin_recipes_are_the_published_ones():
+    """20 epochs up to 1e-3, then the cosine to 1e-5; decay and dropped paths by size; diversity as a mean."""
+    from training.methods.method import scheduled_lr
+
+    tiny, small = RECIPES["ride-swin-t"], RECIPES["ride-swin-s"]
+
+    rates = [scheduled_lr(tiny, epoch) for epoch in (0, 19, 20, 160, 299)]
+    assert rates == pytest.approx([5e-5, 1e-3, 1e-3, 5.05e-4, 1.003e-5], rel=1e-3)
+    assert [(r.backbone, r.weight_decay, r.drop_path) for r in (tiny, small)] == [
+        ("swin_t", 0.2, 0.2), ("swin_s", 0.3, 0.3)
+    ]  # fmt: skip
+    assert (tiny.epoch_of(tiny.deferred_from), tiny.diversity_mean, tiny.clip_norm) == (240, True, 5)
+    assert (tiny.mixup, tiny.cutmix, tiny.label_smoothing, tiny.random_erasing) == (0.8, 1.0, 0.1, 0.25)
+    assert list(tiny.stage_epochs()) == ["experts"]
+
+
+def test_a_mean_of_the_diversity_is_its_sum_over_the_experts():
+    """Divided by their number; the individual losses stay."""
+    import torch
+
+    from training.methods.ride import RideLoss
+    from training.models.multi_expert import Outputs
+
+    outputs = Outputs(torch.randn(3, 4, 5), torch.zeros(3, 4, 2))
+    summed, averaged = (
+        RideLoss(RECIPES["ride-cifar100"].override({"diversity_mean": text}), (9, 7, 5, 3, 1))(
+            outputs, torch.tensor([0, 1, 2, 3]), 0
+        )
+        for text in ("false", "true")
+    )
+
+    torch.testing.assert_close(averaged["diversity"], summed["diversity"] / 3)
+    torch.testing.assert_close(averaged["individual"], summed["individual"])

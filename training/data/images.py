@@ -8,13 +8,14 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-FIT: Literal["crop"] = "crop"
+Fit = Literal["crop", "inner_crop"]
 INTERPOLATION: Literal["bilinear"] = "bilinear"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 200_000_000
+INNER_SHARE = 7 / 8  # of the shorter side, in "inner_crop": 224 of 256
 
 
-def read_image(encoded: bytes, size: int) -> np.ndarray:
+def read_image(encoded: bytes, size: int, how: Fit = "crop") -> np.ndarray:
     """
     Decode, turn upright by EXIF, convert to RGB, fit to the square input. Of an animation the first frame counts.
 
@@ -29,7 +30,7 @@ def read_image(encoded: bytes, size: int) -> np.ndarray:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS:,} pixels; scale it down")
             image.load()
-            return np.asarray(fit(to_rgb(ImageOps.exif_transpose(image)), size, size))
+            return np.asarray(fit(to_rgb(ImageOps.exif_transpose(image)), size, size, how))
     except Exception as error:  # a decoder may stumble over damaged bytes in any way
         raise ValueError(f"not a readable image ({len(encoded):,} bytes): {error}") from error
 
@@ -49,11 +50,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def fit(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Scale so that the shorter side fits and take the centre, antialiased; an image of the right size stays."""
+def fit(image: Image.Image, height: int, width: int, how: Fit = "crop") -> Image.Image:
+    """
+    Scale so that the shorter side fits and take the centre, antialiased; an image of the right size stays.
+
+    Args:
+        how: "inner_crop" scales the shorter side to 8/7 of what fits first, as in "resize to 256, cut out 224".
+    """
     if image.size == (width, height):
         return image
     scale = min(image.width / width, image.height / height)
+    if how == "inner_crop":
+        scale *= INNER_SHARE
     left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
     box = (left, top, left + scale * width, top + scale * height)
     return image.resize((width, height), Image.Resampling[INTERPOLATION.upper()], box=box)

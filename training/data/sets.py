@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.data.images import read_image
+from training.data.images import Fit, read_image
 from training.data.longtail import class_counts, draw_subset
 from training.recipe import Recipe
 
@@ -125,8 +125,8 @@ def load_data(recipe: Recipe) -> Data:
         classes=tuple(classes),
         counts=tuple(np.bincount(labels[chosen], minlength=len(classes)).tolist()),
         train=decode(train, chosen),
-        heldout=decode(train, heldout),
-        test=decode(train, test_positions) if test is None else decode(test, np.arange(len(test.labels))),
+        heldout=decode(train, heldout, recipe.test_fit),
+        test=decode(test or train, test_positions if test is None else np.arange(len(test.labels)), recipe.test_fit),
         heldout_note=note,
     )
     decode.raise_errors()
@@ -160,12 +160,12 @@ class _Decoder:
         self.size = size
         self.errors: list[str] = []
 
-    def __call__(self, source: Source, positions: np.ndarray) -> Images:
+    def __call__(self, source: Source, positions: np.ndarray, how: Fit = "crop") -> Images:
         pixels = np.zeros((len(positions), self.size, self.size, 3), np.uint8)
         for row, position in enumerate(positions):
             content, name = source.encoded(int(position))
             try:
-                pixels[row] = content if isinstance(content, np.ndarray) else read_image(content, self.size)
+                pixels[row] = content if isinstance(content, np.ndarray) else read_image(content, self.size, how)
             except ValueError as error:
                 self.errors.append(f"{name}: {error}")
         return Images(torch.from_numpy(pixels), torch.from_numpy(source.labels[positions]))

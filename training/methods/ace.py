@@ -89,7 +89,7 @@ def build(
     model = build_model(recipe, len(class_counts), mean, std)
     groups = nested_groups(class_counts, recipe.group_shares)
     cast(GroupNet, model.net).groups.copy_(groups)
-    experts = experts_stage(recipe, model, AceLoss(recipe, class_counts, groups))
+    experts = experts_stage(recipe, model, AceLoss(recipe, class_counts, groups), len(class_counts))
     if recipe.group_lr_scaling:
         factors = list(zip(model.net.experts, lr_factors(groups, class_counts), strict=True))
         experts = dataclasses.replace(experts, lr_factors=factors)

@@ -7,9 +7,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from training.methods.losses import effective_number_weights, focal_loss, ldam_loss, ldam_margins
+from training.methods.losses import (
+    effective_number_weights,
+    focal_loss,
+    ldam_loss,
+    ldam_margins,
+    weighted_cross_entropy,
+)
 from training.recipe import Recipe
 
 
@@ -34,12 +39,14 @@ class IndividualLoss:
         """Whether class weights apply at `epoch`, from 0."""
         return self.recipe.deferred_from is not None and epoch >= self.recipe.epoch_of(self.recipe.deferred_from)
 
-    def __call__(self, logits: Tensor, labels: Tensor, epoch: int) -> Tensor:
+    def __call__(self, logits: Tensor, labels: Tensor, epoch: int, targets: Tensor | None = None) -> Tensor:
         """
         Args:
             logits: (B, C), as the classifier scales them.
             labels: (B,).
             epoch: from 0.
+            targets: (B, C), rows that sum to 1, of mixed images; margins and class weights follow `labels`. None: the
+                labels themselves. The focal loss has no such form.
 
         Returns:
             (), in nats, mean over images, weighted by class where weights apply.
@@ -47,12 +54,12 @@ class IndividualLoss:
         device = logits.device
         weights = self.class_weights.to(device) if self.is_deferred(epoch) else None
         if self.name == "ldam":
-            return ldam_loss(logits, labels, self.margins.to(device), self.recipe.cosine_scale, weights)
+            return ldam_loss(logits, labels, self.margins.to(device), self.recipe.cosine_scale, weights, targets)
         if self.name == "focal":
             return focal_loss(logits, labels, self.recipe.focal_gamma, weights)
         if self.name in ("balanced_softmax", "logit_adjusted"):
             logits = logits + self.log_prior.to(device)
-        return F.cross_entropy(logits, labels, weight=weights)
+        return weighted_cross_entropy(logits, labels, weights, targets)
 
 
 class ExpertLosses:
@@ -67,7 +74,11 @@ class ExpertLosses:
         """Whether class weights apply at `epoch`, from 0."""
         return self.each[0].is_deferred(epoch)
 
-    def __call__(self, expert_logits: Tensor, labels: Tensor, epoch: int) -> Tensor:
-        """(E, B, C), (B,) -> (), in nats, mean over images, sum over experts: the learning rate is tied to E."""
-        losses = [loss(logits, labels, epoch) for loss, logits in zip(self.each, expert_logits, strict=True)]
+    def __call__(self, expert_logits: Tensor, labels: Tensor, epoch: int, targets: Tensor | None = None) -> Tensor:
+        """
+        (E, B, C), (B,), and (B, C) where images are mixed -> (), in nats, mean over images, sum over experts.
+
+        The sum ties the learning rate to E.
+        """
+        losses = [loss(logits, labels, epoch, targets) for loss, logits in zip(self.each, expert_logits, strict=True)]
         return torch.stack(losses).sum()

@@ -53,9 +53,34 @@ def class_temperatures(class_counts: Sequence[int], gamma: float, *, divided: bo
     return temperatures.float()
 
 
-def ldam_loss(
-    logits: Tensor, labels: Tensor, margins: Tensor, scale: float, class_weights: Tensor | None = None
+def weighted_cross_entropy(
+    logits: Tensor, labels: Tensor, class_weights: Tensor | None = None, targets: Tensor | None = None
 ) -> Tensor:
+    """
+    Cross-entropy of each image times the weight of its label, normalised by the batch's sum of weights.
+
+    Args:
+        logits: (B, C).
+        labels: (B,).
+        class_weights: (C,); None: 1 each.
+        targets: (B, C), rows that sum to 1, in place of the labels but for the weights.
+
+    Returns:
+        (), in nats.
+    """
+    weight = None if class_weights is None else class_weights.to(logits.dtype)
+    if targets is None:
+        return F.cross_entropy(logits, labels, weight=weight)
+    losses = F.cross_entropy(logits, targets.to(logits.dtype), reduction="none")
+    if weight is None:
+        return losses.mean()
+    return (weight[labels] * losses).sum() / weight[labels].sum()
+
+
+def ldam_loss(
+    logits: Tensor, labels: Tensor, margins: Tensor, scale: float, class_weights: Tensor | None = None,
+    targets: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """
     Cross-entropy after the true class's logit was lowered by scale · margin.
 
@@ -63,7 +88,7 @@ def ldam_loss(
         logits: (B, C), scaled by `scale`.
         labels: (B,).
         margins: (C,), in units of the cosine.
-        class_weights: (C,); the loss is normalised by the batch's sum of weights.
+        class_weights, targets: as of `weighted_cross_entropy`; margins follow the labels.
 
     Returns:
         (), in nats.
@@ -72,8 +97,7 @@ def ldam_loss(
     """
     lowering = (scale * margins[labels]).to(logits.dtype).unsqueeze(1)  # (B, 1)
     lowered = torch.scatter_add(logits, 1, labels.unsqueeze(1), -lowering)
-    weight = None if class_weights is None else class_weights.to(logits.dtype)
-    return F.cross_entropy(lowered, labels, weight=weight)
+    return weighted_cross_entropy(lowered, labels, class_weights, targets)
 
 
 def focal_loss(logits: Tensor, labels: Tensor, gamma: float, class_weights: Tensor | None = None) -> Tensor:

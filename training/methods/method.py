@@ -6,18 +6,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from training.data.mixing import Mixing
 from training.data.samplers import shuffled
 from training.data.sets import Images
+from training.models.backbones import BACKBONES
 from training.models.classifiers import CosineClassifier, LinearClassifier
 from training.models.depth_fusion import TwoLevelTrunk, fusion_layers
 from training.models.groups import Aggregation, GroupNet
 from training.models.multi_expert import Expert, MultiExpertNet, Outputs, Trunk
-from training.models.resnet_cifar import expert_layers, trunk
 from training.models.router import Routers
 from training.recipe import Recipe
 
@@ -48,7 +49,8 @@ class Stage:
         epochs, batch_size: of this stage.
         part: what learns. It alone is in training mode; everything else is frozen, in evaluation mode.
         losses: (outputs of the network, labels, epoch) -> "loss", which is minimised, and the parts it is made of; None
-            where `step` gives them.
+            where `step` gives them. Where `mixing` is set, a fourth argument says what is in each image: targets
+            (B, C), rows that sum to 1.
         sampler: which images an epoch visits.
         lr: learning rate of an epoch, from 0.
         begin: called once, before the first epoch, with torch's global generator seeded; sets weights afresh.
@@ -65,13 +67,16 @@ class Stage:
             is the epoch's, on the CPU.
         alone: the recipe of which this stage is the whole training; a finished run of it may stand in for the stage
             (`Recipe.first_stage`).
+        optimiser: "sgd" or "adamw"; the latter has no use for `momentum` and `nesterov`.
+        clip_norm: gradients of `part` are scaled down to this length, all together; None: never.
+        mixing: what happens to the images of a batch and their labels; None: nothing.
     """
 
     name: str
     epochs: int
     batch_size: int
     part: nn.Module
-    losses: Callable[[Outputs, Tensor, int], Losses] | None
+    losses: Callable[..., Losses] | None
     sampler: Sampler
     lr: Callable[[int], float]
     momentum: float
@@ -86,6 +91,9 @@ class Stage:
     prepare: Callable[[Images, Images, int], None] | None = None
     step: Callable[[Network, Tensor, Tensor, int, torch.Generator], tuple[Outputs, Losses]] | None = None
     alone: Recipe | None = None
+    optimiser: Literal["sgd", "adamw"] = "sgd"
+    clip_norm: float | None = None
+    mixing: Mixing | None = None
 
 
 @dataclass(frozen=True)
@@ -115,19 +123,19 @@ class Method(Protocol):
 
 def build_model(recipe: Recipe, n_classes: int, mean: Sequence[float], std: Sequence[float]) -> Model:
     """The network that `recipe` describes, with fresh weights from torch's global generator."""
-
-    def layers_of(index: int) -> tuple[nn.Module, int]:
-        if recipe.depth_fusion:
-            return fusion_layers(index, recipe.reduced, recipe.image_size)
-        return expert_layers(recipe.reduced)
+    backbone = BACKBONES[recipe.backbone]
+    width = backbone.n_features(recipe.reduced)
 
     def expert(index: int) -> Expert:
-        layers, width = layers_of(index)
+        if recipe.depth_fusion:
+            layers, _ = fusion_layers(index, recipe.reduced, recipe.image_size)
+        else:
+            layers = backbone.expert(recipe)
         if recipe.classifier == "cosine":
             return Expert(layers, CosineClassifier(width, n_classes, recipe.cosine_scale))
         return Expert(layers, LinearClassifier(width, n_classes))
 
-    trunk_layers = TwoLevelTrunk() if recipe.depth_fusion else trunk()
+    trunk_layers = TwoLevelTrunk() if recipe.depth_fusion else backbone.trunk(recipe)
     parts = Trunk(trunk_layers, mean, std), [expert(index) for index in range(recipe.n_experts)]
     if recipe.group_shares:
         every = torch.ones(recipe.n_experts, n_classes, dtype=torch.bool)  # until the method or a checkpoint says which
@@ -135,28 +143,36 @@ def build_model(recipe: Recipe, n_classes: int, mean: Sequence[float], std: Sequ
         net: MultiExpertNet = GroupNet(*parts, every, how, recipe.group_stop_gradient)
     else:
         net = MultiExpertNet(*parts)
+    backbone.share_layers([cast(Expert, each) for each in net.experts])
     routers = None
     if recipe.n_experts > 1:
-        width = layers_of(0)[1]
         routers = Routers(
             recipe.n_experts, width, n_classes, recipe.router_top_k, recipe.router_hidden, recipe.router_shared
         )
     return Model(net, routers)
 
 
-def experts_stage(recipe: Recipe, model: Model, losses: Callable[[Outputs, Tensor, int], Losses]) -> Stage:
+def experts_stage(recipe: Recipe, model: Model, losses: Callable[..., Losses], n_classes: int) -> Stage:
     """The first stage of a method: the whole network, every image once an epoch, optimiser and schedule as given."""
     return Stage(
         name="experts", epochs=recipe.epochs, batch_size=recipe.batch_size, part=model.net,
         losses=losses, sampler=shuffled, lr=partial(scheduled_lr, recipe),
         momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay, alone=recipe,
+        optimiser=recipe.optimiser, clip_norm=recipe.clip_norm, mixing=mixing_of(recipe, n_classes),
     )  # fmt: skip
+
+
+def mixing_of(recipe: Recipe, n_classes: int) -> Mixing | None:
+    """What the recipe does to the images and labels of a batch; None: nothing."""
+    if not (recipe.mixup or recipe.cutmix or recipe.label_smoothing):
+        return None
+    return Mixing(n_classes, recipe.mixup, recipe.cutmix, recipe.label_smoothing)
 
 
 def scheduled_lr(recipe: Recipe, epoch: int) -> float:
     """Linear warm-up, then `lr_drop_factor` at each of `lr_drops`, or the cosine; constant within an epoch."""
     if recipe.schedule == "cosine":
-        return warm_cosine_lr(recipe.lr, recipe.epochs, recipe.warmup_epochs, epoch)
+        return warm_cosine_lr(recipe.lr, recipe.epochs, recipe.warmup_epochs, epoch, recipe.lr_min)
     if epoch < recipe.warmup_epochs:
         if recipe.warmup_start is not None:
             return recipe.lr * (recipe.warmup_start + (1 - recipe.warmup_start) * epoch / recipe.warmup_epochs)
@@ -165,11 +181,11 @@ def scheduled_lr(recipe: Recipe, epoch: int) -> float:
     return recipe.lr * recipe.lr_drop_factor**drops
 
 
-def warm_cosine_lr(base: float, epochs: int, warmup: int, epoch: int) -> float:
-    """Linear up to `base` over `warmup` epochs, then the cosine over those that are left."""
+def warm_cosine_lr(base: float, epochs: int, warmup: int, epoch: int, lowest: float = 0.0) -> float:
+    """Linear up to `base` over `warmup` epochs, then the cosine over those that are left, towards `lowest`."""
     if epoch < warmup:
         return base * (1 + epoch) / warmup
-    return cosine_lr(base, epochs - warmup, epoch - warmup)
+    return lowest + cosine_lr(base - lowest, epochs - warmup, epoch - warmup)
 
 
 def cosine_lr(base: float, epochs: int, epoch: int) -> float:

@@ -44,19 +44,20 @@ class RideLoss:
         divided = recipe.diversity_form == "mean"
         self.temperatures = class_temperatures(class_counts, recipe.diversity_gamma, divided=divided)
 
-    def __call__(self, outputs: Outputs, labels: Tensor, epoch: int) -> Losses:
+    def __call__(self, outputs: Outputs, labels: Tensor, epoch: int, targets: Tensor | None = None) -> Losses:
         """The loss and its parts, in nats, mean over the batch, sum over experts."""
         recipe, expert_logits = self.recipe, outputs.expert_logits
         judged = expert_logits
         if recipe.collaborative:
             judged = expert_logits.mean(dim=0, keepdim=True).expand_as(expert_logits)
-        individual = self.individual(judged, labels, epoch)
+        individual = self.individual(judged, labels, epoch, targets)
         parts = {"individual": individual}
         if recipe.diversity_weight:
             temperatures = self.temperatures.to(expert_logits.device)
             if not self.individual.is_deferred(epoch):
                 temperatures = torch.ones_like(temperatures)
-            parts["diversity"] = recipe.diversity_weight * self.diversity(expert_logits, temperatures)
+            diversity = recipe.diversity_weight * self.diversity(expert_logits, temperatures)
+            parts["diversity"] = diversity / len(expert_logits) if recipe.diversity_mean else diversity
         if outputs.teacher_logits is not None:
             student = expert_logits.mean(dim=0)
             distilled = distillation_loss(student, outputs.teacher_logits, recipe.distill_temperature)
@@ -112,7 +113,7 @@ def build(
 ) -> tuple[Model, list[Stage | FitStage]]:
     """A fresh model; the experts' stage, the classifiers' where the recipe retrains them, then the routers'."""
     model = build_model(recipe, len(class_counts), mean, std)
-    experts = experts_stage(recipe, model, RideLoss(recipe, class_counts))
+    experts = experts_stage(recipe, model, RideLoss(recipe, class_counts), len(class_counts))
     if recipe.teacher:
         experts = dataclasses.replace(experts, teacher=Teacher(recipe, len(class_counts)))
     return model, [experts, *later_stages(recipe, model, class_counts)]

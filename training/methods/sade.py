@@ -57,5 +57,5 @@ def build(
 ) -> tuple[Model, list[Stage | FitStage]]:
     """A fresh model; the experts' stage, the classifiers' where the recipe retrains them, then the routers'."""
     model = build_model(recipe, len(class_counts), mean, std)
-    experts = experts_stage(recipe, model, SadeLoss(recipe, class_counts))
+    experts = experts_stage(recipe, model, SadeLoss(recipe, class_counts), len(class_counts))
     return model, [experts, *later_stages(recipe, model, class_counts)]

@@ -101,7 +101,7 @@ def build(
 ) -> tuple[Model, list[Stage | FitStage]]:
     """A fresh model; the experts' stage, the classifiers', the routers'."""
     model = build_model(recipe, len(class_counts), mean, std)
-    stages: list[Stage | FitStage] = [experts_stage(recipe, model, ShikeLoss(recipe, class_counts))]
+    stages: list[Stage | FitStage] = [experts_stage(recipe, model, ShikeLoss(recipe, class_counts), len(class_counts))]
     stages += later_stages(recipe, model, class_counts)
     schedules: dict[str, Callable[[int], float]] = {
         "classifiers": partial(

@@ -19,9 +19,9 @@ class SingleLoss:
     def __init__(self, recipe: Recipe, class_counts: Sequence[int]) -> None:
         self.individual = IndividualLoss(recipe.loss, recipe, class_counts)
 
-    def __call__(self, outputs: Outputs, labels: Tensor, epoch: int) -> Losses:
+    def __call__(self, outputs: Outputs, labels: Tensor, epoch: int, targets: Tensor | None = None) -> Losses:
         """The loss, in nats, mean over the batch."""
-        return {"loss": self.individual(outputs.expert_logits[0], labels, epoch)}
+        return {"loss": self.individual(outputs.expert_logits[0], labels, epoch, targets)}
 
 
 def build(
@@ -37,4 +37,4 @@ def build(
 
 def single_stage(recipe: Recipe, model: Model, class_counts: Sequence[int]) -> Stage:
     """The whole network under `recipe.loss`."""
-    return experts_stage(recipe, model, SingleLoss(recipe, class_counts))
+    return experts_stage(recipe, model, SingleLoss(recipe, class_counts), len(class_counts))

@@ -1,11 +1,11 @@
-"""CIFAR ResNet-32, cut after its first stage into a trunk and an expert."""
+"""CIFAR ResNets of 6·n + 2 layers (20, 32, 44, 56), cut after their first stage into a trunk and an expert."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-BLOCKS = 5  # per stage: 6·5 + 2 = 32 layers
+BLOCKS = 5  # n, per stage, of ResNet-32
 TRUNK_WIDTH = 16
 
 
@@ -32,27 +32,27 @@ class BasicBlock(nn.Module):
         return F.relu(out + x)
 
 
-def _stage(width_in: int, width: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(BasicBlock(width_in, width, stride), *(BasicBlock(width, width, 1) for _ in range(BLOCKS - 1)))
+def _stage(width_in: int, width: int, stride: int, blocks: int) -> nn.Sequential:
+    return nn.Sequential(BasicBlock(width_in, width, stride), *(BasicBlock(width, width, 1) for _ in range(blocks - 1)))
 
 
-def trunk() -> nn.Sequential:
-    """(B, 3, H, W) -> (B, 16, H, W): the first convolution and the first stage."""
+def trunk(blocks: int = BLOCKS) -> nn.Sequential:
+    """(B, 3, H, W) -> (B, 16, H, W): the first convolution and the first stage of `blocks` blocks."""
     layers = nn.Sequential(
         nn.Conv2d(3, TRUNK_WIDTH, 3, padding=1, bias=False), nn.BatchNorm2d(TRUNK_WIDTH), nn.ReLU(),
-        _stage(TRUNK_WIDTH, TRUNK_WIDTH, 1),
+        _stage(TRUNK_WIDTH, TRUNK_WIDTH, 1, blocks),
     )  # fmt: skip
     _initialise(layers)
     return layers
 
 
-def expert_layers(reduced: bool) -> tuple[nn.Sequential, int]:
+def expert_layers(reduced: bool, blocks: int = BLOCKS) -> tuple[nn.Sequential, int]:
     """
     (B, 16, H, W) -> (B, D): stages two and three and the global average; and D, 48 when reduced, else 64.
     """
     middle, last = (24, 48) if reduced else (32, 64)
     layers = nn.Sequential(
-        _stage(TRUNK_WIDTH, middle, 2), _stage(middle, last, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        _stage(TRUNK_WIDTH, middle, 2, blocks), _stage(middle, last, 2, blocks), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     )
     _initialise(layers)
     return layers, last

@@ -27,7 +27,13 @@ from training.recipes.ride_cifar10_50 import RIDE_CIFAR10_50
 from training.recipes.ride_cifar100 import RIDE_CIFAR100
 from training.recipes.ride_cifar100_50 import RIDE_CIFAR100_50
 from training.recipes.ride_distilled_cifar100 import RIDE_DISTILLED_CIFAR100
+from training.recipes.ride_imagenet_lt_r10 import RIDE_IMAGENET_LT_R10
+from training.recipes.ride_imagenet_lt_r50 import RIDE_IMAGENET_LT_R50
+from training.recipes.ride_imagenet_lt_x50 import RIDE_IMAGENET_LT_X50
+from training.recipes.ride_inaturalist_r50 import RIDE_INATURALIST_R50
 from training.recipes.ride_own import RIDE_OWN
+from training.recipes.ride_swin_s import RIDE_SWIN_S
+from training.recipes.ride_swin_t import RIDE_SWIN_T
 from training.recipes.sade_cifar100 import SADE_CIFAR100
 from training.recipes.sade_cifar100_50 import SADE_CIFAR100_50
 from training.recipes.shike_cifar100 import SHIKE_CIFAR100
@@ -45,5 +51,7 @@ RECIPES = {
         FOCAL_CIFAR100, CB_FOCAL_CIFAR100, BALANCED_SOFTMAX_CIFAR100, LOGIT_ADJUSTMENT_CIFAR100,
         CRT_CIFAR100, LWS_CIFAR100, TAU_NORM_CIFAR100, NCM_CIFAR100,
         BBN_CIFAR100, OLTR_CIFAR100, LFME_CIFAR100, M2M_CIFAR100,
+        RIDE_IMAGENET_LT_R10, RIDE_IMAGENET_LT_R50, RIDE_IMAGENET_LT_X50, RIDE_INATURALIST_R50,
+        RIDE_SWIN_T, RIDE_SWIN_S,
     )
 }  # fmt: skip

@@ -1,0 +1,267 @@
+"""Every kind of backbone trains, resumes, and starts from pre-trained weights."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file, save_file
+
+from training import loop
+from training.checkpoint import CheckpointError, checkpoints_of
+from training.methods.method import Stage, build_model
+from training.methods.ride import build
+from training.models import backbones
+from training.models.backbones import BACKBONES
+from training.models.resnet_imagenet import ResNet
+from training.models.swin import Swin
+from training.optimiser import optimiser_of
+from training.pretrained import start_from
+from training.recipe import RecipeError
+from training.recipes import RECIPES
+from training.train import train, trained_model
+
+MEAN_STD = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+COUNTS = (40, 24, 12, 6)
+BASE = dataclasses.replace(
+    RECIPES["ride-imagenet-lt-r50"], image_size=32, n_experts=2, epochs=3, router_epochs=1, batch_size=16,
+    warmup_epochs=1, compile=False, precision="bf16",
+)  # fmt: skip
+SWIN = {"backbone": "swin_t", "drop_path": 0.5, "optimiser": "adamw", "schedule": "cosine", "lr": 1e-3,
+        "clip_norm": 5.0, "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "rand_augment": True,
+        "colour_jitter": 0.0}  # fmt: skip
+
+
+@pytest.fixture
+def small_nets(monkeypatch):
+    """The same families, a hundredth of the size."""
+    for name, block in (("resnet50", torchvision.models.resnet.Bottleneck),
+                        ("resnext50", torchvision.models.resnet.Bottleneck)):  # fmt: skip
+        groups = (32, 4) if name == "resnext50" else (1, 64)
+        monkeypatch.setitem(BACKBONES, name, backbones._resnet(ResNet(block, (1, 1, 1, 1), *groups), name))
+    monkeypatch.setitem(BACKBONES, "swin_t", backbones._swin(Swin((2, 1, 2, 1), width=12), "swin_t"))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"backbone": "resnet20_cifar"}, {"backbone": "resnet10"}, {"backbone": "resnet10", "share_stage3": True},
+     {"backbone": "resnet50", "classifier": "linear", "loss": "ce"}, {"backbone": "resnext50"}, SWIN,
+     SWIN | {"classifier": "linear", "loss": "ce"}],
+    ids=["cifar", "resnet10", "shared", "linear", "resnext", "swin", "swin-linear"],
+)  # fmt: skip
+def test_every_family_learns(small_nets, fields):
+    """In bf16: steps on the same sixteen images lower the loss; every parameter has a gradient; logits are fp32."""
+    recipe = dataclasses.replace(BASE, **{"lr": 0.01} | fields | {"mixup": 0.0, "cutmix": 0.0})
+    torch.manual_seed(0)
+    model, (stage, _) = build(recipe, COUNTS, *MEAN_STD)
+    network, optimiser = loop.forward_of(model, stage, recipe), optimiser_of(stage)
+    images = torch.randint(0, 256, (16, 32, 32, 3), dtype=torch.uint8)
+    labels = torch.arange(16) % 4
+    model.net.train()
+
+    losses = []
+    for _ in range(6):
+        parts, _ = loop.train_step(network, stage, optimiser, images, labels, 0, torch.Generator())
+        losses.append(float(parts["individual"].detach()))
+
+    assert losses[-1] < losses[0]
+    assert all(parameter.grad is not None for parameter in model.net.parameters())
+    assert network(images).expert_logits.dtype == torch.float32
+
+
+def weights_of(run):
+    return load_file(run / "checkpoints" / "routers-0001" / "model.safetensors")
+
+
+def test_a_killed_swin_training_resumes_to_the_same_weights(small_nets, folder, tmp_path, monkeypatch):
+    """Dropped paths, mixed images and the optimiser's two moments included; the shared norm stays one."""
+    recipe = dataclasses.replace(BASE, data=str(folder), **SWIN, precision="fp32", evaluate_every=9)
+    train(recipe, tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    def save_and_die(*arguments):
+        save(*arguments)
+        raise Killed
+
+    save = loop.save_checkpoint
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "save_checkpoint", save_and_die)
+        with pytest.raises(Killed):
+            train(recipe, tmp_path / "killed")
+    train(recipe, tmp_path / "killed")
+
+    whole, killed = weights_of(tmp_path / "whole"), weights_of(tmp_path / "killed")
+    assert all(whole[name].equal(killed[name]) for name in whole)
+    norms = [whole[f"net.experts.{index}.layers.norm.weight"] for index in range(2)]
+    assert norms[0].equal(norms[1])
+    assert not norms[0].equal(torch.ones_like(norms[0]))
+    _, model = trained_model(tmp_path / "whole")
+    assert model.net.experts[0].layers.norm is model.net.experts[1].layers.norm
+
+
+def test_resuming_gives_adam_its_steps_and_moments_back(small_nets, folder, tmp_path):
+    """As they were saved, each for its parameter."""
+    recipe = dataclasses.replace(BASE, data=str(folder), **SWIN, epochs=1, router_epochs=0)
+    train(recipe, tmp_path)
+    model, (stage,) = build(recipe, (26, 15, 8, 4), *MEAN_STD)
+    optimiser = optimiser_of(stage)
+    checkpoint = checkpoints_of(tmp_path)["experts"]
+    checkpoint.load_into(model, optimiser)
+    steps = -(-sum(checkpoint.class_counts) // recipe.batch_size)
+
+    assert len(optimiser.state) == len(list(model.net.parameters()))
+    for parameter, state in optimiser.state.items():
+        assert (state.keys(), int(state["step"])) == ({"step", "exp_avg", "exp_avg_sq"}, steps)
+        assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
+
+
+def test_adamw_spares_biases_norms_and_position_biases(small_nets):
+    """All else decays."""
+    recipe = dataclasses.replace(BASE, **SWIN, weight_decay=0.2)
+    model, (stage, router_stage) = build(recipe, COUNTS, *MEAN_STD)
+    decayed, spared = optimiser_of(stage).param_groups
+    names = {id(parameter): name for name, parameter in model.net.named_parameters()}
+
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.2, 0)
+    assert decayed["betas"] == (0.9, 0.999)
+    for parameter in spared["params"]:
+        assert names[id(parameter)].endswith("bias_table") or parameter.dim() == 1
+    for parameter in decayed["params"]:
+        assert names[id(parameter)].endswith(".weight")
+        assert parameter.dim() >= 2
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+    assert isinstance(optimiser_of(router_stage), torch.optim.SGD)
+
+
+def test_long_gradients_are_scaled_down():
+    """To the given length, all parameters together; short ones stay."""
+    layer = torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.zeros_(layer.weight)
+
+    def stage(clip_norm):
+        return Stage(
+            "experts", 1, 1, layer, lambda outputs, labels, epoch: {"loss": 30 * outputs.expert_logits.sum()},
+            lambda labels, generator: labels, lambda epoch: 1.0, 0.0, False, 0.0, clip_norm=clip_norm,
+        )  # fmt: skip
+
+    class Answer:
+        def __init__(self, images):
+            self.expert_logits = layer(images).unsqueeze(0)
+
+    for clip_norm, length in ((5.0, 5.0), (1000.0, 30 * 5**0.5), (None, 30 * 5**0.5)):
+        optimiser = torch.optim.SGD(layer.parameters(), 0.0)
+        images = torch.tensor([[1.0, 2.0]])
+        loop.train_step(Answer, stage(clip_norm), optimiser, images, torch.tensor([0]), 0, torch.Generator())
+        assert float(layer.weight.grad.norm()) == pytest.approx(length, rel=1e-4)
+
+
+def write_weights(file, backbone, **changes):
+    """A file as torchvision's are, of the backbone at full width, with a classifier for five classes."""
+    recipe = dataclasses.replace(BASE, backbone=backbone, reduced=False, n_experts=1)
+    net = build_model(recipe, 5, *MEAN_STD).net
+    weights = {**net.trunk.layers.state_dict(), **net.experts[0].layers.state_dict()} | {"fc.weight": torch.ones(5, 9)}
+    weights = {key: torch.randn(value.shape) if value.is_floating_point() else value for key, value in weights.items()}
+    weights = {key: tensor for key, tensor in (weights | changes).items() if tensor is not None}
+    torch.save(weights, file) if file.suffix == ".pth" else save_file(weights, file)
+    return weights
+
+
+@pytest.mark.parametrize("backbone", ["resnet10", "swin_t"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_nets_of_full_width_start_from_pretrained_weights_whole(small_nets, tmp_path, backbone, suffix):
+    """Trunk and every expert; the classifiers stay fresh; random numbers that follow are as without."""
+    file = tmp_path / f"weights{suffix}"
+    weights = write_weights(file, backbone)
+    recipe = dataclasses.replace(BASE, backbone=backbone, reduced=False, pretrained=str(file))
+    net = build_model(recipe, 4, *MEAN_STD).net
+    state = torch.get_rng_state()
+
+    said = start_from(net, recipe)
+
+    assert torch.equal(torch.get_rng_state(), state)
+    assert said["fresh"] == []
+    assert {key.split("layers.")[1] for key in said["taken"]} == weights.keys() - {"fc.weight"}
+    tensors = net.state_dict()
+    assert all(tensors[key].equal(weights[key.split("layers.")[1]]) for key in said["taken"])
+
+
+def test_of_reduced_nets_only_the_trunk_is_taken(small_nets, tmp_path):
+    """Stage by stage, none in part: with a shared third stage that one stays fresh as well."""
+    weights = write_weights(tmp_path / "w.pth", "resnet10")
+    for shared in (False, True):
+        recipe = dataclasses.replace(BASE, backbone="resnet10", share_stage3=shared, pretrained=str(tmp_path / "w.pth"))
+        net = build_model(recipe, 4, *MEAN_STD).net
+        said = start_from(net, recipe)
+
+        stages = {key.split(".")[2] for key in said["taken"]}
+        assert stages == {"conv1", "bn1", "layer1", "layer2"}
+        assert all(key.startswith(("experts", "trunk.layers.layer3")) for key in said["fresh"])
+        assert net.trunk.layers.conv1.weight.equal(weights["conv1.weight"])
+
+
+def test_a_run_says_what_it_started_from(small_nets, folder, tmp_path):
+    """In its results and in every checkpoint."""
+    write_weights(tmp_path / "w.pth", "resnet10")
+    recipe = dataclasses.replace(
+        BASE, data=str(folder), backbone="resnet10", epochs=1, router_epochs=0, pretrained=str(tmp_path / "w.pth")
+    )
+    train(recipe, tmp_path / "run")
+
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert "trunk.layers.conv1.weight" in results["pretrained"]["taken"]
+    stored = json.loads((tmp_path / "run" / "checkpoints" / "experts-0001" / "checkpoint.json").read_text())
+    assert stored["pretrained"] == results["pretrained"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"layer1.0.conv2.weight": torch.ones(64, 64, 1, 1)},
+      r"tensor layer1.0.conv2.weight is \(64, 64, 1, 1\), resnet10 at full width wants \(64, 64, 3, 3\)"),
+     ({"bn1.bias": None}, r"tensor bn1.bias is missing, resnet10 at full width wants \(64,\)"),
+     ({"layer1.1.conv1.weight": torch.ones(2)}, r"tensor layer1.1.conv1.weight is \(2,\), resnet10 .* wants none"),
+     ({"bn1.bias": torch.ones(2), "layer4.0.bn1.bias": torch.ones(1)}, r"tensor bn1.bias is \(2,\)")],
+)  # fmt: skip
+def test_weights_of_another_net_are_refused_by_the_first_difference(tmp_path, changes, message):
+    """With both shapes; nothing is taken."""
+    write_weights(tmp_path / "w.pth", "resnet10", **changes)
+    recipe = dataclasses.replace(BASE, backbone="resnet10", pretrained=str(tmp_path / "w.pth"))
+    with pytest.raises(CheckpointError, match=message):
+        start_from(build_model(recipe, 4, *MEAN_STD).net, recipe)
+
+
+def test_files_that_hold_no_weights_are_refused(tmp_path):
+    """Code in a file is not run; what is no table of tensors is not guessed at."""
+
+    class Harm:
+        def __reduce__(self):
+            return (print, ("run",))
+
+    (tmp_path / "damaged.safetensors").write_bytes(b"no")
+    torch.save({"w": Harm()}, tmp_path / "harm.pth")
+    torch.save({"state_dict": {}}, tmp_path / "nested.pth")
+    messages = dict.fromkeys(("damaged.safetensors", "harm.pth", "none.pth"), "cannot be read")
+    for name, message in (messages | {"nested.pth": "tensors by name and nothing else"}).items():
+        recipe = dataclasses.replace(BASE, backbone="resnet10", pretrained=str(tmp_path / name))
+        with pytest.raises(CheckpointError, match=message):
+            start_from(build_model(recipe, 4, *MEAN_STD).net, recipe)
+
+
+def test_torchvision_is_asked_only_for_what_it_has(monkeypatch):
+    """Its default weights of the same net; a backbone without any is refused with those that have."""
+    asked = []
+
+    def get_state_dict(weights, **options):
+        asked.append(str(weights))
+        raise OSError("no network in a test")
+
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", get_state_dict)
+    for backbone, message in (("resnet10", "it has no resnet10; it has resnet50, "), ("swin_t", "cannot be fetched")):
+        recipe = dataclasses.replace(BASE, backbone=backbone, pretrained="torchvision")
+        with pytest.raises(CheckpointError, match=message):
+            start_from(torch.nn.Identity(), recipe)
+    assert asked == ["Swin_T_Weights.IMAGENET1K_V1"]
+    with pytest.raises(RecipeError, match="pretrained=torchvision: there are no such weights for resnet32_cifar"):
+        dataclasses.replace(RECIPES["ride-cifar100"], pretrained="torchvision")

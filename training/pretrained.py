@@ -1,0 +1,100 @@
+"""Weights that others trained on more images, as the beginning of a training."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from training.checkpoint import CheckpointError
+from training.models.backbones import BACKBONES
+from training.models.multi_expert import MultiExpertNet
+from training.recipe import Recipe
+
+HEADS = ("fc.", "head.")  # classifiers, of other classes than ours
+COUNTERS = "num_batches_tracked"  # which older files lack
+
+
+def start_from(net: MultiExpertNet, recipe: Recipe) -> dict[str, Any]:
+    """
+    Set the trunk and every expert of `net` to the weights that `recipe.pretrained` names, stage by stage.
+
+    A stage is taken whole or, where the recipe's is of another width, not at all; classifiers stay fresh. All experts
+    begin with the same layers: only their classifiers tell them apart.
+
+    Args:
+        net: of the recipe's backbone, with fresh weights; changed in place.
+
+    Returns:
+        "source"; "taken" and "fresh": names of the net's tensors, in its order.
+
+    Raises:
+        CheckpointError: for weights that torchvision does not have, a file that cannot be read, or one that is not of
+            the backbone at full width, with the first differing tensor and both shapes.
+    """
+    source, weights = _read(recipe)
+    _refuse_other_backbone(source, weights, recipe)
+    taken: list[str] = []
+    fresh: list[str] = []
+    parts: dict[str, Any] = {"trunk.layers": net.trunk.layers}
+    parts |= {f"experts.{index}.layers": expert.layers for index, expert in enumerate(net.experts)}
+    for part, layers in parts.items():
+        ours = layers.state_dict()
+        unfit = {_stage_of(key) for key in ours if key in weights and weights[key].shape != ours[key].shape}
+        fitting = [key for key in ours if key in weights and _stage_of(key) not in unfit]
+        layers.load_state_dict({key: weights[key] for key in fitting}, strict=False)
+        taken += [f"{part}.{key}" for key in fitting]
+        fresh += [f"{part}.{key}" for key in ours if key not in fitting]
+    return {"source": source, "taken": taken, "fresh": fresh}
+
+
+def _read(recipe: Recipe) -> tuple[str, dict[str, Tensor]]:
+    """Where the weights come from, and the weights by torchvision's names."""
+    name = BACKBONES[recipe.backbone].torchvision
+    if recipe.pretrained == "torchvision":
+        if name is None:
+            have = ", ".join(key for key, backbone in BACKBONES.items() if backbone.torchvision)
+            raise CheckpointError(f"pretrained=torchvision: it has no {recipe.backbone}; it has {have}, or name a file")
+        weights = torchvision.models.get_model_weights(name).DEFAULT
+        try:
+            return str(weights), dict(weights.get_state_dict(progress=False, check_hash=True))
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"pretrained=torchvision: {weights.url} cannot be fetched ({error})") from None
+    file = Path(str(recipe.pretrained))
+    try:
+        if file.suffix == ".safetensors":
+            return str(file), load_file(file)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling damaged or foreign bytes may fail in any way
+        raise CheckpointError(f"pretrained={file}: cannot be read ({error})") from error
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"pretrained={file}: must hold tensors by name and nothing else, as torchvision's do")
+    return str(file), content
+
+
+def _refuse_other_backbone(source: str, weights: dict[str, Tensor], recipe: Recipe) -> None:
+    backbone, full = BACKBONES[recipe.backbone], dataclasses.replace(recipe, reduced=False, share_stage3=False)
+    with torch.random.fork_rng(devices=[]):  # only the shapes count
+        layers: list[nn.Module] = [backbone.trunk(full), backbone.expert(full)]
+    wanted = {key: tensor for part in layers for key, tensor in part.state_dict().items()}
+    found = {key: tensor for key, tensor in weights.items() if not key.startswith(HEADS)}
+    for key in sorted(wanted.keys() | found.keys()):
+        if key not in found and key.endswith(COUNTERS):
+            continue
+        has, wants = (tuple(tensors[key].shape) if key in tensors else None for tensors in (found, wanted))
+        if has != wants:
+            raise CheckpointError(
+                f"pretrained={source}: tensor {key} is {'missing' if has is None else has}, "
+                f"{recipe.backbone} at full width wants {'none' if wants is None else wants}"
+            )
+
+
+def _stage_of(key: str) -> str:
+    """layer3 of layer3.0.conv1.weight, features.5 of features.5.0.norm1.weight."""
+    parts = key.split(".")
+    return ".".join(parts[:2]) if parts[0] == "features" else parts[0]
