@@ -326,7 +326,7 @@ class Recipe:
                 raise RecipeError(f"{field}={getattr(self, field):g}: only methods 'ride' and 'single' can; take 0")
         if self.method in ("bbn", "oltr", "lfme", "m2m") and (self.optimiser != "sgd" or self.clip_norm is not None):
             raise RecipeError(
-                f"optimiser={self.optimiser!r}, clip_norm={self.clip_norm}: method {self.method!r} has sgd without a limit"
+                f"optimiser={self.optimiser!r}, clip_norm={self.clip_norm}: method {self.method!r} has 'sgd' and none"
             )
 
     def _check_groups(self) -> None:

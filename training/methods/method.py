@@ -127,10 +127,9 @@ def build_model(recipe: Recipe, n_classes: int, mean: Sequence[float], std: Sequ
     width = backbone.n_features(recipe.reduced)
 
     def expert(index: int) -> Expert:
+        layers = backbone.expert(recipe)
         if recipe.depth_fusion:
             layers, _ = fusion_layers(index, recipe.reduced, recipe.image_size)
-        else:
-            layers = backbone.expert(recipe)
         if recipe.classifier == "cosine":
             return Expert(layers, CosineClassifier(width, n_classes, recipe.cosine_scale))
         return Expert(layers, LinearClassifier(width, n_classes))
