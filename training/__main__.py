@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = _recipe(options)
         from training.checkpoint import CheckpointError
         from training.data.sets import DataError
+        from training.distributed import LostProcessError
         from training.loop import DivergedError
         from training.train import train
     except RecipeError as error:
@@ -37,8 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(f"{run}: has checkpoints already; --resume goes on with them, --out names another directory")
     try:
         results = train(recipe, run)
-    except (CheckpointError, DataError, DivergedError) as error:
+    except (CheckpointError, DataError, DivergedError, LostProcessError, RecipeError) as error:
         return _fail(error)
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
+        return 0
     print(table(results))
     print(f"{run / 'results.json'} holds all figures; next: ride-export {run} -o bundle")
     return 0

@@ -12,14 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from training.average import WeightAverage
 from training.checkpoint import Checkpoint, save_checkpoint
 from training.data.augment import augment
 from training.data.sets import Images
+from training.data.streamed import StreamedImages
+from training.distributed import gather_outputs, own_rows, rank, share_gradients, world_size
+from training.in_parts import InParts
 from training.methods.method import Model, Stage
-from training.recipe import Recipe
+from training.recipe import Recipe, RecipeError
 
 
 class DivergedError(RuntimeError):
@@ -35,12 +40,14 @@ class Log:
     """
 
     file: Path
-    board: SummaryWriter
+    board: SummaryWriter | None
 
     @classmethod
     def open(cls, run: Path, done: dict[str, int]) -> Log:
-        """`done`: epochs that the checkpoints hold, by stage."""
+        """`done`: epochs that the checkpoints hold, by stage. Of several processes only the first one's log writes."""
         file = run / "metrics.jsonl"
+        if rank():
+            return cls(file, None)
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         kept = [line for line in lines if _is_done(line, done)]
         file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
@@ -48,20 +55,28 @@ class Log:
 
     def write(self, values: dict[str, Any]) -> None:
         """One epoch: {"stage", "epoch" (from 1), numbers, nested numbers}."""
+        if self.board is None:
+            return
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
         for name, number in _numbers(values):
             self.board.add_scalar(f"{values['stage']}/{name}", number, values["epoch"])
         self.board.flush()
 
+    def close(self) -> None:
+        """Nothing is written any more."""
+        if self.board is not None:
+            self.board.close()
+
 
 def run_stage(
-    model: Model, stage: Stage, train: Images, recipe: Recipe, *,
+    model: Model, stage: Stage, train: Images | StreamedImages, recipe: Recipe, *,
     start: Checkpoint | None, run: Path, log: Log, info: dict[str, Any],
     evaluate: Callable[[Model], dict[str, Any]],
 ) -> None:  # fmt: skip
     """
-    Train `stage.part`, saving a checkpoint after every epoch.
+    Train `stage.part`, saving a checkpoint after every epoch. At the end `model` has the averaged weights, where the
+    recipe has them averaged.
 
     Every random number comes from a generator seeded by (seed, stage, epoch), so an epoch does not depend on how many
     were run in this process: a killed and resumed training ends with the same weights.
@@ -85,20 +100,28 @@ def run_stage(
         stage.begin()
     model.requires_grad_(False)
     stage.part.requires_grad_(True)
+    average = None if recipe.ema_decay is None else WeightAverage(model, recipe.ema_decay)
+    scaler = torch.amp.GradScaler(enabled=recipe.precision == "fp16")
+    if start is not None:
+        _resume(start, average, scaler)
     network = forward_of(model, stage, recipe)
     labels = train.labels.cpu()
-    progress = tqdm(total=stage.epochs, initial=start.epochs_done if start else 0, unit="epoch", desc=stage.name)
-    for epoch in range(progress.n, stage.epochs):
+    first = start.epochs_done if start else 0
+    progress = tqdm(total=stage.epochs, initial=first, unit="epoch", desc=stage.name, disable=rank() > 0)
+    for epoch in range(first, stage.epochs):
         model.eval()
         (model.net if stage.norms_follow else stage.part).train()
         for group in optimiser.param_groups:
             group["lr"] = stage.lr(epoch)
         generator = torch.Generator().manual_seed(_seed(recipe.seed, stage.name, epoch))
+        torch.manual_seed(_seed(recipe.seed, f"{stage.name} of process {rank()}", epoch))  # dropped paths
         order = stage.sampler(labels, generator)
         began = time.perf_counter()
         sums: dict[str, Tensor] = {}
         for images, targets in batches(train, order, stage.batch_size, recipe, generator):
-            losses, right = train_step(network, stage, optimiser, images, targets, epoch)
+            losses, right = train_step(network, stage, optimiser, images, targets, epoch, scaler)
+            if average is not None:
+                average.update(model)
             for name, value in {**losses, "accuracy": 100 * right}.items():
                 sums[name] = sums.get(name, 0) + value.detach() * len(targets)
         means = {name: float(value) / len(order) for name, value in sums.items()}
@@ -108,43 +131,98 @@ def run_stage(
         line: dict[str, Any] = {"stage": stage.name, "epoch": epoch + 1, "lr": stage.lr(epoch), **means}
         line |= {"seconds": round(seconds, 3), "images_per_second": round(len(order) / seconds, 1)}
         if (epoch + 1) % recipe.evaluate_every == 0 and epoch + 1 < stage.epochs:
-            line["test"] = evaluate(model)
+            line["test"] = evaluate(model if average is None else average.model)
         log.write(line)
-        save_checkpoint(run, stage.name, epoch + 1, model, optimiser, info | {"metrics": line})
+        if rank() == 0:
+            state = {"updates": 0 if average is None else average.updates} | scaler.state_dict()
+            averaged = None if average is None else average.model
+            about = info | {"metrics": line, "state": state}
+            save_checkpoint(run, stage.name, epoch + 1, model, optimiser, about, averaged)
         shown = {"loss": means["loss"], "accuracy": means["accuracy"], "images/s": line["images_per_second"]}
         progress.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
         progress.update()
     progress.close()
+    if average is not None:
+        model.load_state_dict(average.model.state_dict())
+
+
+def _resume(start: Checkpoint, average: WeightAverage | None, scaler: torch.amp.GradScaler) -> None:
+    """Go on with the checkpoint's average and loss scale."""
+    if average is not None:
+        start.load_into(average.model)
+        average.updates = int(start.state["updates"])
+    if scaler.is_enabled():
+        scaler.load_state_dict({key: value for key, value in start.state.items() if key != "updates"})
 
 
 def train_step(
     network: Callable[[Tensor], Any], stage: Stage, optimiser: torch.optim.Optimizer,
-    images: Tensor, labels: Tensor, epoch: int,
+    images: Tensor, labels: Tensor, epoch: int, scaler: torch.amp.GradScaler | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
-    """Forward, loss, backward, step. Returns the losses and the share of images that all experts together get right."""
+    """
+    Forward, loss, backward, step. Returns the losses and the share of images that all experts together get right.
+
+    Args:
+        network: what `forward_of` gives.
+        images, labels: of the whole batch, also where several processes share it.
+        scaler: keeps gradients in the range of fp16.
+    """
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
     outputs = network(images)
     losses = stage.losses(outputs, labels, epoch)
     optimiser.zero_grad()
-    losses["loss"].backward()
-    optimiser.step()
+    scaler.scale(losses["loss"]).backward()
+    scaler.step(optimiser)
+    scaler.update()
     with torch.no_grad():
         right = (outputs.expert_logits.mean(dim=0).argmax(dim=1) == labels).float().mean()
     return losses, right
 
 
 def forward_of(model: Model, stage: Stage, recipe: Recipe) -> Callable[[Tensor], Any]:
-    """The network's forward pass: under autocast, compiled where the recipe says so, without gradients where frozen."""
+    """
+    The network's forward pass: under autocast, compiled where the recipe says so, without gradients where frozen.
+
+    It takes a whole batch and gives the outputs for all of it. Of several processes each passes its own rows through
+    the network; a recipe that accumulates passes a few rows at a time.
+    """
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last)
     learns = any(parameter.requires_grad for parameter in model.net.parameters())
-    network = torch.compile(model.net, dynamic=False) if recipe.compile and learns else model.net
-    half = recipe.precision == "bf16" or (recipe.precision == "auto" and has_bf16_units(device))
+    network: torch.nn.Module = model.net
+    if recipe.compile and learns:
+        network = torch.compile(network, dynamic=False)  # type: ignore[assignment]
+    if recipe.accumulate > 1 and learns:
+        network = InParts(network, recipe.accumulate)
+    if world_size() > 1 and learns:
+        network = DistributedDataParallel(network, broadcast_buffers=False)
+    inside = set(model.net.parameters())
+    share_gradients(parameter for parameter in stage.part.parameters() if parameter not in inside)
+    dtype = autocast_dtype(recipe, device)
 
     def forward(images: Tensor) -> Any:
-        with torch.autocast(device.type, torch.bfloat16, enabled=half), torch.set_grad_enabled(learns):
-            return network(images)
+        with (
+            torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None),
+            torch.set_grad_enabled(learns),
+        ):
+            return gather_outputs(network(images[own_rows(len(images))]), len(images))
 
     return forward
+
+
+def autocast_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:
+    """
+    In what the network computes; None: in fp32 throughout.
+
+    Raises:
+        RecipeError: for fp16 on a CPU.
+    """
+    if recipe.precision == "fp16":
+        if device.type == "cpu":
+            raise RecipeError("precision='fp16': needs a CUDA device, and there is none here; take bf16, fp32 or auto")
+        return torch.float16
+    half = recipe.precision == "bf16" or (recipe.precision == "auto" and has_bf16_units(device))
+    return torch.bfloat16 if half else None
 
 
 def has_bf16_units(device: torch.device) -> bool:
@@ -155,9 +233,12 @@ def has_bf16_units(device: torch.device) -> bool:
 
 
 def batches(
-    images: Images, order: Tensor, batch_size: int, recipe: Recipe, generator: torch.Generator
+    images: Images | StreamedImages, order: Tensor, batch_size: int, recipe: Recipe, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Augmented images (B, H, W, 3) uint8 and labels (B,) in `order`; the last batch may be smaller."""
+    if isinstance(images, StreamedImages):
+        yield from images.training_batches(order, batch_size, generator)
+        return
     for chosen in order.to(images.labels.device).split(batch_size):
         pixels = augment(
             images.pixels[chosen], generator,

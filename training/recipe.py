@@ -11,6 +11,8 @@ from typing import Any, Literal
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2023, 0.1994, 0.2010)
 
+Decoding = Literal["auto", "resident", "streamed"]
+
 
 class RecipeError(ValueError):
     """A recipe field that does not exist, or a value that it cannot take."""
@@ -25,7 +27,13 @@ class Recipe:
         name: of the recipe; names the run directory and the exported model.
         method: "ride" or "single" (training/methods).
         loss: of each expert on its own: "ce", "focal", "ldam", "balanced_softmax" or "logit_adjusted".
-        data: "cifar10", "cifar100", a directory with train*.parquet, or a directory of class directories.
+        data: "cifar10", "cifar100", or a directory: with list files such as train.txt, with train*.parquet, or of class
+            directories.
+        train_list, val_list, test_list: list files below `data`; None: the only *train*.txt and so on there.
+        image_root: directory that the paths in list files start from; None: `data`.
+        decoding: "resident": all images are decoded once and stay in memory; "streamed": worker processes decode each
+            when it is needed; "auto": streamed where all would take more than a quarter of the memory.
+        workers: processes that decode; None: one for each processor.
         profile: how the training set is thinned: "exp" or "step" (a subset of a balanced set), "natural" (not).
         imbalance: largest over smallest class size under "exp" and "step".
         n_max: size of the largest class under "exp" and "step"; None: the size of class 0.
@@ -60,7 +68,12 @@ class Recipe:
         router_top_k: how many of the largest mean logits a router sees; at most the number of classes are used.
         router_positive_weight: weight of "another expert would help" in the router's loss.
         seed: of initial weights, order and augmentation.
-        precision: "bf16" autocast, "fp32", or "auto": bf16 where the device has bf16 units.
+        precision: "bf16" autocast, "fp16" autocast with loss scaling (on CUDA only), "fp32", or "auto": bf16 where the
+            device has bf16 units.
+        accumulate: a batch goes through the network in so many parts, each computed again for its gradient, so that
+            memory holds one part. The loss sees the whole batch; batch norms see one part at a time.
+        ema_decay: d of the average of weights and batch-norm statistics that is evaluated and exported,
+            average ← d·average + (1 − d)·weights after every step; None: the last weights.
         compile: use torch.compile.
         evaluate_every: epochs between evaluations on the test images while training; they decide nothing.
     """
@@ -69,6 +82,12 @@ class Recipe:
     method: Literal["ride", "single"]
     loss: Literal["ce", "focal", "ldam", "balanced_softmax", "logit_adjusted"] = "ce"
     data: str = "cifar100"
+    train_list: str | None = None
+    val_list: str | None = None
+    test_list: str | None = None
+    image_root: str | None = None
+    decoding: Decoding = "auto"
+    workers: int | None = None
     profile: Literal["exp", "step", "natural"] = "exp"
     imbalance: float = 100.0
     n_max: int | None = None
@@ -119,7 +138,9 @@ class Recipe:
     router_hidden: int = 16
     router_positive_weight: float = 100.0
     seed: int = 0
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    accumulate: int = 1
+    ema_decay: float | None = None
     compile: bool = True
     evaluate_every: int = 20
 
@@ -143,6 +164,8 @@ class Recipe:
             raise RecipeError(f"std={self.std}: must be positive")
         if self.method == "single" and self.n_experts != 1:
             raise RecipeError(f"n_experts={self.n_experts}: method {self.method!r} trains one expert")
+        if self.accumulate > min(self.batch_size, self.router_batch_size):
+            raise RecipeError(f"accumulate={self.accumulate}: must be at most batch_size and router_batch_size")
         if self.loss == "ldam" and self.classifier != "cosine":
             raise RecipeError("classifier='linear': the margins of LDAM need the cosine classifier")
 
@@ -206,6 +229,7 @@ _RANGES = (
     ("router_batch_size", 1, 65_536),
     ("router_lr", 1e-9, 100), ("router_weight_decay", 0, 1), ("router_top_k", 1, 100_000), ("router_hidden", 1, 65_536),
     ("router_positive_weight", 1e-6, 1e6), ("seed", 0, 2**32 - 1), ("evaluate_every", 1, 100_000),
+    ("workers", 0, 1024), ("accumulate", 1, 65_536), ("ema_decay", 0, 1 - 1e-9),
 )  # fmt: skip
 
 

@@ -24,12 +24,22 @@ def read_image(encoded: bytes, size: int) -> np.ndarray:
     Raises:
         ValueError: for bytes that are no image of a known format, are damaged, or hold more than 200 million pixels.
     """
+    return np.asarray(fit(decode(encoded), size, size))
+
+
+def decode(encoded: bytes) -> Image.Image:
+    """
+    Decode, turn upright by EXIF, convert to RGB, in the size that the image has.
+
+    Raises:
+        ValueError: as `read_image`.
+    """
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS:,} pixels; scale it down")
             image.load()
-            return np.asarray(fit(to_rgb(ImageOps.exif_transpose(image)), size, size))
+            return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # a decoder may stumble over damaged bytes in any way
         raise ValueError(f"not a readable image ({len(encoded):,} bytes): {error}") from error
 
