@@ -164,11 +164,10 @@ def with_shared_norms(network: nn.Module) -> nn.Module:
     """
     if next(network.parameters()).device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    for name, child in network.named_children():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            setattr(network, name, SharedBatchNorm.taking_over(child))
-        else:
-            with_shared_norms(child)
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                setattr(module, name, SharedBatchNorm.taking_over(child))
     return network
 
 
@@ -190,14 +189,15 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training:
             return super().forward(input)
         others = [axis for axis in range(input.dim()) if axis != 1]
-        values = input.float()
-        count = values.new_tensor(values.numel() / values.shape[1])
-        dist.all_reduce(count)
+        values = input.to(torch.promote_types(input.dtype, torch.float32))
 
         def spread(per_channel: Tensor) -> Tensor:
             return per_channel.view(1, -1, *[1] * (input.dim() - 2))
 
-        mean = cast(Tensor, _SumOfAll.apply(values.sum(others))) / count  # (C,)
+        own_count = values.new_tensor([values.numel() // values.shape[1]])
+        sums = cast(Tensor, _SumOfAll.apply(torch.cat([values.sum(others), own_count])))
+        count = sums[-1].detach()
+        mean = sums[:-1] / count  # (C,)
         centred = values - spread(mean)
         variance = cast(Tensor, _SumOfAll.apply(centred.square().sum(others))) / count
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:

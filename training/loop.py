@@ -195,7 +195,7 @@ def forward_of(model: Model, stage: Stage, recipe: Recipe) -> Callable[[Tensor],
     if recipe.accumulate > 1 and learns:
         network = InParts(network, recipe.accumulate)
     if world_size() > 1 and learns:
-        network = DistributedDataParallel(network, broadcast_buffers=False)
+        network = DistributedDataParallel(network)
     inside = set(model.net.parameters())
     share_gradients(parameter for parameter in stage.part.parameters() if parameter not in inside)
     dtype = autocast_dtype(recipe, device)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import IO, Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
 from training.data.images import FORMATS
@@ -185,5 +185,7 @@ def _digest(content: bytes | np.ndarray) -> bytes:
 def _look_at_header(file: IO[bytes]) -> None:
     try:
         Image.open(file, formats=FORMATS)  # reads no further
+    except UnidentifiedImageError:
+        raise ValueError(f"not a readable image: neither {' nor '.join(FORMATS)}") from None
     except Exception as error:  # a decoder may stumble over damaged bytes in any way
         raise ValueError(f"not a readable image: {error}") from error

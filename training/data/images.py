@@ -6,7 +6,7 @@ import io
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 FIT: Literal["crop"] = "crop"
 INTERPOLATION: Literal["bilinear"] = "bilinear"
@@ -40,6 +40,8 @@ def decode(encoded: bytes) -> Image.Image:
                 raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS:,} pixels; scale it down")
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        raise ValueError(f"not a readable image ({len(encoded):,} bytes): neither {' nor '.join(FORMATS)}") from None
     except Exception as error:  # a decoder may stumble over damaged bytes in any way
         raise ValueError(f"not a readable image ({len(encoded):,} bytes): {error}") from error
 

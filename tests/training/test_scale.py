@@ -1,0 +1,240 @@
+"""Trainings larger than one process, one batch in memory, or one set of weights."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.small_training import weights_after
+from training.__main__ import main
+from training.average import WeightAverage
+from training.checkpoint import checkpoints_of, save_checkpoint
+from training.loop import forward_of
+from training.recipe import Recipe, RecipeError
+from training.recipes import RECIPES
+from training.train import METHODS, trained_model
+
+TWO_EXPERTS = {
+    "n_experts": 2, "epochs": 2, "router_epochs": 1, "image_size": 8, "batch_size": 27, "warmup_epochs": 0,
+    "compile": "false", "evaluate_every": 1, "holdout_share": 0.2, "test_share": 0.2, "deferred_from": 0.5,
+    "precision": "fp32",
+}  # fmt: skip
+
+
+def arguments(folder: Path, **fields: object) -> list[str]:
+    """`ride-train ride-own` on the tiny set: two experts, two epochs of two steps, one of the router."""
+    overrides = [part for key, value in (TWO_EXPERTS | fields).items() for part in ("--set", f"{key}={value}")]
+    return ["ride-own", "--data", str(folder), *overrides]
+
+
+def two_processes(call: list[str]) -> list[subprocess.Popen[str]]:
+    """`ride-train` in two processes that find each other as torchrun would have them, without its watch over them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "training", *call], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            env=os.environ | meeting | {"RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+
+
+def losses_of(run: Path) -> list[float]:
+    """The loss of every epoch."""
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    """To the bit."""
+    return ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
+
+
+@pytest.fixture(scope="module")
+def shared_run(folder, tmp_path_factory):
+    """Two processes under torchrun: the run of an undisturbed training, the steps of a small net, what was printed."""
+    root = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "tests.training.small_training", str(root / "steps.pt")]
+    command += [*arguments(folder, lr=1e-5, ema_decay=0.5), "--out", str(root / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return root / "run", torch.load(root / "steps.pt"), done.stdout
+
+
+def test_two_processes_make_the_steps_of_one(shared_run):
+    """
+    In double precision losses and weights agree to rounding: with batch norm, which sees all rows; under a loss that is
+    normalised by the batch's class weights; for a parameter that the loss uses beside the network.
+    """
+    for norm in (True, False):
+        losses, weights = weights_after(8, norm)
+        for of_one in shared_run[1]:
+            assert of_one[norm][0] == pytest.approx(losses, abs=1e-12)
+            torch.testing.assert_close(of_one[norm][1], weights, rtol=0, atol=1e-12)
+        assert len({round(loss, 6) for loss in losses}) == 8
+
+
+def test_a_training_by_two_processes_has_the_losses_of_one(folder, shared_run, tmp_path):
+    """Every stage of RIDE, in fp32; the first process alone prints, logs and writes."""
+    run, _, output = shared_run
+    assert main([*arguments(folder, lr=1e-5, ema_decay=0.5), "--out", str(tmp_path / "one")]) == 0
+
+    assert losses_of(run) == pytest.approx(losses_of(tmp_path / "one"), rel=1e-4)
+    assert output.count("| experts | all") == 1
+    assert json.loads((run / "results.json").read_text())["processes"] == 2
+
+
+def test_a_killed_process_ends_the_others_and_the_run_resumes_to_the_same_bits(folder, shared_run, tmp_path):
+    """kill -9 of one of two: the other says what happened and what to do, and that is enough."""
+    run = tmp_path / "killed"
+    call = [*arguments(folder, lr=1e-5, ema_decay=0.5), "--out", str(run)]
+    first, second = two_processes(call)
+    while not list(run.glob("checkpoints/experts-000?")):
+        assert first.poll() is None, "it ended before its first checkpoint"
+        time.sleep(0.01)
+    second.kill()
+    errors = first.communicate(timeout=60)[1]
+    second.communicate()
+    assert first.returncode == 2
+    assert "ride-train: process 0 of 2 lost the others" in errors
+    assert "with --resume" in errors
+    assert not (run / "results.json").exists(), "killed too late to show anything"
+
+    for process in two_processes([*call, "--resume"]):
+        process.communicate(timeout=120)
+        assert process.returncode == 0
+    last = Path("checkpoints", "routers-0001", "model.safetensors")
+    assert same_tensors(load_file(run / last), load_file(shared_run[0] / last))
+    assert losses_of(run) == losses_of(shared_run[0])
+
+
+def test_a_batch_in_parts_makes_the_step_of_the_whole():
+    """Without batch norm: the loss, normalised by the weights of the whole batch, and all weights agree to rounding."""
+    losses, weights = weights_after(8, norm=False)
+    in_parts, weights_in_parts = weights_after(8, norm=False, accumulate=4)
+
+    assert in_parts == pytest.approx(losses, abs=1e-12)
+    torch.testing.assert_close(weights_in_parts, weights, rtol=0, atol=1e-12)
+
+
+def test_batch_norms_see_a_batch_in_parts_once():
+    """They differ from the whole batch's, as documented; what is computed again for the gradient is not counted."""
+    losses, _ = weights_after(8, norm=True)
+    in_parts, weights = weights_after(8, norm=True, accumulate=4)
+
+    assert in_parts != pytest.approx(losses, abs=1e-3)
+    assert weights["net.norm.num_batches_tracked"] == 4 * 8
+
+
+def test_the_average_of_weights_follows_its_formula():
+    """Against the recursion written out, batch-norm statistics included; counters are those of the newest weights."""
+    model, _ = METHODS["single"](Recipe(name="t", method="single"), (3, 2), (0.5,) * 3, (0.2,) * 3)
+    average = WeightAverage(model, decay=0.3)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for step in range(5):
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                tensor.add_(1 + step)
+        average.update(model)
+        decay = min(0.3, (1 + step) / (10 + step))
+        for name, tensor in model.state_dict().items():
+            whole = not tensor.is_floating_point()
+            expected[name] = tensor.clone() if whole else decay * expected[name] + (1 - decay) * tensor
+
+    torch.testing.assert_close(average.model.state_dict(), expected)
+    assert any("running_var" in name for name in expected)
+
+
+@pytest.fixture(scope="module")
+def averaged_run(folder, tmp_path_factory):
+    """A training with averaged weights and batches in parts that nobody disturbed."""
+    run = tmp_path_factory.mktemp("runs") / "averaged"
+    assert main([*arguments(folder, ema_decay=0.9, accumulate=2), "--out", str(run)]) == 0
+    return run
+
+
+def test_the_averaged_weights_are_evaluated_and_exported(averaged_run):
+    """model.safetensors is the average, learning.safetensors is not; the routers learn on top of the average."""
+    experts = averaged_run / "checkpoints" / "experts-0002"
+    averaged, learning = (load_file(experts / f"{name}.safetensors") for name in ("model", "learning"))
+    moved = {name for name in averaged if not averaged[name].equal(learning[name])}
+    assert "net.trunk.layers.0.weight" in moved
+    assert "net.trunk.layers.1.running_mean" in moved
+
+    checkpoint, model = trained_model(averaged_run)
+    final = model.state_dict()
+    assert all(final[name].equal(averaged[name]) for name in averaged if name.startswith("net."))
+    assert not final["routers.output.weight"].equal(averaged["routers.output.weight"])
+    assert checkpoint.state["updates"] > 0
+
+
+def test_averages_and_parts_resume_to_the_same_bits(folder, averaged_run, tmp_path, monkeypatch):
+    """What is on the disk when a training ends within its second epoch is enough to go on."""
+    run = tmp_path / "killed"
+    call = [*arguments(folder, ema_decay=0.9, accumulate=2), "--out", str(run)]
+
+    def save_and_end(*given: object) -> None:
+        save_checkpoint(*given)
+        raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("training.loop.save_checkpoint", save_and_end)
+        with pytest.raises(InterruptedError):
+            main(call)
+    assert checkpoints_of(run).keys() == {"experts"}
+    assert main([*call, "--resume"]) == 0
+
+    for stage, epochs in (("experts", 2), ("routers", 1)):
+        for name in ("model", "learning", "optimiser"):
+            file = Path("checkpoints", f"{stage}-{epochs:04d}", f"{name}.safetensors")
+            assert same_tensors(load_file(run / file), load_file(averaged_run / file))
+    assert checkpoints_of(run)["routers"].state == checkpoints_of(averaged_run)["routers"].state
+
+
+def test_fp16_is_refused_on_a_cpu(folder, tmp_path, capsys, monkeypatch):
+    """Before anything is read, with what is possible."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([*arguments(folder, precision="fp16"), "--out", str(tmp_path / "run")]) == 2
+    assert "precision='fp16': needs a CUDA device, and there is none here; take bf16" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_the_network_computes_in_the_precision_of_the_recipe(precision, dtype):
+    """Its convolutions do; logits are fp32 in either case."""
+    recipe = dataclasses.replace(RECIPES["ride-cifar100"], precision=precision, compile=False, n_experts=1)
+    model, stages = METHODS["ride"](recipe, (3, 2), recipe.mean, recipe.std)
+    seen = []
+    model.net.trunk.layers[0].register_forward_hook(lambda *call: seen.append(call[2].dtype))
+
+    outputs = forward_of(model, stages[0], recipe)(torch.zeros(2, 8, 8, 3, dtype=torch.uint8))
+
+    assert seen == [dtype]
+    assert outputs.expert_logits.dtype == torch.float32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="loss scaling needs a CUDA device")
+def test_fp16_learns_with_a_scaled_loss(folder, tmp_path):
+    """The scale is in the checkpoint; the loss is that of fp32 to the digits that fp16 has."""
+    for precision in ("fp16", "fp32"):
+        call = arguments(folder, precision=precision, lr=1e-5)
+        assert main([*call, "--out", str(tmp_path / precision)]) == 0
+    assert losses_of(tmp_path / "fp16")[0] == pytest.approx(losses_of(tmp_path / "fp32")[0], rel=2e-2)
+    assert checkpoints_of(tmp_path / "fp16")["experts"].state["scale"] > 1
+
+
+def test_more_parts_than_images_are_refused():
+    """The message names the fields."""
+    with pytest.raises(RecipeError, match="accumulate=200: must be at most batch_size and router_batch_size"):
+        dataclasses.replace(RECIPES["ride-cifar100"], accumulate=200)
