@@ -35,13 +35,16 @@ def main(arguments: list[str] | None = None) -> int:
     except RecipeError as error:
         return _fail(error)
     run = options.out or Path("runs", recipe.name)
+    first = os.environ.get("RANK", "0") == "0"  # of several processes, all of which fail or end alike, this one speaks
     if (run / "checkpoints").exists() and not options.resume:
         return _fail(f"{run}: has checkpoints already; --resume goes on with them, --out names another directory")
     try:
         results = train(recipe, run)
-    except (CheckpointError, DataError, DivergedError, LostProcessError, RecipeError) as error:
+    except LostProcessError as error:
         return _fail(error)
-    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
+    except (CheckpointError, DataError, DivergedError, RecipeError) as error:
+        return _fail(error) if first else 2
+    if not first:
         return 0
     print(table(results))
     print(f"{run / 'results.json'} holds all figures; next: ride-export {run} -o bundle")

@@ -33,9 +33,10 @@ class WeightAverage:
         """Take the weights of `model` after a step into the average."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        averaged = self.model.state_dict()
-        for name, current in model.state_dict().items():
-            if current.is_floating_point():
-                averaged[name].lerp_(current, 1 - decay)
+        current = model.state_dict()
+        once = {averaged.data_ptr(): (averaged, name) for name, averaged in self.model.state_dict().items()}
+        for averaged, name in once.values():  # layers that experts share have several names
+            if averaged.is_floating_point():
+                averaged.lerp_(current[name], 1 - decay)
             else:  # how many batches a norm has seen
-                averaged[name].copy_(current)
+                averaged.copy_(current[name])

@@ -132,10 +132,17 @@ def gather_outputs(own: Any, count: int) -> Any:
     A network's outputs for the whole batch, differentiable with respect to this process's own.
 
     Args:
-        own: a named tuple of tensors (E, B, ...), of the own rows.
+        own: a named tuple, of the own rows, of tensors (E, B, ...) or (B, C), or None.
         count: rows of the whole batch.
     """
-    return own if world_size() == 1 else type(own)(*(_Gathered.apply(tensor, count, 1) for tensor in own))
+    if world_size() == 1:
+        return own
+    return type(own)(*(None if part is None else _Gathered.apply(part, count, batch_axis(part)) for part in own))
+
+
+def batch_axis(output: Tensor) -> int:
+    """Which axis of a network's output (E, B, ...) or (B, C) counts the images."""
+    return 1 if output.dim() > 2 else 0
 
 
 def share_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -162,11 +169,13 @@ def with_shared_norms(network: nn.Module) -> nn.Module:
 
     torch's own on GPUs, which it is made for; the same in plain operations on CPUs.
     """
+    if world_size() == 1:
+        return network
     if next(network.parameters()).device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
     for module in list(network.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SharedBatchNorm):
                 setattr(module, name, SharedBatchNorm.taking_over(child))
     return network
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from training.distributed import batch_axis
+
 
 class InParts(nn.Module):
     """
@@ -20,7 +22,7 @@ class InParts(nn.Module):
     each part by its own statistics, and their running statistics follow part after part.
 
     Args:
-        network: from (B, ...) to a named tuple of tensors (E, B, ...).
+        network: from (B, ...) to a named tuple of tensors (E, B, ...) or (B, C), or None.
         parts: how many, of equal size or one row less.
 
     Source: activation checkpointing, arXiv:1604.06174.
@@ -39,7 +41,9 @@ class InParts(nn.Module):
             else self.network(part)
             for part in parts or [images]
         ]
-        return type(outputs[0])(*(torch.cat(tensors, dim=1) for tensors in zip(*outputs, strict=True)))
+        return type(outputs[0])(
+            *(None if each[0] is None else torch.cat(each, batch_axis(each[0])) for each in zip(*outputs, strict=True))
+        )
 
     def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _running_statistics_kept(self)

@@ -21,7 +21,7 @@ from training.checkpoint import Checkpoint, save_checkpoint
 from training.data.augment import augment
 from training.data.sets import Images
 from training.data.streamed import StreamedImages
-from training.distributed import gather_outputs, own_rows, rank, share_gradients, world_size
+from training.distributed import gather_outputs, own_rows, rank, share_gradients, with_shared_norms, world_size
 from training.in_parts import InParts
 from training.methods.method import Model, Stage
 from training.recipe import Recipe, RecipeError
@@ -114,7 +114,7 @@ def run_stage(
         for group in optimiser.param_groups:
             group["lr"] = stage.lr(epoch)
         generator = torch.Generator().manual_seed(_seed(recipe.seed, stage.name, epoch))
-        torch.manual_seed(_seed(recipe.seed, f"{stage.name} of process {rank()}", epoch))  # dropped paths
+        torch.manual_seed(_seed(recipe.seed, stage.name, epoch, rank()))  # dropped paths
         order = stage.sampler(labels, generator)
         began = time.perf_counter()
         sums: dict[str, Tensor] = {}
@@ -189,7 +189,7 @@ def forward_of(model: Model, stage: Stage, recipe: Recipe) -> Callable[[Tensor],
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last)
     learns = any(parameter.requires_grad for parameter in model.net.parameters())
-    network: torch.nn.Module = model.net
+    network: torch.nn.Module = with_shared_norms(model.net)
     if recipe.compile and learns:
         network = torch.compile(network, dynamic=False)  # type: ignore[assignment]
     if recipe.accumulate > 1 and learns:
@@ -248,8 +248,9 @@ def batches(
         yield pixels, images.labels[chosen]
 
 
-def _seed(seed: int, stage: str, epoch: int) -> int:
-    return int(np.random.SeedSequence([seed, epoch, *stage.encode()]).generate_state(1, np.uint64)[0] >> 1)
+def _seed(seed: int, stage: str, epoch: int, process: int = 0) -> int:
+    others = [process] if process else []
+    return int(np.random.SeedSequence([seed, epoch, *stage.encode(), *others]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _is_done(line: str, done: dict[str, int]) -> bool:

@@ -13,7 +13,7 @@ import torch
 
 from training.checkpoint import Checkpoint, CheckpointError, checkpoints_of, current_commit
 from training.data.sets import Data, channel_statistics, load_data
-from training.distributed import from_first, joined, rank, with_shared_norms, world_size
+from training.distributed import from_first, joined, rank, world_size
 from training.evaluate import macs_of, predict, summarise
 from training.loop import Log, autocast_dtype, run_stage
 from training.methods import ride, single
@@ -58,8 +58,6 @@ def _train(recipe: Recipe, run: Path, device: torch.device) -> dict[str, Any]:
     model.to(device)
     images, test = data.train.to(device), data.test.to(device)
     macs = macs_of(model, recipe.image_size)
-    if world_size() > 1:
-        with_shared_norms(model)
     info = {
         "recipe": recipe.to_dict(), "classes": data.classes, "class_counts": data.counts, "mean": mean, "std": std,
         "commit": current_commit(), "torch": torch.__version__, "device": device.type, "decoding": data.decoding,

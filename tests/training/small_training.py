@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from training.__main__ import main
 from training.data.samplers import shuffled
 from training.data.sets import Images
-from training.distributed import joined, rank, with_shared_norms, world_size
+from training.distributed import joined, rank
 from training.loop import batches, forward_of, train_step
 from training.methods.individual import IndividualLoss
 from training.methods.method import Model, Stage
@@ -37,7 +37,9 @@ class SmallNet(nn.Module):
         return Outputs(logits, torch.stack([features, features]))
 
 
-def weights_after(steps: int, norm: bool, **fields: Any) -> tuple[list[float], dict[str, Tensor]]:
+def weights_after(
+    steps: int, norm: bool, scaler: torch.amp.GradScaler | None = None, **fields: Any
+) -> tuple[list[float], dict[str, Tensor]]:
     """Losses of the steps, and all weights after them; the loss is normalised by the sum of class weights."""
     recipe = Recipe(
         name="t", method="single", deferred_from=0.0, batch_size=14, router_batch_size=14, precision="fp32",
@@ -59,15 +61,14 @@ def weights_after(steps: int, norm: bool, **fields: Any) -> tuple[list[float], d
         return {"loss": torch.stack([individual(beside * z, labels, epoch) for z in outputs.expert_logits]).sum()}
 
     stage = Stage("t", 1, 14, model, losses, shuffled, lambda _: 0.1, 0.9, False, 0.0)
-    if world_size() > 1:
-        with_shared_norms(model)
     optimiser = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     network = forward_of(model, stage, recipe)
     seen: list[float] = []
     while len(seen) < steps:
         order = shuffled(images.labels, generator)
         for pixels, labels in batches(images, order, stage.batch_size, recipe, generator):
-            seen.append(float(train_step(network, stage, optimiser, pixels, labels, 1)[0]["loss"].detach()))
+            found = train_step(network, stage, optimiser, pixels, labels, 1, scaler)[0]
+            seen.append(float(found["loss"].detach()))
     return seen, model.state_dict()
 
 
@@ -78,4 +79,4 @@ if __name__ == "__main__":  # under torchrun, FILE ARGUMENTS: writes what all pr
         torch.distributed.all_gather_object(both, result)
         if rank() == 0:
             torch.save(both, Path(sys.argv[1]))
-    sys.exit(main(sys.argv[2:]))
+        sys.exit(main(sys.argv[2:]))

@@ -18,6 +18,7 @@ from training.__main__ import main
 from training.average import WeightAverage
 from training.checkpoint import checkpoints_of, save_checkpoint
 from training.loop import forward_of
+from training.methods.method import Model
 from training.recipe import Recipe, RecipeError
 from training.recipes import RECIPES
 from training.train import METHODS, trained_model
@@ -27,6 +28,8 @@ TWO_EXPERTS = {
     "compile": "false", "evaluate_every": 1, "holdout_share": 0.2, "test_share": 0.2, "deferred_from": 0.5,
     "precision": "fp32",
 }  # fmt: skip
+
+SHARED = {"lr": 1e-5, "ema_decay": 0.5, "decoding": "streamed", "workers": 1}
 
 
 def arguments(folder: Path, **fields: object) -> list[str]:
@@ -66,7 +69,7 @@ def shared_run(folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("two")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "tests.training.small_training", str(root / "steps.pt")]
-    command += [*arguments(folder, lr=1e-5, ema_decay=0.5), "--out", str(root / "run")]
+    command += [*arguments(folder, **SHARED), "--out", str(root / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return root / "run", torch.load(root / "steps.pt"), done.stdout
@@ -86,9 +89,9 @@ def test_two_processes_make_the_steps_of_one(shared_run):
 
 
 def test_a_training_by_two_processes_has_the_losses_of_one(folder, shared_run, tmp_path):
-    """Every stage of RIDE, in fp32; the first process alone prints, logs and writes."""
+    """Every stage of RIDE, in fp32, each decoding its own images; the first process alone prints, logs and writes."""
     run, _, output = shared_run
-    assert main([*arguments(folder, lr=1e-5, ema_decay=0.5), "--out", str(tmp_path / "one")]) == 0
+    assert main([*arguments(folder, **SHARED), "--out", str(tmp_path / "one")]) == 0
 
     assert losses_of(run) == pytest.approx(losses_of(tmp_path / "one"), rel=1e-4)
     assert output.count("| experts | all") == 1
@@ -98,7 +101,7 @@ def test_a_training_by_two_processes_has_the_losses_of_one(folder, shared_run, t
 def test_a_killed_process_ends_the_others_and_the_run_resumes_to_the_same_bits(folder, shared_run, tmp_path):
     """kill -9 of one of two: the other says what happened and what to do, and that is enough."""
     run = tmp_path / "killed"
-    call = [*arguments(folder, lr=1e-5, ema_decay=0.5), "--out", str(run)]
+    call = [*arguments(folder, **SHARED), "--out", str(run)]
     first, second = two_processes(call)
     while not list(run.glob("checkpoints/experts-000?")):
         assert first.poll() is None, "it ended before its first checkpoint"
@@ -154,6 +157,21 @@ def test_the_average_of_weights_follows_its_formula():
 
     torch.testing.assert_close(average.model.state_dict(), expected)
     assert any("running_var" in name for name in expected)
+
+
+def test_layers_that_experts_have_in_common_are_averaged_once():
+    """They stand under two names in what is saved."""
+    model, _ = METHODS["ride"](Recipe(name="t", method="ride", n_experts=2), (3, 2), (0.5,) * 3, (0.2,) * 3)
+    model.net.experts[1].layers[0] = model.net.experts[0].layers[0]
+    average = WeightAverage(model, decay=0.5)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    average.update(model)
+
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        torch.testing.assert_close(average.model.state_dict()[name], before[name] + 0.9)
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +240,45 @@ def test_the_network_computes_in_the_precision_of_the_recipe(precision, dtype):
 
     assert seen == [dtype]
     assert outputs.expert_logits.dtype == torch.float32
+
+
+def test_a_scaled_loss_makes_the_same_step():
+    """The scale, a power of two here, is taken out of the gradients again before the step."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    losses, weights = weights_after(8, norm=True)
+    scaled, weights_scaled = weights_after(8, norm=True, scaler=scaler)
+
+    assert scaled == pytest.approx(losses, abs=1e-12)
+    torch.testing.assert_close(weights_scaled, weights, rtol=0, atol=1e-12)
+    assert scaler.state_dict()["_growth_tracker"] == 8
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_any_optimiser_goes_on_from_its_checkpoint(tmp_path, kind):
+    """Two steps, a checkpoint, two more: to the bit what four steps are."""
+    recipe = Recipe(name="t", method="single")
+
+    def fresh() -> tuple[Model, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = METHODS["single"](recipe, (3, 2), (0.5,) * 3, (0.2,) * 3)[0]
+        return model, kind(model.parameters(), 0.1, **({"momentum": 0.9} if kind is torch.optim.SGD else {}))
+
+    def step(model: Model, optimiser: torch.optim.Optimizer, times: int) -> None:
+        for _ in range(times):
+            optimiser.zero_grad()
+            sum((parameter**3).sum() for parameter in model.parameters()).backward()
+            optimiser.step()
+
+    whole, optimiser = fresh()
+    step(whole, optimiser, 2)
+    info = {"recipe": recipe.to_dict(), "classes": ["a", "b"], "class_counts": [3, 2], "metrics": {}, "commit": ""}
+    save_checkpoint(tmp_path, "experts", 1, whole, optimiser, info | {"mean": (0.5,) * 3, "std": (0.2,) * 3})
+    step(whole, optimiser, 2)
+
+    resumed, optimiser = fresh()
+    checkpoints_of(tmp_path)["experts"].load_into(resumed, optimiser)
+    step(resumed, optimiser, 2)
+    assert same_tensors(resumed.state_dict(), whole.state_dict())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="loss scaling needs a CUDA device")
