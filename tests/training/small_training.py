@@ -18,6 +18,7 @@ from training.models.multi_expert import Outputs
 from training.recipe import Recipe
 
 COUNTS = (40, 10, 3)
+CASES = ((True, 1), (False, 1), (False, 3))  # batch norm or not, parts of a batch
 
 
 class SmallNet(nn.Module):
@@ -74,7 +75,7 @@ def weights_after(
 
 if __name__ == "__main__":  # under torchrun, FILE ARGUMENTS: writes what all processes have, then trains as ride-train
     with joined():
-        result = {norm: weights_after(8, norm) for norm in (True, False)}
+        result = {(norm, parts): weights_after(8, norm, accumulate=parts) for norm, parts in CASES}
         both = [None, None]
         torch.distributed.all_gather_object(both, result)
         if rank() == 0:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.small_training import weights_after
+from tests.training.small_training import CASES, weights_after
 from training.__main__ import main
 from training.average import WeightAverage
 from training.checkpoint import checkpoints_of, save_checkpoint
@@ -78,13 +78,13 @@ def shared_run(folder, tmp_path_factory):
 def test_two_processes_make_the_steps_of_one(shared_run):
     """
     In double precision losses and weights agree to rounding: with batch norm, which sees all rows; under a loss that is
-    normalised by the batch's class weights; for a parameter that the loss uses beside the network.
+    normalised by the batch's class weights; for a parameter that the loss uses beside the network; in parts, too.
     """
-    for norm in (True, False):
+    for norm, parts in CASES:
         losses, weights = weights_after(8, norm)
         for of_one in shared_run[1]:
-            assert of_one[norm][0] == pytest.approx(losses, abs=1e-12)
-            torch.testing.assert_close(of_one[norm][1], weights, rtol=0, atol=1e-12)
+            assert of_one[norm, parts][0] == pytest.approx(losses, abs=1e-12)
+            torch.testing.assert_close(of_one[norm, parts][1], weights, rtol=0, atol=1e-12)
         assert len({round(loss, 6) for loss in losses}) == 8
 
 
