@@ -16,6 +16,7 @@ from benchmarks.contestants.catalogue import CONTESTANTS
 
 SMALL, LARGE = "32x32", "640x480"
 FP32: Final = "all experts, fp32, CPU provider"
+ROUTED_FP32: Final = "routed, fp32, CPU provider"
 MB: Final = 250
 THEIRS: Final = [contestant.title for contestant in CONTESTANTS]
 
@@ -68,12 +69,13 @@ class Figures:
             return False
         return True
 
-    def floor(self, name: str, *, size: str = SMALL, routed: bool = True) -> Spread:
-        """A figure of the bare loop."""
+    def floor(self, name: str, *, size: str = SMALL, routed: bool = True, variant: str | None = None) -> Spread:
+        """A figure of the bare loop, of the variant that the service takes by itself where no other is named."""
+        where = (size, routed, variant or self.document["measured"]["served"]["variant"])
         return _spread(
             floor[name]
             for floor in self.document["floors"]
-            if (floor["loop"]["size"], floor["loop"]["routed"]) == (size, routed)
+            if (floor["loop"]["size"], floor["loop"]["routed"], floor["loop"]["variant"]) == where
         )
 
     def theirs(self, name: str, best: Callable[..., str], **where: Any) -> str | None:
@@ -89,6 +91,10 @@ def aims(figures: Figures) -> list[Aim]:
     floor = figures.floor("rate")
     lines = [
         _ratio("routed over HTTP (raw, 64 clients, 32x32) against the better bare loop", routed, floor, 0.85),
+        _ratio(
+            "the same in fp32", figures.row(ROUTED_FP32, "rate"),
+            figures.floor("rate", variant="fp32"), 0.85,
+        ),
         *_against_contestants(figures, routed),
         _ratio(
             "640x480, 64 clients, against its better bare loop (scaled decoding in both)",
@@ -238,13 +244,22 @@ def _closed_loops(figures: Figures) -> str:
 
 def _floors(figures: Figures) -> str:
     lines = []
-    for size, routed in ((SMALL, True), (SMALL, False), (LARGE, True)):
-        found = [figures.floor(name, size=size, routed=routed) for name in ("one_process", "process_per_core")]
-        alone = figures.floor("one_image_ms", size=size, routed=routed).median
-        experts = figures.floor("mean_experts", size=size, routed=routed).median
-        lines.append((size, "routed" if routed else "all", *map(str, found), f"{alone:.2f}", f"{experts:.2f}"))
+    loops = [floor["loop"] for floor in figures.document["floors"]]
+    for variant, size, routed in dict.fromkeys((loop["variant"], loop["size"], loop["routed"]) for loop in loops):
+        where = {"size": size, "routed": routed, "variant": variant}
+        found = [figures.floor(name, **where) for name in ("one_process", "process_per_core")]
+        alone, experts = (figures.floor(name, **where).median for name in ("one_image_ms", "mean_experts"))
+        lines.append((variant, size, "routed" if routed else "all", *map(str, found), f"{alone:.2f}", f"{experts:.2f}"))
     return _table(
-        ("JPEGs", "experts", "one process, a thread per core", "a process per core", "one image ms", "mean experts"),
+        (
+            "variant",
+            "JPEGs",
+            "experts",
+            "one process, a thread per core",
+            "a process per core",
+            "one image ms",
+            "mean experts",
+        ),
         lines,
     )
 

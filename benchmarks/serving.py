@@ -39,7 +39,7 @@ from benchmarks.machine import describe
 from benchmarks.messages import multipart_requests, raw_requests
 from benchmarks.ours import Running, ride_serve, service_decoder
 from benchmarks.processes import end_like_an_error
-from benchmarks.report import write_report
+from benchmarks.report import FP32, ROUTED_FP32, write_report
 from benchmarks.runtimes import PROVIDERS
 from model_export.bundle import read_bundle
 
@@ -117,10 +117,11 @@ def ours_scaled(bench: Bench, round_number: int) -> None:
 
 
 def ours_fp32(bench: Bench, round_number: int) -> None:
-    """All experts in fp32 on onnxruntime's CPU provider: what the contestants serve."""
+    """In fp32 on onnxruntime's CPU provider: all experts, which is what the contestants serve, and routed."""
     with ride_serve(bench.bundle, ("--provider", "cpu", "--variant", "fp32"), SCALED) as running_service:
+        _load_ours(bench, running_service, ROUTED_FP32, SMALL, round_number)
         for size in (SMALL, LARGE):
-            _load_ours(bench, running_service, "all experts, fp32, CPU provider", size, round_number, "?threshold=0")
+            _load_ours(bench, running_service, FP32, size, round_number, "?threshold=0")
 
 
 def ours_chosen(bench: Bench, round_number: int) -> None:
@@ -156,20 +157,22 @@ def other(bench: Bench, contestant: Contestant, round_number: int) -> None:
 
 
 def floors(bench: Bench) -> None:
-    """The bare loops: routed and with all experts, as the service runs them; large images decoded at a fraction."""
-    provider = bench.served["provider"]
+    """The bare loops: routed and with all experts as the service runs them, routed in fp32; large images scaled."""
+    provider, variant = bench.served["provider"], bench.served["variant"]
     if provider not in PROVIDERS:
         raise SystemExit(f"the service runs {provider!r}; the bare loop knows {PROVIDERS}")
-    for size, routed in ((SMALL, True), (SMALL, False), (LARGE, True)):
+    loops = [(variant, provider, *loop) for loop in ((SMALL, True), (SMALL, False), (LARGE, True))]
+    for variant, provider, size, routed in dict.fromkeys([*loops, ("fp32", "cpu", SMALL, True)]):
         loop = Loop(
-            bench.bundle, bench.served["variant"], provider, draft=size == LARGE, size=size, routed=routed,
+            bench.bundle, variant, provider, draft=size == LARGE, size=size, routed=routed,
             seconds=bench.plan.floor_s, seed=bench.seed,
         )  # fmt: skip
         result: FloorResult = measure_floor(loop)
         bench.floors.append(asdict(result) | {"rate": result.rate})
         print(
-            f"floor    {'routed' if routed else 'all experts':32} {size:8} {result.one_process:8.1f}/s in one process, "
-            f"{result.process_per_core:.1f}/s in one per core, one image {result.one_image_ms} ms",
+            f"floor    {variant} {'routed' if routed else 'all experts':25} {size:8} "
+            f"{result.one_process:8.1f}/s in one process, {result.process_per_core:.1f}/s in one per core, "
+            f"one image {result.one_image_ms} ms",
             file=sys.stderr,
         )
 

@@ -44,17 +44,21 @@ class ExpertGraph(nn.Module):
     """
     features (N, ...), logits_sum (N, C) of the experts before -> logits_sum with this one, expert feature (N, D).
 
+    Args:
+        addition: how this expert joins the sum.
+
     The layers run in the type of the features; what follows them, and every other tensor, is fp32.
     """
 
-    def __init__(self, expert: Expert, dtype: torch.dtype) -> None:
+    def __init__(self, expert: Expert, addition: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.expert = Expert(_in(dtype, expert.layers), expert.classifier)
+        self.addition = addition
 
     def forward(self, features: Tensor, logits_sum: Tensor) -> tuple[Tensor, Tensor]:
         """(N, ...), (N, C) -> (N, C), (N, D)."""
         logits, expert_feature = self.expert(features)
-        return logits_sum + logits, expert_feature
+        return self.addition(logits_sum, logits), expert_feature
 
 
 class RouterGraph(nn.Module):
@@ -81,7 +85,10 @@ def split(
     """
     model.eval()
     trunk = TrunkGraph(model.net.trunk, width, dtype).eval()
-    experts = [ExpertGraph(cast(Expert, expert), dtype).eval() for expert in model.net.experts]
+    experts = [
+        ExpertGraph(cast(Expert, expert), model.net.addition(index), dtype).eval()
+        for index, expert in enumerate(model.net.experts)
+    ]
     routers = model.routers
     asked = [RouterGraph(routers, index).eval() for index in range(len(experts) - 1)] if routers is not None else []
     return trunk, experts, asked

@@ -7,9 +7,10 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from socket import socket
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from prometheus_client import CollectorRegistry
@@ -47,9 +48,11 @@ class DrainingServer(uvicorn.Server):
             sockets: to listen on.
             listen_at_once: whether to do so before the classifier is ready.
         """
+        app = create_app(classifier, listen_at_once=listen_at_once)
+        protocol = partial(GuardedProtocol, short_path=b"/classify", short_way=app.classify.at_once)
         config = uvicorn.Config(
-            create_app(classifier, listen_at_once=listen_at_once), log_config=None, access_log=False, loop="uvloop",
-            http=GuardedProtocol, ws="none", server_header=False, proxy_headers=False, backlog=BACKLOG,
+            app, log_config=None, access_log=False, loop="uvloop",
+            http=cast(Any, protocol), ws="none", server_header=False, proxy_headers=False, backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=1,
         )  # fmt: skip

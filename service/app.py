@@ -64,16 +64,17 @@ class Service:
 
     Attributes:
         api: everything else.
+        classify: the hot route.
     """
 
-    def __init__(self, classify: ASGIApp, api: FastAPI) -> None:
+    def __init__(self, classify: ClassifyRoute, api: FastAPI) -> None:
         self.api = api
-        self._classify = classify
+        self.classify = classify
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         if scope["type"] == "http" and scope["path"] == "/classify" and scope["method"] == "POST":
-            await self._classify(scope, receive, send)
+            await self.classify(scope, receive, send)
         else:
             await self.api(scope, receive, send)
 

@@ -178,15 +178,23 @@ class Classifier:
     @contextmanager
     def accept(self) -> Iterator[None]:
         """Let a request in: drain() waits until its block is left."""
-        self.check_ready()
-        self._in_flight += 1
-        self._idle.clear()
+        self.enter()
         try:
             yield
         finally:
-            self._in_flight -= 1
-            if not self._in_flight:
-                self._idle.set()
+            self.leave()
+
+    def enter(self) -> None:
+        """Let a request in: drain() waits until it leaves. Raises ServiceError not_ready or shutting_down."""
+        self.check_ready()
+        self._in_flight += 1
+        self._idle.clear()
+
+    def leave(self) -> None:
+        """A request that entered is answered."""
+        self._in_flight -= 1
+        if not self._in_flight:
+            self._idle.set()
 
     def check_room(self) -> None:
         """Raise ServiceError overloaded while not even one image would find a place, whoever sends it."""
@@ -236,17 +244,43 @@ class Classifier:
         except BaseException:
             self._batcher.release(1)
             raise
-        self.metrics.image_decoded(seconds)
-        job = Job(
-            pixels, choice.thresholds, choice.max_experts, choice.min_confidence, choice.top_k, time.perf_counter()
-        )
+        job = self._job(pixels, choice, seconds)
         try:
             return Classified(await self._batcher.submit(job), seconds)
         except asyncio.CancelledError:
             job.abandoned = True
             raise
         except NotFiniteError as error:
-            return ServiceError("internal", f"{error} for this image; please report it with the request id")
+            return not_finite(error)
+
+    def begin(self, data: bytes, choice: Choice) -> tuple[Job, "asyncio.Future[Outcome]", float] | None:
+        """
+        Decode and queue one image that is quickly decoded, here and now.
+
+        To give it up, cancel the future and mark the job as abandoned.
+
+        Returns:
+            The job, its outcome to come, and the seconds that its decoding took; None for any other image.
+
+        Raises:
+            ServiceError: overloaded, or what is wrong with the image.
+        """
+        if not is_small(data):
+            return None
+        self._reserve(1)
+        try:
+            pixels, seconds = self._decode(data)
+        except BaseException:
+            self._batcher.release(1)
+            raise
+        job = self._job(pixels, choice, seconds)
+        return job, self._batcher.submit(job), seconds
+
+    def _job(self, pixels: NDArray[np.uint8], choice: Choice, decode_s: float) -> Job:
+        self.metrics.image_decoded(decode_s)
+        return Job(
+            pixels, choice.thresholds, choice.max_experts, choice.min_confidence, choice.top_k, time.perf_counter()
+        )
 
     def _decode(self, data: bytes) -> tuple[NDArray[np.uint8], float]:
         started = time.perf_counter()
@@ -330,6 +364,11 @@ class Classifier:
         if max_batch > 1:  # the first half stops after one expert, so that a batch is compacted as well
             cascade.run([Job(blank, thresholds, 1 + row % 2, 0.0, 1, 0.0) for row in range(max_batch)])
         return Profile(watch.shortest)
+
+
+def not_finite(error: NotFiniteError) -> ServiceError:
+    """What is said to the client."""
+    return ServiceError("internal", f"{error} for this image; please report it with the request id")
 
 
 class _Stopwatch:

@@ -1,14 +1,64 @@
-"""HTTP as uvicorn speaks it, with the limits it lacks: on the size of a request's head, and on the time it takes."""
+"""
+HTTP as uvicorn speaks it, with the limits it lacks: on the size of a request's head, and on the time it takes.
+
+And with a short way: a small request that came whole is first offered to a handler that needs no task for it.
+"""
 
 import asyncio
-from typing import Final, Literal
+from collections.abc import Callable
+from typing import Any, Final, Literal, TypeAlias
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from service.headers import Headers
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 HEAD_S: Final = 10.0  # from a connection's, or a request's, first byte to the end of its headers
 FRAMING_PER_BODY_BYTE: Final = 8  # chunks of one byte each cost five more
+SHORT_BYTES: Final = 64 * 1024  # of body; larger ones hardly ever come in one piece
 TOO_LARGE: Final = b"request head exceeds 65,536 bytes; send shorter headers"
+
+
+class Exchange:
+    """
+    One request that is answered without a task. To uvicorn it looks like the cycle that runs an application.
+
+    Attributes:
+        hung_up: called where the client is gone before the answer.
+        keep_alive: whether the connection stays open behind the answer.
+    """
+
+    disconnected = False
+
+    def __init__(self, protocol: "GuardedProtocol", *, keep_alive: bool) -> None:
+        self._protocol = protocol
+        self.keep_alive = keep_alive
+        self.response_complete = False
+        self.hung_up: Callable[[], None] | None = None
+
+    def answer(self, status: int, headers: Headers, content: bytes) -> None:
+        """
+        Send the answer, head and body. Once, and not after `hung_up`; to nobody where the connection is just closing.
+
+        Args:
+            headers: without `content-length` and `connection`.
+        """
+        protocol, self.hung_up = self._protocol, None
+        head = [STATUS_LINE[status]]
+        for name, value in (*protocol.server_state.default_headers, *headers):
+            head += (name, b": ", value, b"\r\n")
+        head.append(b"content-length: %d\r\n" % len(content))
+        head.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
+        if not protocol.transport.is_closing():
+            protocol.transport.write(b"".join((*head, content)))
+        self.response_complete = True
+        if not self.keep_alive:
+            protocol.transport.close()
+        protocol.on_response_complete()
+
+
+# Takes a request's query, headers and body; whether it will answer. If not, the application does.
+Handler: TypeAlias = Callable[[bytes, Headers, bytes, Exchange], bool]
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -19,11 +69,26 @@ class GuardedProtocol(HttpToolsProtocol):
     Trailers and chunk extensions count as well: whatever is not body.
     """
 
+    def __init__(
+        self, *arguments: Any, short_path: bytes = b"", short_way: Handler | None = None, **named: Any
+    ) -> None:
+        """
+        Args:
+            short_path: whose POST requests are offered to `short_way`.
+        """
+        super().__init__(*arguments, **named)
+        self._short_path = short_path
+        self._short_way = short_way
+        self._held_back: list[bytes] | None = None  # the body of a request of which uvicorn knows nothing yet
+
+    cycle: Any  # uvicorn's, or an Exchange
     _messages = 0  # requests begun on this connection
     _phase: Literal["between", "head", "body"] = "between"
     _framing_bytes = 0  # of the present request, what is not body
     _body_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
+    _idle_since = 0.0
+    _idle_timer: asyncio.TimerHandle | None = None
 
     @property
     def expecting(self) -> bool:
@@ -38,12 +103,20 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
         self._cancel_head_timer()
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+        if isinstance(self.cycle, Exchange):
+            hung_up, self.cycle = self.cycle.hung_up, None
+            if hung_up is not None:
+                hung_up()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Parse, then see how much of it was not body; one read is small enough to be let through."""
         messages, phase, body_bytes = self._messages, self._phase, self._body_bytes
         super().data_received(data)
+        if self._held_back is not None:  # the rest is still to come
+            self._hand_on()
         if self.transport.is_closing():
             return
         stray = phase == self._phase == "between" and self._messages == messages  # it belongs to no request
@@ -66,17 +139,86 @@ class GuardedProtocol(HttpToolsProtocol):
         """The head is over."""
         self._phase = "body"
         self._cancel_head_timer()
-        super().on_headers_complete()
+        if self._may_be_short():
+            self._held_back = []
+        else:
+            super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """A piece of body."""
         self._body_bytes += len(body)
-        super().on_body(body)
+        if self._held_back is not None:
+            self._held_back.append(body)
+        else:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The request is over; the next one may follow."""
         self._phase = "between"
+        if self._held_back is not None:
+            if self._take_short_way(self._held_back):
+                self._held_back = None
+                return
+            self._hand_on()
         super().on_message_complete()
+
+    def _may_be_short(self) -> bool:
+        """Whether to hold the request back from uvicorn until it is seen whether all of it is here."""
+        length = 0
+        if self._short_way is None:
+            return False
+        if self.parser.get_method() != b"POST" or self.parser.get_http_version() != "1.1":
+            return False
+        if self.url.partition(b"?")[0] != self._short_path or self._answering() or self.pipeline:
+            return False
+        for name, value in self.headers:
+            if name == b"content-length":
+                length = int(value)  # the parser lets nothing else pass
+            elif name in (b"transfer-encoding", b"expect", b"upgrade"):
+                return False
+        return 0 < length <= SHORT_BYTES
+
+    def _take_short_way(self, body: list[bytes]) -> bool:
+        assert self._short_way is not None
+        exchange = Exchange(self, keep_alive=self.parser.should_keep_alive())
+        before, self.cycle = self.cycle, exchange
+        taken = self._short_way(self.url.partition(b"?")[2], self.headers, b"".join(body), exchange)
+        if not taken:
+            self.cycle = before
+        return taken
+
+    def _hand_on(self) -> None:
+        """Let uvicorn know of the request after all."""
+        pieces, self._held_back = self._held_back, None
+        super().on_headers_complete()
+        for piece in pieces or ():
+            super().on_body(piece)
+
+    def on_response_complete(self) -> None:
+        """
+        As uvicorn's, but without a timer set and cancelled for each request, which would cost more than the answer.
+
+        The connection's one timer looks from time to time how long nothing has come.
+        """
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+            return
+        self._idle_since = self.loop.time()
+        if self._idle_timer is None:
+            self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._close_if_idle)
+
+    def _close_if_idle(self) -> None:
+        wait = self._idle_since + self.timeout_keep_alive - self.loop.time()
+        if self._phase != "between" or self._answering():
+            wait = self.timeout_keep_alive
+        if wait > 0:
+            self._idle_timer = self.loop.call_later(wait, self._close_if_idle)
+        else:
+            self.transport.close()
 
     def _refuse_head(self) -> None:
         if self._answering():

@@ -1,8 +1,10 @@
 """POST /classify, from the door to the answer. Plain ASGI: every request passes here, and each layer would cost it."""
 
+import asyncio
 import logging
 import math
 import time
+from collections.abc import Callable, Sequence
 from typing import Any, Final, cast
 from urllib.parse import parse_qsl
 
@@ -10,13 +12,15 @@ import orjson
 from starlette.types import Receive, Scope, Send
 
 from service.batcher import BatcherStoppedError
-from service.classifier import Choice, Classified, Classifier
+from service.cascade import Job, NotFiniteError, Outcome
+from service.classifier import Choice, Classified, Classifier, not_finite
 from service.errors import ClientGoneError, ServiceError
-from service.headers import common_headers, request_id_of
+from service.headers import Headers, common_headers, request_id_of
 from service.logs import log
 from service.metrics import CLIENT_GONE, image_macs
 from service.operating_point import MODES, Mode
-from service.uploads import Body, Upload, read_uploads
+from service.protocol import Exchange
+from service.uploads import Body, MemoryLease, Upload, read_uploads
 from service.watch import Watch
 
 MAX_PARAMETERS: Final = 16
@@ -49,13 +53,35 @@ class ClassifyRoute:
             self._note(request_id, error)
             if not body.complete and error.code != "timeout":  # whoever was too slow gets no more time
                 await body.discard(2 * self._settings.max_bytes)
-            await self._send(
-                send, status, {"request_id": request_id, "error": error.as_json()}, body, request_id, error
-            )
+            await self._send(send, status, _refusal(request_id, error), body, request_id, error)
         except ClientGoneError:
             status = CLIENT_GONE
             log(logging.INFO, "client_gone", request_id=request_id)
         self._classifier.metrics.request_done(status, time.perf_counter() - started)
+
+    def at_once(self, query: bytes, headers: Headers, data: bytes, exchange: Exchange) -> bool:
+        """
+        Answer, without a task, a request whose body is one image that is quickly decoded.
+
+        Returns:
+            Whether it will be answered. Anything else, and whatever is to be refused, is left to `__call__`.
+        """
+        if dict(headers).get(b"content-type", b"").startswith(b"multipart/"):
+            return False
+        started, classifier = time.perf_counter(), self._classifier
+        lease = classifier.upload_memory.lease()
+        try:
+            classifier.check_ready()
+            choice = self._choice(query)
+            lease.grow(len(data))
+            begun = classifier.begin(data, choice) if len(data) <= self._settings.max_bytes else None
+        except Exception:  # it will happen again on the long way, which says so
+            begun = None
+        if begun is None:
+            lease.release()
+            return False
+        _AtOnce(self, exchange, request_id_of(headers), Upload(None, data), choice, started, lease, *begun)
+        return True
 
     async def _answer(self, query: bytes, body: Body, request_id: str, started: float) -> tuple[int, dict[str, Any]]:
         """The status and body of an answer in which every image was looked at, or a ServiceError."""
@@ -69,17 +95,30 @@ class ClassifyRoute:
                         body, lease, max_bytes=settings.max_bytes, max_images=settings.max_images
                     )
                     outcomes = await classifier.classify(uploads, choice)
-        except BatcherStoppedError:
-            raise ServiceError(
-                "shutting_down", "service stopped before this image's turn came", retry_after=1
-            ) from None
-        except (ServiceError, ClientGoneError):
+        except ClientGoneError:
             raise
         except Exception as error:
-            log(logging.ERROR, "failed", error=error, request_id=request_id)
-            raise ServiceError(
-                "internal", f"our failure, not yours; the log has it under request id {request_id}"
-            ) from error
+            raise self._explained(error, request_id) from error
+        return self._told(uploads, outcomes, choice, request_id, started)
+
+    def _explained(self, error: Exception, request_id: str) -> ServiceError:
+        """What the client is told of a failure; one that is a surprise is logged."""
+        if isinstance(error, ServiceError):
+            return error
+        if isinstance(error, BatcherStoppedError):
+            return ServiceError("shutting_down", "service stopped before this image's turn came", retry_after=1)
+        log(logging.ERROR, "failed", error=error, request_id=request_id)
+        return ServiceError("internal", f"our failure, not yours; the log has it under request id {request_id}")
+
+    def _told(
+        self,
+        uploads: Sequence[Upload],
+        outcomes: Sequence[Classified | ServiceError],
+        choice: Choice,
+        request_id: str,
+        started: float,
+    ) -> tuple[int, dict[str, Any]]:
+        """The status and body of an answer in which every image was looked at."""
         results = [
             self._result(upload, outcome, choice, started)
             if isinstance(outcome, Classified)
@@ -165,17 +204,95 @@ class ClassifyRoute:
         error: ServiceError | None = None,
     ) -> None:
         content = orjson.dumps(answer)
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(content)),
-            *common_headers(request_id, "/classify"),
-        ]
-        if error is not None and error.retry_after is not None:
-            headers.append((b"retry-after", str(error.retry_after).encode()))
+        headers = [(b"content-length", b"%d" % len(content)), *_headers(request_id, error)]
         if not body.complete or self._classifier.state == "draining":
             headers.append((b"connection", b"close"))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": content})
+
+
+class _AtOnce:
+    """A request that is answered without a task, from the moment when its image is queued."""
+
+    def __init__(
+        self,
+        route: ClassifyRoute,
+        exchange: Exchange,
+        request_id: str,
+        upload: Upload,
+        choice: Choice,
+        started: float,
+        lease: MemoryLease,
+        job: Job,
+        outcome: "asyncio.Future[Outcome]",
+        decode_s: float,
+    ) -> None:
+        self.began = time.monotonic()
+        self._left = False
+        self._route, self._exchange, self._request_id = route, exchange, request_id
+        self._upload, self._choice, self._started, self._lease = upload, choice, started, lease
+        self._job, self._outcome, self._decode_s = job, outcome, decode_s
+        route._classifier.enter()
+        route._watch.add(self)
+        exchange.hung_up = self._hung_up
+        outcome.add_done_callback(self._answer)
+
+    def look(self) -> None:
+        """Nothing to do: the protocol says when the client hangs up."""
+
+    def time_over(self, explain: Callable[[str], ServiceError]) -> None:
+        """Give the image up, and say so."""
+        self._refuse(explain("answered"))
+        self._give_up()
+
+    def _hung_up(self) -> None:
+        log(logging.INFO, "client_gone", request_id=self._request_id)
+        self._leave(CLIENT_GONE)
+        self._give_up()
+
+    def _give_up(self) -> None:
+        self._outcome.cancel()
+        self._job.abandoned = True
+
+    def _answer(self, future: "asyncio.Future[Outcome]") -> None:
+        if self._left:  # too late: given up while this call was waiting for its turn
+            return
+        try:
+            outcome: Classified | ServiceError = Classified(future.result(), self._decode_s)
+        except NotFiniteError as error:
+            outcome = not_finite(error)
+        except Exception as error:
+            self._refuse(self._route._explained(error, self._request_id))
+            return
+        self._send(*self._route._told([self._upload], [outcome], self._choice, self._request_id, self._started))
+
+    def _refuse(self, error: ServiceError) -> None:
+        self._route._note(self._request_id, error)
+        self._send(error.status, _refusal(self._request_id, error), error)
+
+    def _send(self, status: int, answer: dict[str, Any], error: ServiceError | None = None) -> None:
+        if self._route._classifier.state == "draining":
+            self._exchange.keep_alive = False
+        self._leave(status)
+        self._exchange.answer(status, _headers(self._request_id, error), orjson.dumps(answer))
+
+    def _leave(self, status: int) -> None:
+        self._left = True
+        self._lease.release()
+        self._route._watch.remove(self)
+        self._route._classifier.leave()
+        self._route._classifier.metrics.request_done(status, time.perf_counter() - self._started)
+
+
+def _refusal(request_id: str, error: ServiceError) -> dict[str, Any]:
+    return {"request_id": request_id, "error": error.as_json()}
+
+
+def _headers(request_id: str, error: ServiceError | None) -> Headers:
+    headers = [(b"content-type", b"application/json"), *common_headers(request_id, "/classify")]
+    if error is not None and error.retry_after is not None:
+        headers.append((b"retry-after", str(error.retry_after).encode()))
+    return headers
 
 
 def _parameters(query: bytes) -> dict[str, str]:

@@ -51,6 +51,10 @@ class MemoryLease:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give all of it back."""
         self._memory.held -= self._held
         self._held = 0
 

@@ -7,14 +7,31 @@ graphs, and most are answered before anybody needs to look.
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, Protocol
 
 from service.errors import ClientGoneError, ServiceError
 from service.uploads import Body
 
 EVERY_S: Final = 0.05
+
+
+class Watched(Protocol):
+    """
+    A request under way.
+
+    Attributes:
+        began: time.monotonic() when it did.
+    """
+
+    began: float
+
+    def time_over(self, explain: Callable[[str], ServiceError]) -> None:
+        """It took too long to be "received" or "answered", which `explain` makes an error of; may be called again."""
+
+    def look(self) -> None:
+        """It takes a while; from now on notice when its client hangs up. May be called again."""
 
 
 class Watch:
@@ -26,8 +43,19 @@ class Watch:
             timeout_s: how long a request may take.
         """
         self._timeout_s = timeout_s
-        self._watched: dict[_Watched, None] = {}
+        self._watched: dict[Watched, None] = {}
         self._ticking = False
+
+    def add(self, watched: Watched) -> None:
+        """Look after this one until `remove`."""
+        self._watched[watched] = None
+        if not self._ticking:
+            self._ticking = True
+            asyncio.get_running_loop().call_later(EVERY_S, self._tick)
+
+    def remove(self, watched: Watched) -> None:
+        """It is over."""
+        del self._watched[watched]
 
     @contextmanager
     def over(self, body: Body) -> Iterator[None]:
@@ -38,11 +66,8 @@ class Watch:
             ServiceError: timeout.
             ClientGoneError: where the client hung up before the block was left.
         """
-        watched = _Watched(body)
-        self._watched[watched] = None
-        if not self._ticking:
-            self._ticking = True
-            asyncio.get_running_loop().call_later(EVERY_S, self._tick)
+        watched = _WatchedTask(body)
+        self.add(watched)
         try:
             yield
         except asyncio.CancelledError:
@@ -51,33 +76,32 @@ class Watch:
             watched.task.uncancel()
             raise watched.reason from None
         finally:
-            del self._watched[watched]
+            self.remove(watched)
             watched.end()
 
     def _tick(self) -> None:
         now = time.monotonic()
-        for watched in self._watched:
+        for watched in list(self._watched):
             age = now - watched.began
             if age < EVERY_S:
                 break  # the others are younger still
             if age >= self._timeout_s:
-                watched.stop(self._timed_out(watched.body))
+                watched.time_over(self._timeout)
             else:
                 watched.look()
         self._ticking = bool(self._watched)
         if self._ticking:
             asyncio.get_running_loop().call_later(EVERY_S, self._tick)
 
-    def _timed_out(self, body: Body) -> ServiceError:
-        step = "answered" if body.complete else "received"
+    def _timeout(self, step: str) -> ServiceError:
         return ServiceError(
             "timeout",
             f"not {step} within {self._timeout_s:g} s (RIDE_TIMEOUT_S); send less at once, or retry later",
         )
 
 
-class _Watched:
-    """A request under way, and why its task was cancelled, where we did so."""
+class _WatchedTask:
+    """A request that a task answers, and why the task was cancelled, where we did so."""
 
     def __init__(self, body: Body) -> None:
         task = asyncio.current_task()
@@ -88,11 +112,9 @@ class _Watched:
         self.reason: ServiceError | ClientGoneError | None = None
         self._listener: asyncio.Task[None] | None = None
 
-    def stop(self, reason: ServiceError | ClientGoneError) -> None:
-        """Cancel the task, once."""
-        if self.reason is None:
-            self.reason = reason
-            self.task.cancel()
+    def time_over(self, explain: Callable[[str], ServiceError]) -> None:
+        """Cancel the task."""
+        self._stop(explain("answered" if self.body.complete else "received"))
 
     def look(self) -> None:
         """From now on, notice when the client hangs up; while it is still sending, who reads its body does."""
@@ -108,4 +130,9 @@ class _Watched:
 
     def _heard(self, listener: "asyncio.Task[None]") -> None:
         if not listener.cancelled():
-            self.stop(ClientGoneError())
+            self._stop(ClientGoneError())
+
+    def _stop(self, reason: ServiceError | ClientGoneError) -> None:
+        if self.reason is None:
+            self.reason = reason
+            self.task.cancel()

@@ -1,4 +1,4 @@
-"""The command line: ride-train RECIPE."""
+"""The command line: ride-train RECIPE, or one of COMMANDS."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import argparse
 import dataclasses
 import os
 import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,26 @@ SMOKE = {
     "compile": "false",
     "warmup_epochs": "1",
 }
+BIAS_VARIANCE_RECIPES = ["ce-cifar100", "ldam-drw-cifar100", "ride-cifar100"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 after a message for the caller's mistakes."""
-    options = _parser().parse_args(arguments)
+    """
+    Run a command, or the training of a recipe.
+
+    Returns:
+        The exit status: 0; 1 where some of several runs failed; 2 after a message for the caller's mistakes.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    if given and given[0] in COMMANDS:
+        command = COMMANDS[given[0]]
+        return command.run(command.parser().parse_args(given[1:]))
+    return _train(_parser().parse_args(given))
+
+
+def _train(options: argparse.Namespace) -> int:
     try:
-        recipe = _recipe(options)
+        recipe = _recipe(options.recipe, options)
         from training.checkpoint import CheckpointError
         from training.data.sets import DataError
         from training.distributed import LostProcessError
@@ -51,6 +67,76 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _sweep(options: argparse.Namespace) -> int:
+    try:
+        recipes = [_recipe(name, options) for name in dict.fromkeys(options.recipes)]
+        seeds = _whole_numbers("--seeds", options.seeds)
+        if not recipes and not options.also:
+            raise RecipeError("sweep: name recipes to train, or finished runs with --also")
+        from training.runs import RunsError
+        from training.sweep import sweep
+    except RecipeError as error:
+        return _fail(error)
+    try:
+        text, failures = sweep(recipes, seeds, options.out, _settings_record(options), options.also)
+    except RunsError as error:
+        return _fail(error)
+    print(text)
+    return _report_failures(failures, options.out)
+
+
+def _bias_variance(options: argparse.Namespace) -> int:
+    try:
+        recipes = [_recipe(name, options) for name in dict.fromkeys(options.recipes)]
+        from training.bias_variance import DRAWS, N_MAX, SMOKE_DRAWS, SMOKE_N_MAX, bias_variance
+        from training.runs import RunsError
+    except RecipeError as error:
+        return _fail(error)
+    draws = options.draws or (SMOKE_DRAWS if options.smoke else DRAWS)
+    n_max = options.n_max or (SMOKE_N_MAX if options.smoke else N_MAX)
+    try:
+        text, failures = bias_variance(
+            recipes,
+            draws,
+            options.out,
+            _settings_record(options),
+            n_max=n_max,
+            splits_n_max=options.split_n_max,
+        )
+    except (RecipeError, RunsError) as error:
+        return _fail(error)
+    print(text)
+    return _report_failures(failures, options.out)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from training.checkpoint import CheckpointError
+    from training.data.sets import DataError
+    from training.router_report import ReportError, report
+
+    try:
+        text = report(options.run, options.out or options.run / "report", options.max_mean_experts)
+    except (CheckpointError, DataError, ReportError) as error:
+        return _fail(error)
+    print(text)
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    from training.recipes.published import PUBLISHED
+
+    for recipe in RECIPES.values():
+        experts = f"{recipe.n_experts} expert{'s' * (recipe.n_experts > 1)}"
+        kind = "as given" if recipe.profile == "natural" else f"imbalance {recipe.imbalance:g}"
+        print(f"{recipe.name:28} {recipe.method}, {experts}, {recipe.data or 'own images'}, {kind}")
+        for entry in PUBLISHED.get(recipe.name, ()):
+            splits = " / ".join(
+                "-" if value is None else f"{value:.1f}" for value in (entry.many, entry.medium, entry.few)
+            )
+            print(f"{'':28}   published: {entry.all:.1f} ({splits}){' routed' * entry.routed}, {entry.source}")
+    return 0
+
+
 def table(results: dict[str, Any]) -> str:
     """The figures on the test images, as Markdown."""
     lines = ["| experts | all | many | medium | few | ECE | M MACs |", "| --- | --- | --- | --- | --- | --- | --- |"]
@@ -63,16 +149,11 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _recipe(options: argparse.Namespace) -> Recipe:
-    if options.recipe not in RECIPES:
-        raise RecipeError(f"{options.recipe}: no such recipe; there are {', '.join(RECIPES)}")
-    settings: dict[str, str] = {}
-    for text in options.set:
-        key, separator, value = text.partition("=")
-        if not separator:
-            raise RecipeError(f"--set {text}: must be field=value")
-        settings[key] = value
-    recipe = RECIPES[options.recipe]
+def _recipe(name: str, options: argparse.Namespace) -> Recipe:
+    if name not in RECIPES:
+        raise RecipeError(f"{name}: no such recipe; there are {', '.join(RECIPES)}")
+    settings = _settings(options)
+    recipe = RECIPES[name]
     if options.smoke:
         natural = recipe.profile == "natural"
         recipe = recipe.override(
@@ -83,24 +164,158 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     return recipe.override(settings)
 
 
+def _settings(options: argparse.Namespace) -> dict[str, str]:
+    settings: dict[str, str] = {}
+    for text in options.set:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise RecipeError(f"--set {text}: must be field=value")
+        settings[key] = value
+    return settings
+
+
+def _settings_record(options: argparse.Namespace) -> dict[str, Any]:
+    """What several runs of one directory have in common, less what changes no result."""
+    settings = {key: value for key, value in sorted(_settings(options).items()) if key != "evaluate_every"}
+    return {"data": options.data, "smoke": options.smoke, "set": settings}
+
+
+def _whole_numbers(option: str, text: str) -> list[int]:
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise RecipeError(f"{option} {text}: must be whole numbers, separated by commas") from None
+
+
+def _report_failures(failures: dict[str, str], out: Path) -> int:
+    for name, reason in failures.items():
+        print(f"ride-train: {out / name}: failed: {reason}", file=sys.stderr)
+    if failures:
+        print("ride-train: the same command again goes on with the runs that failed", file=sys.stderr)
+    return 1 if failures else 0
+
+
 def _parser() -> argparse.ArgumentParser:
-    fields = ", ".join(field.name for field in dataclasses.fields(Recipe))
+    usages = "".join(
+        f"  {name:15}{command.help}\n      {command.parser().format_usage().strip()}\n"
+        for name, command in COMMANDS.items()
+    )
     parser = argparse.ArgumentParser(
         prog="ride-train",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a recipe and evaluate it on its test images. A run can be killed and resumed at any moment.",
-        epilog=f"Recipes: {', '.join(RECIPES)}. Fields for --set: {fields}. What they mean: training/recipe.py.",
+        epilog=f"other commands, in place of the recipe:\n{usages}\n{_about_recipes()}",
     )
     parser.add_argument("recipe", help="name of the recipe")
-    parser.add_argument("--data", help="cifar10, cifar100, a directory of class folders, or one with train*.parquet")
     parser.add_argument("--out", type=Path, help="run directory [default: runs/RECIPE]")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run directory")
+    return _with_settings(parser)
+
+
+def _sweep_parser() -> argparse.ArgumentParser:
+    parser = _several("sweep", "Train several recipes with several seeds, one after another, and tabulate them.")
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="names of recipes; none: only tabulate --also")
+    parser.add_argument("--seeds", default="0", metavar="N,N", help="seeds of every recipe [default: 0]")
+    parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="directory [default: %(default)s]")
+    parser.add_argument(
+        "--also", type=Path, nargs="+", default=[], metavar="RUN", help="finished run directories to tabulate with them"
+    )
+    return _with_settings(parser)
+
+
+def _bias_variance_parser() -> argparse.ArgumentParser:
+    parser = _several(
+        "bias-variance",
+        "Train recipes on several draws of the training set, and split their test error into bias and variance.",
+    )
+    compared = f"the first is what the others are compared with [default: {' '.join(BIAS_VARIANCE_RECIPES)}]"
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE", default=BIAS_VARIANCE_RECIPES, help=compared)
+    parser.add_argument("--draws", type=_from(2), metavar="M", help="training sets [default: 20; with --smoke 3]")
+    parser.add_argument(
+        "--n-max", type=_from(1), metavar="N",
+        help="images of the largest class in a draw; fewer than there are, so that draws differ "
+        "[default: 300; with --smoke 30]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--split-n-max", type=_from(1), default=500, metavar="N",
+        help="classes are many, medium or few as if the largest had N images [default: %(default)s]",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("runs/bias-variance"), help="directory [default: %(default)s]")
+    return _with_settings(parser)
+
+
+def _report_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ride-train report",
+        description="What the routers of a finished run do: how many experts images get, what that costs and gives, "
+        "beside random exits and an oracle. Thresholds are chosen on held-out images, figures are of test images.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="directory of the report [default: RUN/report]")
+    parser.add_argument(
+        "--max-mean-experts", type=float, metavar="X",
+        help="look closely at the best thresholds of at most so many experts [default: at 0.5, as published]",
+    )  # fmt: skip
+    return parser
+
+
+def _list_parser() -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog="ride-train list", description="The recipes, with their published figures.")
+
+
+def _several(name: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"ride-train {name}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=description
+        + "\nIt can be killed at any moment: the same command again skips what is finished and goes on with the rest.",
+        epilog=_about_recipes(),
+    )
+
+
+def _with_settings(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument("--data", help="cifar10, cifar100, a directory of class folders, or one with train*.parquet")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field of the recipe"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run directory")
     parser.add_argument(
         "--smoke", action="store_true", help="two epochs on a small subset: shows that all works, learns little"
     )
     return parser
+
+
+def _about_recipes() -> str:
+    fields = ", ".join(field.name for field in dataclasses.fields(Recipe))
+    return textwrap.fill(
+        f"Recipes: {', '.join(RECIPES)}. Fields for --set: {fields}. What they mean: training/recipe.py.", 100
+    )
+
+
+def _from(low: int) -> Callable[[str], int]:
+    def whole(text: str) -> int:
+        if int(text) < low:
+            raise ValueError
+        return int(text)
+
+    whole.__name__ = f"whole number from {low}"  # argparse says "invalid whole number from 2 value"
+    return whole
+
+
+@dataclass(frozen=True)
+class Command:
+    """What may stand in the recipe's place: one line on what it does, its options, what it runs."""
+
+    help: str
+    parser: Callable[[], argparse.ArgumentParser]
+    run: Callable[[argparse.Namespace], int]
+
+
+COMMANDS = {
+    "list": Command("the recipes, with their published figures", _list_parser, _list),
+    "sweep": Command("several recipes and seeds, and their table", _sweep_parser, _sweep),
+    "bias-variance": Command("several draws of the training set", _bias_variance_parser, _bias_variance),
+    "report": Command("what the routers of a finished run do", _report_parser, _report),
+}
 
 
 def _fail(reason: object) -> int:

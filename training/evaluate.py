@@ -117,7 +117,7 @@ def macs_of(model: Model, image_size: int) -> tuple[int, list[int], list[int]]:
     experts = [count_macs(expert, features) for expert in model.net.experts]
     routers = []
     if model.routers is not None:
-        each = model.routers.output.weight.numel()
+        each = model.routers.output_of(0).weight.numel()
         routers = [cast(Tensor, hidden.weight).numel() + each for hidden in model.routers.hidden]
     return count_macs(model.net.trunk, image), experts, routers
 
@@ -133,13 +133,14 @@ def mean_macs(macs: tuple[int, list[int], list[int]], experts_share: Sequence[fl
 
 
 def summarise(predictions: Predictions, class_counts: Sequence[int], macs: tuple[int, list[int], list[int]],
-              thresholds: Sequence[float]) -> dict[str, Any]:  # fmt: skip
+              thresholds: Sequence[float], per_class: bool = False) -> dict[str, Any]:  # fmt: skip
     """
     The figures of a table.
 
     Returns:
         "images"; "experts": one entry per number of experts (accuracies, "ece", "macs"); "routed", where there are
-        routers: the same at `thresholds`, with "mean_experts" (per split too) and "experts_share".
+        routers: the same at `thresholds`, with "mean_experts" (per split too) and "experts_share"; "per_class", where
+        it is asked for: what `by_class` gives.
     """
     n_experts, n_images, _ = predictions.expert_logits.shape
     labels = predictions.labels
@@ -164,4 +165,32 @@ def summarise(predictions: Predictions, class_counts: Sequence[int], macs: tuple
             "experts_share": [round(float(value), 5) for value in share],
             "macs": round(mean_macs(macs, share.tolist())),
         }
+    if per_class:
+        result["per_class"] = by_class(predictions, len(class_counts), thresholds)
+    return result
+
+
+def by_class(predictions: Predictions, n_classes: int, thresholds: Sequence[float]) -> dict[str, list[float | None]]:
+    """
+    Per class, in the order of the logits; None for a class without images.
+
+    Returns:
+        "accuracy" with all experts, percent; where there are routers, at `thresholds`: "routed_accuracy", percent, and
+        "mean_experts".
+    """
+    n_experts, n_images, _ = predictions.expert_logits.shape
+    labels = predictions.labels
+    images = np.bincount(labels, minlength=n_classes)
+
+    def means(values: np.ndarray) -> list[float | None]:
+        sums = np.bincount(labels, weights=values, minlength=n_classes)
+        return [round(float(total / count), 4) if count else None for total, count in zip(sums, images, strict=True)]
+
+    def accuracy(used: np.ndarray) -> list[float | None]:
+        return means(100.0 * (mean_logits(predictions.expert_logits, used).argmax(axis=1) == labels))
+
+    result = {"accuracy": accuracy(np.full(n_images, n_experts))}
+    if len(predictions.router_scores):
+        used = route(predictions.router_scores, thresholds)
+        result |= {"routed_accuracy": accuracy(used), "mean_experts": means(used.astype(float))}
     return result

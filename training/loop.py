@@ -91,7 +91,7 @@ def run_stage(
         DivergedError: when the loss is not finite.
     """
     optimiser = torch.optim.SGD(
-        stage.part.parameters(), stage.lr(0), stage.momentum, weight_decay=stage.weight_decay, nesterov=stage.nesterov
+        parameter_groups(stage), stage.lr(0), stage.momentum, weight_decay=stage.weight_decay, nesterov=stage.nesterov
     )
     if start is not None:
         start.load_into(model, optimiser)
@@ -112,7 +112,7 @@ def run_stage(
         model.eval()
         (model.net if stage.norms_follow else stage.part).train()
         for group in optimiser.param_groups:
-            group["lr"] = stage.lr(epoch)
+            group["lr"] = group["factor"] * stage.lr(epoch)
         generator = torch.Generator().manual_seed(_seed(recipe.seed, stage.name, epoch))
         torch.manual_seed(_seed(recipe.seed, stage.name, epoch, rank()))  # dropped paths
         order = stage.sampler(labels, generator)
@@ -153,6 +153,14 @@ def _resume(start: Checkpoint, average: WeightAverage | None, scaler: torch.amp.
         average.updates = int(start.state["updates"])
     if scaler.is_enabled():
         scaler.load_state_dict({key: value for key, value in start.state.items() if key != "updates"})
+
+
+def parameter_groups(stage: Stage) -> list[dict[str, Any]]:
+    """What `stage` trains, by the "factor" of its rate: what `lr_factors` does not name, then each that it does."""
+    named = [(list(module.parameters()), factor) for module, factor in stage.lr_factors]
+    taken = {parameter for parameters, _ in named for parameter in parameters}
+    others = [parameter for parameter in stage.part.parameters() if parameter not in taken]
+    return [{"params": parameters, "factor": factor} for parameters, factor in [(others, 1.0), *named] if parameters]
 
 
 def train_step(
@@ -205,7 +213,8 @@ def forward_of(model: Model, stage: Stage, recipe: Recipe) -> Callable[[Tensor],
             torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None),
             torch.set_grad_enabled(learns),
         ):
-            return gather_outputs(network(images[own_rows(len(images))]), len(images))
+            outputs = gather_outputs(network(images[own_rows(len(images))]), len(images))
+            return outputs if stage.teacher is None else outputs._replace(teacher_logits=stage.teacher(images))
 
     return forward
 

@@ -25,7 +25,7 @@ class Recipe:
 
     Attributes:
         name: of the recipe; names the run directory and the exported model.
-        method: "ride" or "single" (training/methods).
+        method: "ride", "single", "shike", "sade" or "ace" (training/methods).
         loss: of each expert on its own: "ce", "focal", "ldam", "balanced_softmax" or "logit_adjusted".
         data: "cifar10", "cifar100", or a directory: with list files such as train.txt, with train*.parquet, or of class
             directories.
@@ -60,12 +60,33 @@ class Recipe:
         effective_beta: β of the effective-number class weights.
         diversity_weight: λ; negative: experts are paid for disagreeing (RIDE); positive: for agreeing (mutual
             distillation); 0 turns the term off.
+        diversity_form: "mean": each expert against the mean logits (RIDE's code); "pairwise": every expert against
+            every other, with the temperatures of the paper.
         diversity_gamma: γ in (0, 1), how far class temperatures depart from 1.
         collaborative: every expert's loss is computed on the mean logits (ablation).
+        expert_taus: under "logit_adjusted", a `logit_tau` for each expert of its own; empty: `logit_tau` for all.
+        reversed_tau: τ of SADE's third expert, the weight of the frequencies in reversed order.
+        teacher: run directory of a finished training whose mean logits the experts learn from; empty: none.
+        distill_temperature, distill_weight: of that term.
+        loss_times_experts: the whole loss is multiplied by the number of experts, as RIDE's code does when it distils.
+        depth_fusion: SHIKE's network: the trunk has two stages, and each expert multiplies the features of its own last
+            stage by those of a shallow branch.
+        transfer_weight, mutual_weight: of SHIKE's dynamic knowledge transfer, and of its experts' mutual distillation.
+        group_shares: ACE's class groups, one for each expert after the first: the share of the classes, by number, that
+            it has, the rarest ones; descending. Empty under other methods.
+        group_lr_scaling: an expert's learning rate is proportional to the training images of its group.
+        group_stop_gradient: only the first expert trains the trunk.
+        complementary_weight: of the squared logits of classes outside an expert's group.
+        group_norm_power: an expert's logits are multiplied by this power of the first expert's mean row length over its
+            own; 0 leaves them as they are.
+        group_norm_rows: which rows of the classifier that mean is over: those of the expert's "own" group, or "all".
+        group_answer: for a class, the mean over the experts whose "group" has it; or over "all", where those whose
+            group has not say 0.
         retrain_epochs: of a stage after the experts' in which fresh classifiers alone learn; 0: there is none.
         retrain_loss: of that stage, one of those of `loss`.
         retrain_lr, retrain_sampler: of that stage; its warm-up is `warmup_epochs`, then the cosine.
         router_top_k: how many of the largest mean logits a router sees; at most the number of classes are used.
+        router_shared: the routers share their output layer (RIDE's code); else each has its own.
         router_positive_weight: weight of "another expert would help" in the router's loss.
         seed: of initial weights, order and augmentation.
         precision: "bf16" autocast, "fp16" autocast with loss scaling (on CUDA only), "fp32", or "auto": bf16 where the
@@ -79,7 +100,7 @@ class Recipe:
     """
 
     name: str
-    method: Literal["ride", "single"]
+    method: Literal["ride", "single", "shike", "sade", "ace"]
     loss: Literal["ce", "focal", "ldam", "balanced_softmax", "logit_adjusted"] = "ce"
     data: str = "cifar100"
     train_list: str | None = None
@@ -124,8 +145,25 @@ class Recipe:
     deferred_from: float | None = None
     effective_beta: float = 0.9999
     diversity_weight: float = 0.0
+    diversity_form: Literal["mean", "pairwise"] = "mean"
     diversity_gamma: float = 0.05
     collaborative: bool = False
+    expert_taus: tuple[float, ...] = ()
+    reversed_tau: float = 2.0
+    teacher: str = ""
+    distill_temperature: float = 1.5
+    distill_weight: float = 1.0
+    loss_times_experts: bool = False
+    depth_fusion: bool = False
+    transfer_weight: float = 10.0
+    mutual_weight: float = 1.0
+    group_shares: tuple[float, ...] = ()
+    group_lr_scaling: bool = True
+    group_stop_gradient: bool = True
+    complementary_weight: float = 1.0
+    group_norm_power: float = 1.0
+    group_norm_rows: Literal["own", "all"] = "own"
+    group_answer: Literal["group", "all"] = "group"
     retrain_epochs: int = 0
     retrain_loss: Literal["ce", "focal", "ldam", "balanced_softmax", "logit_adjusted"] = "balanced_softmax"
     retrain_lr: float = 0.1
@@ -136,6 +174,7 @@ class Recipe:
     router_weight_decay: float = 5e-4
     router_top_k: int = 30
     router_hidden: int = 16
+    router_shared: bool = True
     router_positive_weight: float = 100.0
     seed: int = 0
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -166,8 +205,37 @@ class Recipe:
             raise RecipeError(f"n_experts={self.n_experts}: method {self.method!r} trains one expert")
         if self.accumulate > min(self.batch_size, self.router_batch_size):
             raise RecipeError(f"accumulate={self.accumulate}: must be at most batch_size and router_batch_size")
+        if self.method in ("shike", "ace") and self.n_experts < 2:
+            raise RecipeError(f"n_experts={self.n_experts}: method {self.method!r} needs two experts or more")
+        if self.method == "sade" and self.n_experts != 3:
+            raise RecipeError(f"n_experts={self.n_experts}: method 'sade' has three; 'ride' with expert_taus has any")
+        if self.method == "sade" and self.loss in ("balanced_softmax", "logit_adjusted"):
+            raise RecipeError(f"loss={self.loss!r}: method 'sade' adds frequencies itself; take ce, focal or ldam")
+        if self.expert_taus and len(self.expert_taus) != self.n_experts:
+            raise RecipeError(
+                f"expert_taus={self.expert_taus}: must be {self.n_experts}, one for each expert, or empty"
+            )
+        if self.expert_taus and (self.loss != "logit_adjusted" or self.method not in ("ride", "shike")):
+            raise RecipeError("expert_taus: only for loss='logit_adjusted' under method 'ride' or 'shike'")
+        if self.teacher and self.method != "ride":
+            raise RecipeError(f"teacher={self.teacher!r}: only method 'ride' distils")
+        if self.method in ("shike", "sade", "ace") and (self.diversity_weight or self.collaborative):
+            raise RecipeError(f"diversity_weight and collaborative: only for method 'ride', this is {self.method!r}")
+        self._check_groups()
         if self.loss == "ldam" and self.classifier != "cosine":
             raise RecipeError("classifier='linear': the margins of LDAM need the cosine classifier")
+
+    def _check_groups(self) -> None:
+        shares, wanted = self.group_shares, self.n_experts - 1 if self.method == "ace" else 0
+        if len(shares) != wanted or list(shares) != sorted(shares, reverse=True) or not all(0 < s < 1 for s in shares):
+            raise RecipeError(
+                f"group_shares={shares}: method {self.method!r} with {self.n_experts} experts needs {wanted} of them, "
+                "descending, between 0 and 1"
+            )
+        if self.method == "ace" and self.retrain_epochs:
+            raise RecipeError(f"retrain_epochs={self.retrain_epochs}: method 'ace' has class groups, it retrains none")
+        if self.method == "ace" and self.group_norm_power and self.classifier == "cosine":
+            raise RecipeError("classifier='cosine': has no lengths to scale by; take linear or group_norm_power=0")
 
     def stage_epochs(self) -> dict[str, int]:
         """The stages that this recipe trains, in order, and their epochs."""
@@ -224,6 +292,9 @@ _RANGES = (
     ("rotation", 0, 180), ("cutout", 0, 1024), ("focal_gamma", 0, 100), ("logit_tau", -10, 10),
     ("max_margin", 0, 2), ("deferred_from", 0, 1), ("effective_beta", 0, 1 - 1e-9),
     ("diversity_weight", -100, 100), ("diversity_gamma", 0, 0.999),
+    ("reversed_tau", 0, 100), ("distill_temperature", 1e-3, 1e3), ("distill_weight", 0, 1000),
+    ("complementary_weight", 0, 1000), ("group_norm_power", -4, 4),
+    ("transfer_weight", 0, 1000), ("mutual_weight", 0, 1000),
     ("retrain_epochs", 0, 10_000), ("retrain_lr", 1e-9, 100),
     ("router_epochs", 0, 10_000),
     ("router_batch_size", 1, 65_536),

@@ -16,11 +16,13 @@ from training.data.sets import Data, channel_statistics, load_data
 from training.distributed import from_first, joined, rank, world_size
 from training.evaluate import macs_of, predict, summarise
 from training.loop import Log, autocast_dtype, run_stage
-from training.methods import ride, single
+from training.methods import ace, ride, sade, shike, single
 from training.methods.method import Method, Model, build_model
 from training.recipe import Decoding, Recipe
 
-METHODS: dict[str, Method] = {"ride": ride.build, "single": single.build}
+METHODS: dict[str, Method] = {
+    "ride": ride.build, "single": single.build, "shike": shike.build, "sade": sade.build, "ace": ace.build,
+}  # fmt: skip
 PUBLISHED_THRESHOLD = 0.5
 DECIDE_NOTHING = ("evaluate_every", "workers", "decoding")  # `decoding`: what "auto" chose at first stays
 
@@ -64,10 +66,10 @@ def _train(recipe: Recipe, run: Path, device: torch.device) -> dict[str, Any]:
         "processes": world_size(),
     }  # fmt: skip
 
-    def evaluate(current: Model) -> dict[str, Any]:
+    def evaluate(current: Model, per_class: bool = False) -> dict[str, Any]:
         def summary() -> dict[str, Any]:
             thresholds = [PUBLISHED_THRESHOLD] * (recipe.n_experts - 1)
-            return summarise(predict(current, test), data.counts, macs, thresholds)
+            return summarise(predict(current, test), data.counts, macs, thresholds, per_class)
 
         return from_first(summary)
 
@@ -82,7 +84,7 @@ def _train(recipe: Recipe, run: Path, device: torch.device) -> dict[str, Any]:
             run_stage(model, stage, images, recipe, start=start, run=run, log=log, info=info, evaluate=evaluate)
     finally:
         log.close()
-    results = evaluate(model)
+    results = evaluate(model, per_class=True)
     if rank() == 0:
         text = json.dumps(results | {"data": _describe(data)} | info, indent=1)
         write_atomically(run / "results.json", text + "\n")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.report import FP32, Figures, aims
+from benchmarks.report import FP32, ROUTED_FP32, Figures, aims
 
 
 def load_row(system, rate, *, clients=64, size="32x32", p50=2.0, p99=5.0, encoding="raw"):
@@ -13,9 +13,14 @@ def load_row(system, rate, *, clients=64, size="32x32", p50=2.0, p99=5.0, encodi
     }  # fmt: skip
 
 
-def floor_row(rate, macs, *, size="32x32", routed=True, one_image=1.0):
+def floor_row(rate, macs, *, size="32x32", routed=True, one_image=1.0, variant="int8"):
     """One bare loop's result."""
-    return {"loop": {"size": size, "routed": routed}, "rate": rate, "mean_macs": macs, "one_image_ms": one_image}
+    return {
+        "loop": {"size": size, "routed": routed, "variant": variant},
+        "rate": rate,
+        "mean_macs": macs,
+        "one_image_ms": one_image,
+    }
 
 
 def document(**changes):
@@ -25,14 +30,17 @@ def document(**changes):
         *(load_row("routed", rate) for rate in (890, 900, 2000)),
         load_row("all experts", 700),
         load_row(FP32, 300),
+        load_row(ROUTED_FP32, 360),
         load_row("routed, scaled decoding", 450, size="640x480"),
         *(load_row("LitServe", 200, clients=clients, p99=20.0, encoding="its own") for clients in (1, 8, 64)),
         *(load_row("MLServer", 150, clients=clients, p99=6.0, encoding="its own") for clients in (1, 8, 64)),
     ]
     floors = [
-        floor_row(1000, 75, one_image=1.6), floor_row(800, 100, routed=False), floor_row(500, 75, size="640x480")
+        floor_row(1000, 75, one_image=1.6), floor_row(800, 100, routed=False), floor_row(500, 75, size="640x480"),
+        floor_row(400, 75, variant="fp32"),
     ]  # fmt: skip
     return {
+        "measured": {"served": {"variant": "int8"}},
         "rows": rows, "floors": floors,
         "burst": {"before": {"p50_ms": 2.0}, "after": {"p50_ms": 2.1}},
         "footprint": {"processes": [{"rss_mb": 120.0}, {"rss_mb": 90.0}], "median_start_s": 1.2, "idle_cores": 0.002},
@@ -61,6 +69,7 @@ def test_a_run_that_meets_every_aim_is_told_so():
     ("changes", "measure"),
     [
         ({"floors": [floor_row(1100, 75, one_image=1.6), *document()["floors"][1:]]}, "routed over HTTP"),
+        ({"floors": [*document()["floors"][:-1], floor_row(450, 75, variant="fp32")]}, "the same in fp32"),
         ({"floors": [floor_row(1000, 75, one_image=1.4), *document()["floors"][1:]]}, "p50 at concurrency 1 above"),
         ({"floors": [floor_row(1000, 60, one_image=1.6), *document()["floors"][1:]]}, "routing saves"),
         ({"burst": {"before": {"p50_ms": 2.0}, "after": {"p50_ms": 2.3}}}, "p50 at concurrency 1 after a burst"),

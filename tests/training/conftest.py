@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from training.__main__ import main
+
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
@@ -33,3 +35,29 @@ def tiny_arguments(folder):
     settings |= {"evaluate_every": 1, "holdout_share": 0.2, "test_share": 0.2}
     overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     return ["ride-own", "--data", str(folder), *overrides]
+
+
+@pytest.fixture(scope="session")
+def sweep_arguments(folder):
+    """`ride-train sweep` of a routed recipe and one with a single expert, two seeds: four runs of an epoch."""
+    settings = {
+        "epochs": 1,
+        "router_epochs": 1,
+        "image_size": 16,
+        "batch_size": 32,
+        "warmup_epochs": 1,
+        "compile": "false",
+        "profile": "natural",
+        "holdout_share": 0.2,
+        "test_share": 0.2,
+    }
+    overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    return ["sweep", "ride-own", "ce-cifar100", "--seeds", "0,1", "--data", str(folder), *overrides]
+
+
+@pytest.fixture(scope="session")
+def swept(sweep_arguments, tmp_path_factory):
+    """The directory of that sweep, finished; not to be changed."""
+    out = tmp_path_factory.mktemp("sweeps") / "sweep"
+    assert main([*sweep_arguments, "--out", str(out)]) == 0
+    return out

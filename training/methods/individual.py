@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -52,3 +53,21 @@ class IndividualLoss:
         if self.name in ("balanced_softmax", "logit_adjusted"):
             logits = logits + self.log_prior.to(device)
         return F.cross_entropy(logits, labels, weight=weights)
+
+
+class ExpertLosses:
+    """The individual loss of every expert: the same for all, or each with the prior that `expert_taus` gives it."""
+
+    def __init__(self, recipe: Recipe, class_counts: Sequence[int]) -> None:
+        taus = recipe.expert_taus or (recipe.logit_tau,) * recipe.n_experts
+        own = [dataclasses.replace(recipe, logit_tau=tau) for tau in taus]
+        self.each = [IndividualLoss(recipe.loss, expert, class_counts) for expert in own]
+
+    def is_deferred(self, epoch: int) -> bool:
+        """Whether class weights apply at `epoch`, from 0."""
+        return self.each[0].is_deferred(epoch)
+
+    def __call__(self, expert_logits: Tensor, labels: Tensor, epoch: int) -> Tensor:
+        """(E, B, C), (B,) -> (), in nats, mean over images, sum over experts: the learning rate is tied to E."""
+        losses = [loss(logits, labels, epoch) for loss, logits in zip(self.each, expert_logits, strict=True)]
+        return torch.stack(losses).sum()

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from training.recipe import RecipeError
+
 
 def ldam_margins(class_counts: Sequence[int], max_margin: float) -> Tensor:
     """(C,), in units of the cosine: proportional to n_c^(−1/4), `max_margin` for the rarest class. LDAM, eq. 13."""
@@ -26,17 +28,29 @@ def effective_number_weights(class_counts: Sequence[int], beta: float) -> Tensor
     return (weights * len(weights) / weights.sum()).float()
 
 
-def class_temperatures(class_counts: Sequence[int], gamma: float) -> Tensor:
+def class_temperatures(class_counts: Sequence[int], gamma: float, *, divided: bool = True) -> Tensor:
     """
-    (C,), in (0, 1]: 1 for the most frequent class, smaller for rare ones.
+    (C,), at most 1: 1 for the most frequent class, smaller for rare ones.
 
-    The paper has β_c + 1 − max β; the authors' code divides by the maximum, and so do we.
+    Args:
+        divided: β / max β, as the authors' code has it; else β + 1 − max β, as the paper has it.
+
+    Raises:
+        RecipeError: where the paper's form is not positive for every class.
 
     Source: RIDE, arXiv:2010.01809, distribution-aware diversity loss.
     """
     counts = torch.tensor(class_counts, dtype=torch.float64)
     softened = gamma * len(counts) * counts / counts.sum() + (1 - gamma)
-    return (softened / softened.max()).float()
+    if divided:
+        return (softened / softened.max()).float()
+    temperatures = softened + 1 - softened.max()
+    if temperatures.min() <= 0:
+        raise RecipeError(
+            f"diversity_gamma={gamma}: the paper's temperature of the rarest class is {temperatures.min():.3g} for "
+            "these class counts; it must be positive: lower diversity_gamma"
+        )
+    return temperatures.float()
 
 
 def ldam_loss(
@@ -111,3 +125,46 @@ def diversity_loss(expert_logits: Tensor, temperatures: Tensor) -> Tensor:
     each = F.log_softmax(expert_logits / temperatures, dim=2)
     divergence = F.kl_div(each, mean.expand_as(each), reduction="sum") / batch
     return temperatures.mean() ** 2 * divergence
+
+
+def pairwise_diversity_loss(expert_logits: Tensor, temperatures: Tensor) -> Tensor:
+    """
+    How far every expert stands from every other, as RIDE's paper has it; enters the total with a negative weight.
+
+    Σ_i 1/(E − 1) Σ_{j≠i} KL(softmax(z^i / T) ‖ softmax(z^j / T)), with gradients to both sides and without the T̄² that
+    the authors' code multiplies its own form by.
+
+    Args:
+        expert_logits: (E, B, C).
+        temperatures: (C,), positive.
+
+    Returns:
+        (), in nats, mean over images. 0 when all experts agree.
+
+    Raises:
+        ValueError: for fewer than two experts.
+
+    Source: RIDE, arXiv:2010.01809, distribution-aware diversity loss.
+    """
+    n_experts, batch, _ = expert_logits.shape
+    if n_experts < 2:
+        raise ValueError(f"diversity needs two experts or more, there is {n_experts}")
+    logs = F.log_softmax(expert_logits / temperatures, dim=2)
+    shares = logs.exp()
+    negative_entropies = (shares * logs).sum()  # Σ_i, of the pairs' Σ p_i log p_i
+    cross = torch.einsum("ibc,jbc->", shares, logs) - negative_entropies  # Σ over i ≠ j of p_i log p_j
+    return (negative_entropies - cross / (n_experts - 1)) / batch
+
+
+def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """
+    T² · KL(softmax(teacher / T) ‖ softmax(student / T)), in nats, mean over images.
+
+    Args:
+        student_logits, teacher_logits: (B, C).
+
+    Source: Hinton et al., arXiv:1503.02531.
+    """
+    teacher = F.log_softmax(teacher_logits / temperature, dim=1)
+    student = F.log_softmax(student_logits / temperature, dim=1)
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from training.data.samplers import shuffled
 from training.models.classifiers import CosineClassifier, LinearClassifier
+from training.models.depth_fusion import TwoLevelTrunk, fusion_layers
+from training.models.groups import Aggregation, GroupNet
 from training.models.multi_expert import Expert, MultiExpertNet, Outputs, Trunk
 from training.models.resnet_cifar import expert_layers, trunk
 from training.models.router import Routers
@@ -43,6 +47,8 @@ class Stage:
         lr: learning rate of an epoch, from 0.
         begin: called once, before the first epoch, with torch's global generator seeded; sets weights afresh.
         norms_follow: the batch norms of the frozen parts, too, follow the batches.
+        lr_factors: modules within `part`, and what `lr` is multiplied by for their parameters.
+        teacher: sees the augmented images too; its logits (B, C) are the outputs' `teacher_logits`.
     """
 
     name: str
@@ -57,6 +63,8 @@ class Stage:
     weight_decay: float
     begin: Callable[[], None] | None = None
     norms_follow: bool = False
+    lr_factors: Sequence[tuple[nn.Module, float]] = ()
+    teacher: Callable[[Tensor], Tensor] | None = None
 
 
 class Method(Protocol):
@@ -70,18 +78,41 @@ class Method(Protocol):
 def build_model(recipe: Recipe, n_classes: int, mean: Sequence[float], std: Sequence[float]) -> Model:
     """The network that `recipe` describes, with fresh weights from torch's global generator."""
 
-    def expert() -> Expert:
-        layers, width = expert_layers(recipe.reduced)
+    def layers_of(index: int) -> tuple[nn.Module, int]:
+        if recipe.depth_fusion:
+            return fusion_layers(index, recipe.reduced, recipe.image_size)
+        return expert_layers(recipe.reduced)
+
+    def expert(index: int) -> Expert:
+        layers, width = layers_of(index)
         if recipe.classifier == "cosine":
             return Expert(layers, CosineClassifier(width, n_classes, recipe.cosine_scale))
         return Expert(layers, LinearClassifier(width, n_classes))
 
-    net = MultiExpertNet(Trunk(trunk(), mean, std), [expert() for _ in range(recipe.n_experts)])
+    trunk_layers = TwoLevelTrunk() if recipe.depth_fusion else trunk()
+    parts = Trunk(trunk_layers, mean, std), [expert(index) for index in range(recipe.n_experts)]
+    if recipe.group_shares:
+        every = torch.ones(recipe.n_experts, n_classes, dtype=torch.bool)  # until the method or a checkpoint says which
+        how = Aggregation(recipe.group_norm_power, recipe.group_norm_rows, recipe.group_answer)
+        net: MultiExpertNet = GroupNet(*parts, every, how, recipe.group_stop_gradient)
+    else:
+        net = MultiExpertNet(*parts)
     routers = None
     if recipe.n_experts > 1:
-        width = expert_layers(recipe.reduced)[1]
-        routers = Routers(recipe.n_experts, width, n_classes, recipe.router_top_k, recipe.router_hidden)
+        width = layers_of(0)[1]
+        routers = Routers(
+            recipe.n_experts, width, n_classes, recipe.router_top_k, recipe.router_hidden, recipe.router_shared
+        )
     return Model(net, routers)
+
+
+def experts_stage(recipe: Recipe, model: Model, losses: Callable[[Outputs, Tensor, int], Losses]) -> Stage:
+    """The first stage of a method: the whole network, every image once an epoch, optimiser and schedule as given."""
+    return Stage(
+        name="experts", epochs=recipe.epochs, batch_size=recipe.batch_size, part=model.net,
+        losses=losses, sampler=shuffled, lr=partial(scheduled_lr, recipe),
+        momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay,
+    )  # fmt: skip
 
 
 def scheduled_lr(recipe: Recipe, epoch: int) -> float:

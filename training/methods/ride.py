@@ -2,12 +2,15 @@
 RIDE: experts that share a trunk and are paid for disagreeing, then routers that decide how many of them an image needs.
 
 Source: Wang et al., "Long-tailed Recognition by Routing Diverse Distribution-Aware Experts", arXiv:2010.01809. Where
-the paper and its public code differ we follow the code: diversity against the mean logits, losses summed over experts,
-temperatures divided by their maximum.
+the paper and its public code differ we follow the code, unless the recipe says otherwise: diversity against the mean
+logits, temperatures divided by their maximum. Losses are summed over experts. When it distils, the code also multiplies
+the whole loss by E, which amounts to E times the learning rate; that is a switch of its own, and the recipe of the
+published distilled row has it on. Its teacher stayed in training mode; ours is in evaluation mode.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 
@@ -15,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.data.samplers import class_balanced, shuffled
+from training.data.samplers import class_balanced
 from training.methods.decoupled import retrain_stage
-from training.methods.individual import IndividualLoss
-from training.methods.losses import class_temperatures, diversity_loss
-from training.methods.method import Losses, Model, Stage, build_model, cosine_lr, scheduled_lr
+from training.methods.individual import ExpertLosses
+from training.methods.losses import class_temperatures, distillation_loss, diversity_loss, pairwise_diversity_loss
+from training.methods.method import Losses, Model, Stage, build_model, cosine_lr, experts_stage
+from training.methods.teacher import Teacher
 from training.models.multi_expert import Outputs
 from training.models.router import Routers
 from training.recipe import Recipe
@@ -28,30 +32,37 @@ from training.recipe import Recipe
 class RideLoss:
     """
     Σ over experts of the individual loss, plus λ times the diversity; neither is divided by the number of experts.
+    With a teacher, its mean logits are distilled into the mean of the experts' besides.
 
     Before the deferred epoch class weights and temperatures are all 1.
     """
 
     def __init__(self, recipe: Recipe, class_counts: Sequence[int]) -> None:
         self.recipe = recipe
-        self.individual = IndividualLoss(recipe.loss, recipe, class_counts)
-        self.temperatures = class_temperatures(class_counts, recipe.diversity_gamma)
+        self.individual = ExpertLosses(recipe, class_counts)
+        self.diversity = diversity_loss if recipe.diversity_form == "mean" else pairwise_diversity_loss
+        divided = recipe.diversity_form == "mean"
+        self.temperatures = class_temperatures(class_counts, recipe.diversity_gamma, divided=divided)
 
     def __call__(self, outputs: Outputs, labels: Tensor, epoch: int) -> Losses:
-        """The loss and its two parts, in nats, mean over the batch, sum over experts."""
+        """The loss and its parts, in nats, mean over the batch, sum over experts."""
         recipe, expert_logits = self.recipe, outputs.expert_logits
         judged = expert_logits
         if recipe.collaborative:
             judged = expert_logits.mean(dim=0, keepdim=True).expand_as(expert_logits)
-        individual = torch.stack([self.individual(logits, labels, epoch) for logits in judged]).sum()
-        if not recipe.diversity_weight:
-            return {"loss": individual, "individual": individual}
-
-        temperatures = self.temperatures.to(expert_logits.device)
-        if not self.individual.is_deferred(epoch):
-            temperatures = torch.ones_like(temperatures)
-        diversity = recipe.diversity_weight * diversity_loss(expert_logits, temperatures)
-        return {"loss": individual + diversity, "individual": individual, "diversity": diversity}
+        individual = self.individual(judged, labels, epoch)
+        parts = {"individual": individual}
+        if recipe.diversity_weight:
+            temperatures = self.temperatures.to(expert_logits.device)
+            if not self.individual.is_deferred(epoch):
+                temperatures = torch.ones_like(temperatures)
+            parts["diversity"] = recipe.diversity_weight * self.diversity(expert_logits, temperatures)
+        if outputs.teacher_logits is not None:
+            student = expert_logits.mean(dim=0)
+            distilled = distillation_loss(student, outputs.teacher_logits, recipe.distill_temperature)
+            parts["distillation"] = recipe.distill_weight * distilled
+        loss = torch.stack(list(parts.values())).sum()
+        return {"loss": loss * len(expert_logits) if recipe.loss_times_experts else loss, **parts}
 
 
 def another_expert_helps(expert_logits: Tensor, labels: Tensor) -> Tensor:
@@ -88,19 +99,20 @@ def router_stage(recipe: Recipe, routers: Routers) -> Stage:
     )  # fmt: skip
 
 
+def later_stages(recipe: Recipe, model: Model, class_counts: Sequence[int]) -> list[Stage]:
+    """What follows the experts under any method: the classifiers' stage and the routers', where the recipe has them."""
+    stages = [retrain_stage(recipe, model, class_counts)] if recipe.retrain_epochs else []
+    if model.routers is not None and recipe.router_epochs:
+        stages.append(router_stage(recipe, model.routers))
+    return stages
+
+
 def build(
     recipe: Recipe, class_counts: Sequence[int], mean: Sequence[float], std: Sequence[float]
 ) -> tuple[Model, list[Stage]]:
     """A fresh model; the experts' stage, the classifiers' where the recipe retrains them, then the routers'."""
     model = build_model(recipe, len(class_counts), mean, std)
-    experts = Stage(
-        name="experts", epochs=recipe.epochs, batch_size=recipe.batch_size, part=model.net,
-        losses=RideLoss(recipe, class_counts), sampler=shuffled, lr=partial(scheduled_lr, recipe),
-        momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay,
-    )  # fmt: skip
-    stages = [experts]
-    if recipe.retrain_epochs:
-        stages.append(retrain_stage(recipe, model, class_counts))
-    if model.routers is not None and recipe.router_epochs:
-        stages.append(router_stage(recipe, model.routers))
-    return model, stages
+    experts = experts_stage(recipe, model, RideLoss(recipe, class_counts))
+    if recipe.teacher:
+        experts = dataclasses.replace(experts, teacher=Teacher(recipe, len(class_counts)))
+    return model, [experts, *later_stages(recipe, model, class_counts)]

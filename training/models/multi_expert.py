@@ -16,10 +16,14 @@ class Outputs(NamedTuple):
     Attributes:
         expert_logits: (E, B, C), scaled as the classifier scales them.
         expert_features: (E, B, D), what the classifier saw: the pooled last feature map.
+        own_logits: (E, B, C), where `expert_logits` are not what each expert says but what it adds to the answer.
+        teacher_logits: (B, C), where the stage has a teacher.
     """
 
     expert_logits: Tensor
     expert_features: Tensor
+    own_logits: Tensor | None = None
+    teacher_logits: Tensor | None = None
 
 
 class Trunk(nn.Module):
@@ -53,6 +57,14 @@ class Expert(nn.Module):
         return self.classifier(feature), feature
 
 
+class Addition(nn.Module):
+    """How an expert joins those before it: its logits are added to theirs."""
+
+    def forward(self, logits_sum: Tensor, logits: Tensor) -> Tensor:
+        """(B, C) of the experts before, (B, C) of this one -> (B, C) of all."""
+        return logits_sum + logits
+
+
 class MultiExpertNet(nn.Module):
     """Trunk and E experts; the prediction is the argmax of the mean of the experts' logits."""
 
@@ -60,6 +72,10 @@ class MultiExpertNet(nn.Module):
         super().__init__()
         self.trunk = trunk
         self.experts = nn.ModuleList(experts)
+
+    def addition(self, index: int) -> nn.Module:
+        """How expert `index`, from 0, joins the sum of those before it: (logits_sum, logits) -> logits_sum."""
+        return Addition()
 
     def forward(self, images: Tensor) -> Outputs:
         """(B, H, W, 3) uint8 -> logits and features of all experts."""

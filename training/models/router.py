@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,7 +13,7 @@ from training.models.multi_expert import Outputs
 
 class Routers(nn.Module):
     """
-    E − 1 routers with a hidden layer each and one output layer that they share.
+    E − 1 routers with a hidden layer each, and one output layer that they share or each its own.
 
     Router i sees the feature of expert i scaled to unit length, and the k largest values, in descending order, of the
     mean logits of experts 0..i.
@@ -24,16 +26,24 @@ class Routers(nn.Module):
         n_experts: E, at least 2.
         n_features: D.
         n_classes: C; k is at most C.
+        shared: they have one output layer, as in the public code.
 
     Source: RIDE, arXiv:2010.01809, expert assignment; sizes as in its public code.
     """
 
-    def __init__(self, n_experts: int, n_features: int, n_classes: int, top_k: int, n_hidden: int) -> None:
+    def __init__(
+        self, n_experts: int, n_features: int, n_classes: int, top_k: int, n_hidden: int, shared: bool = True
+    ) -> None:
         super().__init__()
         self.top_k = min(top_k, n_classes)
         self.temperature = 1.0
         self.hidden = nn.ModuleList(nn.Linear(n_features, n_hidden) for _ in range(n_experts - 1))
-        self.output = nn.Linear(self.top_k + n_hidden, 1)
+        outputs = [nn.Linear(self.top_k + n_hidden, 1) for _ in range(1 if shared else n_experts - 1)]
+        self.output: nn.Module = outputs[0] if shared else nn.ModuleList(outputs)
+
+    def output_of(self, router: int) -> nn.Linear:
+        """The output layer of router i, from 0."""
+        return cast(nn.Linear, self.output[router] if isinstance(self.output, nn.ModuleList) else self.output)
 
     def decide(self, router: int, expert_feature: Tensor, logits_sum: Tensor) -> Tensor:
         """
@@ -48,7 +58,7 @@ class Routers(nn.Module):
         direction = F.normalize(expert_feature, dim=1)
         largest = torch.topk(logits_sum / (router + 1), self.top_k, dim=1).values
         hidden = F.relu(self.hidden[router](direction))
-        return self.output(torch.cat([largest, hidden], dim=1)).squeeze(1)
+        return self.output_of(router)(torch.cat([largest, hidden], dim=1)).squeeze(1)
 
     def score(self, router: int, expert_feature: Tensor, logits_sum: Tensor) -> Tensor:
         """(B,), in [0, 1]: the next expert runs where it reaches the threshold. Arguments as of `decide`."""

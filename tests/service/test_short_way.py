@@ -1,0 +1,254 @@
+"""Small images that come in one piece, which the protocol answers without a task: nobody can tell, but for the time."""
+
+import asyncio
+import json
+import logging
+import re
+from contextlib import asynccontextmanager
+from functools import partial
+
+import pytest
+import uvicorn
+
+from service import routes
+from service.protocol import GuardedProtocol
+from tests.service.conftest import encode, start, until
+from tests.service.test_batching import FILES
+from tests.tiny import noise
+
+pytestmark = pytest.mark.anyio
+
+
+@asynccontextmanager
+async def listening(running, **options):
+    """A socket in front of a service that runs here; connect to it."""
+    protocol = partial(GuardedProtocol, short_path=b"/classify", short_way=running.app.classify.at_once)
+    config = uvicorn.Config(
+        running.app, port=0, http=protocol, ws="none", lifespan="off", log_config=None, server_header=False, **options
+    )
+    config.load()
+    server = uvicorn.Server(config)
+    server.lifespan = config.lifespan_class(config)
+    await server.startup()
+
+    @asynccontextmanager
+    async def connect():
+        reader, writer = await asyncio.open_connection(*server.servers[0].sockets[0].getsockname()[:2])
+        async with asyncio.timeout(30):
+            try:
+                yield reader, writer
+            finally:
+                writer.transport.abort()
+
+    yield connect
+    await server.shutdown()
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """What went the short way, of all requests that were offered to it."""
+    offered = []
+    at_once = routes.ClassifyRoute.at_once
+
+    def note(*arguments):
+        offered.append(at_once(*arguments))
+        return offered[-1]
+
+    monkeypatch.setattr(routes.ClassifyRoute, "at_once", note)
+    return offered
+
+
+@pytest.fixture
+async def served(service, taken):
+    """The usual service, and a function that connects to it."""
+    async with listening(service) as connect:
+        yield service, connect
+
+
+def request(body, *headers, query=b"", version=b"1.1"):
+    """POST /classify as it goes over the wire."""
+    lines = [b"POST /classify%s HTTP/%s" % (query, version), b"Host: x", b"Content-Length: %d" % len(body), *headers]
+    return b"\r\n".join([*lines, b"", b""]) + body
+
+
+async def read_answer(reader):
+    """Status, headers and body of the next answer."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
+    body = await reader.readexactly(int(headers["content-length"]))
+    return int(head[0].split()[1]), headers, json.loads(body)
+
+
+def without_chance(answer):
+    """An answer without what differs from request to request."""
+    text = re.sub(r'"latency_ms": {.*?}', '"latency_ms": 0', json.dumps(answer))
+    return re.sub(r'"request_id": "\w+"', '"request_id": 0', text)
+
+
+async def ask(connect, *pieces):
+    """Send a request in so many pieces, each a read of its own; its answer."""
+    async with connect() as (reader, writer):
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(0.02)
+        return await read_answer(reader)
+
+
+@pytest.mark.parametrize("query", [b"", b"?top_k=2&threshold=0", b"?max_experts=1&mode=full"])
+async def test_both_ways_give_the_same_answer(monkeypatch, service, query, taken):
+    """Status, headers and body, but for ids and times; in one piece it goes the short way, in two the long one."""
+    async with listening(service) as connect:
+        whole = request(FILES[0], b"Content-Type: image/png", query=query)
+        short = await ask(connect, whole)
+        long = await ask(connect, whole[:-9], whole[-9:])
+    assert taken == [True]
+    assert short[0] == long[0] == 200
+    assert without_chance(short[2]) == without_chance(long[2])
+    same = [{name: value for name, value in headers.items() if name not in CHANCE} for headers in (short[1], long[1])]
+    assert same[0] == same[1]
+    assert short[1]["x-request-id"] == short[2]["request_id"]
+
+
+CHANCE = ("x-request-id", "content-length", "date")
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "query", "code"),
+    [
+        (b"no image at all", (), b"", "image_unsupported"),
+        (FILES[0][:60], (), b"", "image_unreadable"),
+        (FILES[0], (), b"?top_k=0", "parameter_invalid"),
+        (b"", (), b"", "no_image"),
+        (FILES[0], (b"Content-Type: multipart/form-data",), b"", "no_image"),
+    ],
+)
+async def test_what_is_refused_goes_the_long_way(served, taken, body, headers, query, code):
+    """With the error that it always had, counted once, and nothing stays behind."""
+    service, connect = served
+    status, _, answer = await ask(connect, request(body, *headers, query=query))
+    assert (answer["error"]["code"], status >= 400) == (code, True)
+    assert taken in ([False], [])  # an empty body is not even offered
+    assert service.metric("refused_total", reason=code) == 1
+    assert service.metric("requests_total", code=str(status)) == 1
+    assert service.classifier.upload_memory.held == service.metric("queue_images") == 0
+
+
+async def test_requests_on_one_connection_are_answered_in_order(served, taken):
+    """Three at once: the first goes the short way, those behind it wait for their turn."""
+    _, connect = served
+    async with connect() as (reader, writer):
+        writer.write(b"".join(request(file, b"X-Request-Id: %d" % number) for number, file in enumerate(FILES[:3])))
+        answers = [await read_answer(reader) for _ in range(3)]
+    assert [answer["request_id"] for _, _, answer in answers] == ["0", "1", "2"]
+    assert taken == [True]
+
+
+@pytest.mark.parametrize("how", [{"headers": (b"Connection: close",)}, {"version": b"1.0"}])
+async def test_a_client_that_wants_the_connection_closed_gets_that(served, how):
+    """After its answer."""
+    _, connect = served
+    async with connect() as (reader, writer):
+        writer.write(request(FILES[0], *how.get("headers", ()), version=how.get("version", b"1.1")))
+        status, headers, _ = await read_answer(reader)
+        assert (status, headers["connection"]) == (200, "close")
+        assert await reader.read() == b""
+
+
+async def test_a_client_that_hangs_up_is_not_worked_for(served, taken):
+    """Its image leaves the queue; it is counted as 499, and nothing waits for it at the end."""
+    service, connect = served
+    with service.engine.hold():
+        async with connect() as (_, first):
+            first.write(request(FILES[0]))
+            await until(lambda: service.engine.held)
+            async with connect() as (_, second):
+                second.write(request(FILES[1]))
+                await until(lambda: service.decoded() == 2)
+            await until(lambda: service.metric("requests_total", code="499") == 1)
+            assert service.metric("queue_images") == 0 or not service.engine.runs
+        await until(lambda: service.metric("requests_total", code="499") == 2)
+    assert taken == [True, True]
+    assert await service.classifier.drain(30)
+    assert service.classifier.upload_memory.held == 0
+    await until(lambda: service.engine.runs)
+    assert [count for stage, count in service.engine.runs if stage == "trunk"] == [1]
+
+
+async def test_an_answer_that_takes_too_long_is_given_up(tiny_bundle, taken):
+    """504 within the time, the connection lives on, and the image that was given up is answered to nobody."""
+    async with start(tiny_bundle, timeout_s=0.2) as service, listening(service) as connect:
+        async with connect() as (reader, writer):
+            with service.engine.hold():
+                writer.write(request(FILES[0]))
+                status, _, answer = await read_answer(reader)
+            assert (status, answer["error"]["code"]) == (504, "timeout")
+            writer.write(request(FILES[1]))
+            status, _, _ = await read_answer(reader)
+        assert (status, taken) == (200, [True, True])
+        assert service.metric("requests_total", code="504") == service.metric("requests_total", code="200") == 1
+
+
+async def test_a_failing_batch_is_an_error_with_an_id(served, monkeypatch, caplog, taken):
+    """500, told apart from the client's mistakes, logged with the id; the next one is answered."""
+    service, connect = served
+
+    def fail(_):
+        raise RuntimeError("the graph broke")
+
+    async with connect() as (reader, writer):
+        with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
+            patch.setattr(service.engine, "trunk", fail)
+            writer.write(request(FILES[0], b"X-Request-Id: broken-1"))
+            status, _, answer = await read_answer(reader)
+        assert (status, answer["error"]["code"]) == (500, "internal")
+        assert "broken-1" in answer["error"]["message"]
+        assert "broken-1" in [
+            record.fields["request_id"] for record in caplog.records if record.getMessage() == "failed"
+        ]
+        writer.write(request(FILES[0]))
+        assert (await read_answer(reader))[0] == 200
+    assert taken == [True, True]
+
+
+async def test_a_full_queue_and_a_draining_service_refuse(tiny_bundle, taken):
+    """429 and 503 as ever; while it drains, what was accepted is answered, and its connection closed."""
+    async with (
+        start(tiny_bundle, max_queue=1, max_batch=1, max_images=1) as service,
+        listening(service) as connect,
+        connect() as (reader, writer),
+        connect() as (_, waiting),
+    ):
+        with service.engine.hold():
+            writer.write(request(FILES[0]))
+            await until(lambda: service.engine.held)
+            waiting.write(request(FILES[1]))
+            await until(lambda: service.decoded() == 2)
+            assert (await ask(connect, request(FILES[2])))[2]["error"]["code"] == "overloaded"
+            draining = asyncio.create_task(service.classifier.drain(30))
+            await until(lambda: service.classifier.state == "draining")
+            assert (await ask(connect, request(FILES[3])))[2]["error"]["code"] == "shutting_down"
+        status, headers, _ = await read_answer(reader)
+        assert (status, headers["connection"]) == (200, "close")
+        assert await draining
+    assert taken == [True, True, False, False]
+
+
+async def test_a_connection_that_rests_is_closed_after_its_time_and_not_before(service, taken):
+    """Every request begins the time anew."""
+    async with listening(service, timeout_keep_alive=1) as connect, connect() as (reader, writer):
+        for _ in range(3):
+            writer.write(request(FILES[0]))
+            assert (await read_answer(reader))[0] == 200
+            await asyncio.sleep(0.6)
+        began = asyncio.get_running_loop().time()
+        assert await reader.read() == b""
+        assert 0 < asyncio.get_running_loop().time() - began < 5
+    assert taken == [True] * 3
+
+
+async def test_a_large_image_goes_the_long_way(served, taken):
+    """More pixels than are decoded in passing: threads do that."""
+    _, connect = served
+    status, _, _ = await ask(connect, request(encode(noise(1, seed=3)[0].repeat(64, 0).repeat(64, 1))))
+    assert (status, taken) == (200, [False])

@@ -1,0 +1,178 @@
+"""RIDE's switches: pairwise diversity, priors per expert, distillation, routers with output layers of their own."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tests.training.test_losses import COUNTS, EXACT, LABELS, golden_logits
+from training.checkpoint import CheckpointError, checkpoints_of
+from training.evaluate import macs_of
+from training.methods.losses import class_temperatures, distillation_loss, pairwise_diversity_loss
+from training.methods.method import build_model
+from training.methods.ride import RideLoss, build
+from training.models.multi_expert import Outputs
+from training.models.router import Routers
+from training.recipe import RecipeError
+from training.recipes import RECIPES
+from training.train import train
+
+RIDE = RECIPES["ride-cifar100"]
+MEAN_STD = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def teacher_logits() -> torch.Tensor:
+    """(4, 100), float64: the teacher of the golden values."""
+    image, label = torch.arange(4, dtype=torch.float64).view(4, 1), torch.arange(100, dtype=torch.float64)
+    return 6 * torch.cos(0.5 + image + 0.21 * label)
+
+
+def test_distillation_has_its_golden_value():
+    """On the mean logits, with temperature 1.5."""
+    assert distillation_loss(golden_logits().mean(0), teacher_logits(), 1.5).item() == pytest.approx(3.590634, **EXACT)
+
+
+@pytest.mark.parametrize(("times_experts", "total"), [(True, 156.327830), (False, 156.327830 / 3)])
+def test_the_distilled_total_is_the_codes_or_a_third_of_it(times_experts, total):
+    """The public code adds the same terms once for every expert; the switch says whether we do."""
+    recipe = dataclasses.replace(RECIPES["ride-distilled-cifar100"], loss_times_experts=times_experts)
+    logits = golden_logits()
+    losses = RideLoss(recipe, COUNTS)(Outputs(logits, logits, teacher_logits=teacher_logits()), LABELS, 0)
+
+    assert losses["loss"].item() == pytest.approx(total, **EXACT)
+    assert losses["distillation"].item() == pytest.approx(3.590634, **EXACT)
+
+
+def test_the_papers_temperatures_have_their_golden_values():
+    """β + 1 − max β of the classes with 500, 48 and 5 images, and their mean."""
+    temperatures = class_temperatures(COUNTS, 0.05, divided=False)
+
+    assert temperatures[[0, 50, 99]].tolist() == pytest.approx([1, 0.791647, 0.771826], abs=1e-6)
+    assert temperatures.mean().item() == pytest.approx(0.819522, abs=1e-6)
+    with pytest.raises(RecipeError, match=r"diversity_gamma=0.3: the paper's temperature of the rarest class is -0.3"):
+        class_temperatures(COUNTS, 0.3, divided=False)
+
+
+def test_pairwise_diversity_is_that_of_every_pair():
+    """Against a loop over pairs, images and classes in NumPy; 0 where all agree."""
+    logits, temperatures = golden_logits(), class_temperatures(COUNTS, 0.05, divided=False).double()
+    z = logits.numpy() / temperatures.numpy()
+    p = np.exp(z) / np.exp(z).sum(axis=2, keepdims=True)
+    expected = sum((p[i] * np.log(p[i] / p[j])).sum() / 2 / 4 for i in range(3) for j in range(3) if i != j)
+
+    assert pairwise_diversity_loss(logits, temperatures).item() == pytest.approx(expected)
+    assert pairwise_diversity_loss(logits[:1].expand(3, -1, -1), temperatures).item() == pytest.approx(0, abs=1e-12)
+    with pytest.raises(ValueError, match="two experts or more, there is 1"):
+        pairwise_diversity_loss(logits[:1], temperatures)
+
+
+def test_the_recipe_says_which_diversity():
+    """The pairwise form enters with λ, and with the paper's temperatures from the deferred epoch on."""
+    recipe = dataclasses.replace(RIDE, diversity_form="pairwise")
+    logits = golden_logits()
+    losses = [RideLoss(recipe, COUNTS)(Outputs(logits, logits), LABELS, epoch)["diversity"] for epoch in (0, 160)]
+
+    for loss, temperatures in zip(
+        losses, (torch.ones(100), class_temperatures(COUNTS, 0.05, divided=False)), strict=True
+    ):
+        assert loss.item() == pytest.approx(-0.45 * pairwise_diversity_loss(logits, temperatures).item(), **EXACT)
+
+
+def test_each_expert_may_have_a_prior_of_its_own():
+    """Σ of cross-entropies of logits plus τ_i · log p; with one τ for all it is the plain loss."""
+    plain = dataclasses.replace(RIDE, loss="logit_adjusted", diversity_weight=0.0, deferred_from=None, logit_tau=2.0)
+    own = dataclasses.replace(plain, expert_taus=(0.0, 1.0, 2.5))
+    same = dataclasses.replace(plain, expert_taus=(2.0, 2.0, 2.0))
+    logits = golden_logits()
+    log_prior = torch.log(torch.tensor(COUNTS, dtype=torch.float64) / sum(COUNTS))
+    loss, equal, shared = (
+        RideLoss(recipe, COUNTS)(Outputs(logits, logits), LABELS, 0)["loss"].item() for recipe in (own, same, plain)
+    )
+
+    entropy = torch.nn.functional.cross_entropy
+    expected = sum(entropy(z + tau * log_prior, LABELS).item() for z, tau in zip(logits, (0, 1, 2.5), strict=True))
+    assert loss == pytest.approx(expected, **EXACT)
+    assert equal == pytest.approx(shared)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"expert_taus": (1.0, 2.0), "loss": "logit_adjusted"}, "must be 3, one for each expert, or empty"),
+        ({"expert_taus": (0.0, 1.0, 2.0)}, "only for loss='logit_adjusted'"),
+        ({"teacher": "runs/x", "method": "shike", "diversity_weight": 0.0}, "only method 'ride' distils"),
+        ({"method": "shike"}, "diversity_weight and collaborative: only for method 'ride', this is 'shike'"),
+    ],
+)
+def test_switches_that_would_do_nothing_are_refused(fields, message):
+    """By name and value, before any epoch."""
+    with pytest.raises(RecipeError, match=message):
+        dataclasses.replace(RIDE, **fields)
+
+
+def test_routers_may_have_output_layers_of_their_own():
+    """E − 1 of them; each decides by its own, and costs as much as with a shared one."""
+    own = Routers(n_experts=3, n_features=4, n_classes=5, top_k=2, n_hidden=2, shared=False)
+    feature, sums = torch.randn(6, 4), torch.randn(6, 5)
+    before = own.decide(0, feature, sums), own.decide(1, feature, sums)
+    with torch.no_grad():
+        own.output_of(1).bias.add_(3)
+
+    torch.testing.assert_close(own.decide(0, feature, sums), before[0])
+    torch.testing.assert_close(own.decide(1, feature, sums), before[1] + 3)
+    shared, separate = (
+        build_model(dataclasses.replace(RIDE, router_shared=share), 100, *MEAN_STD) for share in (True, False)
+    )
+    assert macs_of(shared, 32) == macs_of(separate, 32)
+    assert (
+        sum(p.numel() for p in separate.routers.parameters())
+        == sum(p.numel() for p in shared.routers.parameters()) + 47
+    )
+
+
+@pytest.fixture(scope="module")
+def teacher(folder, tmp_path_factory):
+    """A finished run of two experts, and the recipe of a student of its."""
+    run = tmp_path_factory.mktemp("teacher") / "run"
+    recipe = dataclasses.replace(
+        RECIPES["ride-own"], data=str(folder), n_experts=2, epochs=1, warmup_epochs=1, router_epochs=0, image_size=16,
+        batch_size=32, compile=False, precision="fp32", evaluate_every=1,
+    )  # fmt: skip
+    train(recipe, run)
+    return run, dataclasses.replace(recipe, teacher=str(run), n_experts=3)
+
+
+def test_the_teacher_is_frozen_and_in_evaluation_mode(teacher):
+    """Its answers do not depend on the batch, take no gradient, and leave it as it was."""
+    _, recipe = teacher
+    _, (stage,) = build(recipe, [26, 15, 8, 4], *MEAN_STD)
+    images = torch.randint(0, 256, (6, 16, 16, 3), dtype=torch.uint8)
+    before = {name: value.clone() for name, value in stage.teacher.net.state_dict().items()}
+    together = stage.teacher(images)
+
+    assert not together.requires_grad
+    torch.testing.assert_close(torch.cat([stage.teacher(images[:1]), stage.teacher(images[1:])]), together)
+    assert all(before[name].equal(value) for name, value in stage.teacher.net.state_dict().items())
+
+
+def test_a_distilled_training_logs_what_it_learns_from_its_teacher(teacher, tmp_path):
+    """The term is there, finite, and the checkpoint holds no weights of the teacher."""
+    _, recipe = teacher
+    train(recipe, tmp_path / "student")
+    metrics = checkpoints_of(tmp_path / "student")["experts"].metrics
+    assert math.isfinite(metrics["distillation"])
+    assert metrics["distillation"] > 0
+    assert metrics["loss"] == pytest.approx(sum(metrics[k] for k in ("individual", "diversity", "distillation")))
+
+
+def test_a_teacher_that_does_not_fit_is_refused(teacher, tmp_path):
+    """Missing, of other classes, of another image size."""
+    _, recipe = teacher
+    with pytest.raises(CheckpointError, match=r"teacher: .*none: no checkpoints there"):
+        build(dataclasses.replace(recipe, teacher=str(tmp_path / "none")), [26, 15, 8, 4], *MEAN_STD)
+    with pytest.raises(CheckpointError, match="has classes 4, this training 3"):
+        build(recipe, [26, 15, 8], *MEAN_STD)
+    with pytest.raises(CheckpointError, match="has image_size 16, this training 32"):
+        build(dataclasses.replace(recipe, image_size=32), [26, 15, 8, 4], *MEAN_STD)

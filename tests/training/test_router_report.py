@@ -1,0 +1,151 @@
+"""The router report: hand-worked routing, thresholds against brute force, and a whole report."""
+
+import csv
+import itertools
+
+import numpy as np
+import pytest
+
+from training.__main__ import main
+from training.evaluate import Predictions, by_class, route
+from training.router_report import NOBODY, best_thresholds, oracle, prefix_right
+
+
+def test_the_oracle_takes_the_fewest_experts_that_are_right():
+    """And one where no prefix is right."""
+    right = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 0]], bool)
+    assert oracle(right).tolist() == [1, 2, 3, 1]
+
+
+def test_a_prefix_is_judged_by_its_mean_logits():
+    """Expert two outvotes expert one where it is surer."""
+    logits = np.array([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 3.0], [0.0, 0.5]]])
+    predictions = Predictions(logits, np.empty((1, 2), np.float32), np.array([1, 0]))
+    assert prefix_right(predictions).tolist() == [[False, True], [True, True]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_thresholds_are_the_best_for_one_router(seed):
+    """At every price no cut anywhere does better."""
+    generator = np.random.default_rng(seed)
+    scores = generator.integers(0, 12, (1, 60)).astype(np.float32) / 12
+    gain, spent = generator.random((2, 60)), [0.2, 0.5]
+
+    def net(threshold, price):
+        row = route(scores, threshold) - 1
+        return gain[row, np.arange(60)].sum() - price * np.array(spent)[row].sum()
+
+    found = best_thresholds(scores, gain, spent)
+    for price in (0.0, 0.1, 0.5, 1.0, 2.5):
+        anywhere = max(net((value,), price) for value in (*np.unique(scores).tolist(), NOBODY))
+        assert max(net(threshold, price) for threshold in found) == pytest.approx(anywhere, abs=0.15)
+    assert max(net(each, 0.0) for each in found) == pytest.approx(
+        max(net((value,), 0.0) for value in (*np.unique(scores).tolist(), NOBODY))
+    )
+
+
+def test_thresholds_of_several_routers_leave_no_single_one_to_improve():
+    """For the first price, 0: no other value of any one threshold gives more accuracy."""
+    generator = np.random.default_rng(0)
+    scores, gain = generator.random((3, 80)).astype(np.float32), generator.random((4, 80))
+    best = best_thresholds(scores, gain, [0.1, 0.2, 0.3, 0.4])[0]
+
+    def accuracy(thresholds):
+        return gain[route(scores, thresholds) - 1, np.arange(80)].sum()
+
+    for router, value in itertools.product(range(3), (*scores.ravel().tolist(), 0.0, NOBODY)):
+        assert accuracy((*best[:router], value, *best[router + 1 :])) <= accuracy(best) + 1e-9
+
+
+def test_figures_per_class():
+    """Of a model with two experts, one class without test images."""
+    logits = np.array([[[9.0, 0.0, 0.0]] * 3, [[0.0, 99.0, 0.0]] * 3], np.float32)
+    predictions = Predictions(logits, np.array([[0.1, 0.8, 0.2]], np.float32), np.array([0, 1, 1]))
+
+    assert by_class(predictions, 3, [0.5]) == {
+        "accuracy": [0.0, 100.0, None], "routed_accuracy": [100.0, 50.0, None], "mean_experts": [1.0, 1.5, None]
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report(swept, tmp_path_factory):
+    """`ride-train report` of a small run with three experts."""
+    out = tmp_path_factory.mktemp("reports") / "report"
+    assert main(["report", str(swept / "ride-own-seed0"), "--out", str(out), "--max-mean-experts", "1.9"]) == 0
+    return out
+
+
+def rows_of(file):
+    """A CSV file's rows."""
+    with file.open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_a_report_agrees_with_the_run(report, swept):
+    """At threshold 0.5 and with every number of experts: the figures of results.json."""
+    from training.runs import read_results
+
+    results = read_results(swept / "ride-own-seed0")
+    rows = {row["name"]: row for row in rows_of(report / "curve.csv")}
+    for name, expected in zip(("one expert", "2 experts", "3 experts"), results["experts"], strict=True):
+        assert float(rows[name]["all"]) == expected["all"] == float(rows[name]["random_all"])
+        assert int(rows[name]["macs"]) == expected["macs"]
+    routed = rows["routed, thresholds 0.5 as published"]
+    assert float(routed["all"]) == results["routed"]["all"]
+    assert int(routed["macs"]) == results["routed"]["macs"]
+    assert [float(row["mean_experts"]) for row in rows.values()] == [
+        pytest.approx((float(row["macs"]) - results["experts"][0]["macs"]) / 25_600_000 * 4 + 1, abs=0.05)
+        for row in rows.values()
+    ]
+
+
+def test_random_exits_lie_between_the_prefixes(report):
+    """At the same mean number of experts, on the line between two neighbouring numbers of experts."""
+    rows = rows_of(report / "curve.csv")
+    prefixes = [float(row["random_all"]) for row in rows[:3]]
+    for row in rows:
+        expected = np.interp(float(row["mean_experts"]), [1, 2, 3], prefixes)
+        assert float(row["random_all"]) == pytest.approx(expected, abs=0.01)
+
+
+def test_the_oracle_is_never_worse_than_any_prefix(report):
+    """It is right wherever any number of experts is."""
+    rows = {row["name"]: row for row in rows_of(report / "curve.csv")}
+    assert all(
+        float(rows["oracle"]["all"]) >= float(rows[name]["all"]) for name in ("one expert", "3 experts", "routed")
+    )
+
+
+def test_shares_per_class_add_up(report):
+    """To one, and to the mean number of experts."""
+    rows = rows_of(report / "per_class.csv")
+    assert [row["class"] for row in rows] == ["class 0", "class 1", "class 2", "class 3"]
+    assert [row["training_images"] for row in rows] == ["26", "15", "8", "4"]
+    for row in rows:
+        shares = [float(row[f"share_{count}"]) for count in (1, 2, 3)]
+        assert sum(shares) == pytest.approx(1, abs=1e-4)
+        assert float(row["mean_experts"]) == pytest.approx(np.dot(shares, [1, 2, 3]), abs=1e-3)
+
+
+def test_a_report_is_text_and_pictures(report):
+    """What was asked for is looked at; the legend says what the words mean."""
+    text = (report / "report.md").read_text()
+    assert "Scores are the\nsigmoids of decisions divided by" in text
+    assert "at most 1.9 experts on held-out images" in text
+    assert "Oracle: each image gets the fewest experts\nwhose mean logits are right" in text
+    for plot in ("shares.png", "experts.png", "curve.png"):
+        assert (report / plot).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("run", "options", "message"),
+    [
+        ("ce-cifar100-seed0", [], "has one expert, which every image uses; there is nothing to route"),
+        ("ride-own-seed0", ["--max-mean-experts", "0.5"], "every image uses one expert at least"),
+        ("nothing", [], "no checkpoints there"),
+    ],
+)
+def test_runs_without_routers_are_refused(swept, run, options, message, tmp_path, capsys):
+    """With the reason, and exit status 2."""
+    assert main(["report", str(swept / run), "--out", str(tmp_path / "report"), *options]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,110 @@
+"""
+CIFAR ResNet-32 cut after its second stage, with experts that fuse their deep features with shallower ones.
+
+Source: SHIKE, arXiv:2304.01279, depth-wise knowledge fusion; sizes as in its public code.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training.models.resnet_cifar import BLOCKS
+
+LOW_WIDTH, HIGH_WIDTH = 16, 32  # of the first and of the second stage
+
+
+class ProjectionBlock(nn.Module):
+    """
+    Two 3x3 convolutions and a shortcut (option B): where the width grows, a 1x1 convolution with batch norm.
+    """
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut = nn.Sequential()
+        if width_in != width or stride != 1:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+            )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width_in, H, W) -> (B, width, H/stride, W/stride)."""
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.shortcut(x))
+
+
+class TwoLevelTrunk(nn.Module):
+    """First convolution, first and second stage; the outputs of both stages, one after the other, in one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low = nn.Sequential(
+            nn.Conv2d(3, LOW_WIDTH, 3, padding=1, bias=False), nn.BatchNorm2d(LOW_WIDTH), nn.ReLU(),
+            _stage(LOW_WIDTH, LOW_WIDTH, 1),
+        )  # fmt: skip
+        self.high = _stage(LOW_WIDTH, HIGH_WIDTH, 2)
+        _initialise(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, 16·S² + 32·⌈S/2⌉²)."""
+        low = self.low(images)
+        return torch.cat([low.flatten(1), self.high(low).flatten(1)], dim=1)
+
+
+class FusionLayers(nn.Module):
+    """
+    A last stage of its own, times a shallow branch of the same size, element by element, then the global average.
+
+    Experts alternate in where the branch starts: those of even index at the first stage (two convolutions), those of
+    odd index at the second (one).
+
+    Args:
+        index: of the expert, from 0.
+        width: D, of the last stage.
+        image_size: S, side of the images, pixels; it tells where in the trunk's output the second level begins.
+    """
+
+    def __init__(self, index: int, width: int, image_size: int) -> None:
+        super().__init__()
+        self.low_side, self.high_side = image_size, -(-image_size // 2)
+        self.deep = _stage(HIGH_WIDTH, width, 2)
+        self.starts_low = index % 2 == 0
+        if self.starts_low:
+            self.shallow = nn.Sequential(
+                nn.Conv2d(LOW_WIDTH, HIGH_WIDTH, 3, 2, padding=1, bias=False), nn.BatchNorm2d(HIGH_WIDTH), nn.ReLU(),
+                nn.Conv2d(HIGH_WIDTH, width, 3, 2, padding=1, bias=False), nn.BatchNorm2d(width),
+            )  # fmt: skip
+        else:
+            self.shallow = nn.Sequential(
+                nn.Conv2d(HIGH_WIDTH, width, 3, 2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+            )
+        _initialise(self)
+
+    def forward(self, levels: Tensor) -> Tensor:
+        """(B, 16·S² + 32·⌈S/2⌉²) -> (B, D)."""
+        cut = LOW_WIDTH * self.low_side**2
+        high = levels[:, cut:].unflatten(1, (HIGH_WIDTH, self.high_side, self.high_side))
+        start = levels[:, :cut].unflatten(1, (LOW_WIDTH, self.low_side, self.low_side)) if self.starts_low else high
+        fused = self.deep(high).float() * self.shallow(start).float()  # (B, D, S/4, S/4), beyond fp16's range
+        return F.adaptive_avg_pool2d(fused, 1).flatten(1)
+
+
+def fusion_layers(index: int, reduced: bool, image_size: int) -> tuple[FusionLayers, int]:
+    """The layers of expert `index`, and D: 48 when reduced, else 64."""
+    width = 48 if reduced else 64
+    return FusionLayers(index, width, image_size), width
+
+
+def _stage(width_in: int, width: int, stride: int) -> nn.Sequential:
+    blocks = [ProjectionBlock(width_in, width, stride), *(ProjectionBlock(width, width, 1) for _ in range(BLOCKS - 1))]
+    return nn.Sequential(*blocks)
+
+
+def _initialise(layers: nn.Module) -> None:
+    for module in layers.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)

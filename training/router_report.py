@@ -1,0 +1,401 @@
+"""What the routers of a finished run do, what it costs and gives, and what an oracle in their place would reach."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.data.longtail import SPLITS, split_of
+from training.data.sets import load_data
+from training.evaluate import (
+    EVALUATION_BATCH,
+    Predictions,
+    accuracy_by_split,
+    macs_of,
+    mean_by_split,
+    mean_macs,
+    predict,
+    route,
+)
+from training.methods.method import Model
+from training.plots import plot_curve, plot_experts, plot_shares
+from training.tables import Cell, markdown, number, write_csv
+from training.train import PUBLISHED_THRESHOLD, trained_model, write_atomically
+
+SCOPES = ("all", *SPLITS)
+NOBODY = 1.01  # a threshold that no score reaches
+PRICES = np.concatenate([[0.0], np.geomspace(0.003, 3, 60)])  # accuracy points for a percent of the full cost
+MOST_PASSES = 20
+MIXTURES = (0.2, 0.4, 0.6, 0.8)
+MOST_ROWS = 12  # of the curve in report.md; curve.csv has all
+WAYS_LEGEND = """Random exits: as many
+experts on average, some images one fewer than others, whichever they are. Oracle: each image gets the fewest experts
+whose mean logits are right, one where none are."""
+TEMPERATURE_SAMPLE = 2000  # held-out images
+
+Costs = tuple[int, list[int], list[int]]
+Accuracies = dict[str, float | None]
+
+
+class ReportError(ValueError):
+    """A run without routers, or a budget that nothing keeps."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """
+    What a way of deciding costs and gives, on test images.
+
+    Attributes:
+        name: of the way.
+        used: (N,), experts of each image.
+        macs: mean multiply-accumulates of an image.
+        accuracy: percent, by split.
+        random: percent, by split, of random exits at the same mean number of experts m: ⌊m⌋ for some images and one
+            more for the others, whichever. The expected value, exact; no other random choice is better where every
+            further expert adds less.
+        thresholds: (E − 1,), from which score the next expert runs; empty where no router decides.
+    """
+
+    name: str
+    used: np.ndarray
+    macs: float
+    accuracy: Accuracies
+    random: Accuracies
+    thresholds: tuple[float, ...] = ()
+
+    @property
+    def mean_experts(self) -> float:
+        """Of an image."""
+        return float(self.used.mean())
+
+
+def prefix_right(predictions: Predictions) -> np.ndarray:
+    """(E, N), bool: whether the mean logits of the first 1 to E experts are right."""
+    sums = np.cumsum(predictions.expert_logits, axis=0)
+    return np.asarray(sums.argmax(axis=2) == predictions.labels)
+
+
+def oracle(right: np.ndarray) -> np.ndarray:
+    """
+    (N,): the fewest experts whose mean logits are right, one where none are.
+
+    Args:
+        right: (E, N), bool.
+    """
+    return np.asarray(np.where(right.any(axis=0), right.argmax(axis=0) + 1, 1))
+
+
+def best_thresholds(scores: np.ndarray, gain: np.ndarray, spent: Sequence[float]) -> list[tuple[float, ...]]:
+    """
+    Thresholds (E − 1,) that maximise accuracy less the price of computation, for each of a rising row of prices.
+
+    Given the others, the best threshold of a router is exact: of the images that reach it, in the order of their
+    scores, those above it win or lose what going on wins or loses. Routers are set so in turn, the last one first,
+    until none changes.
+
+    Args:
+        scores: (E − 1, N), of the routers.
+        gain: (E, N), percent of accuracy that an image adds when it uses 1 to E experts.
+        spent: (E,), percent of the full cost that an image adds when it uses 1 to E experts.
+    """
+    n_routers, n_images = scores.shape
+    images = np.arange(n_images)
+    found = []
+    thresholds = np.zeros(n_routers)
+    for price in PRICES:
+        net = gain - price * np.asarray(spent)[:, None]  # (E, N)
+        for _ in range(MOST_PASSES):
+            before = thresholds.copy()
+            for router in reversed(range(n_routers)):
+                reached = (scores[:router] >= thresholds[:router, None]).all(axis=0)
+                beyond = router + route(scores[router + 1 :], thresholds[router + 1 :].tolist())  # row of `net`
+                advantage = net[beyond, images] - net[router]
+                thresholds[router] = _best_cut(scores[router, reached], advantage[reached])
+            if np.array_equal(thresholds, before):
+                break
+        found.append(tuple(thresholds.tolist()))
+    return list(dict.fromkeys(found))
+
+
+def _best_cut(scores: np.ndarray, advantage: np.ndarray) -> float:
+    """The threshold for which the advantages (N,) of the images whose scores (N,) reach it add up to most."""
+    order = np.argsort(-scores, kind="stable")
+    ordered = scores[order]
+    sums = np.concatenate([[0.0], np.cumsum(advantage[order])])  # of so many of the highest scores
+    sums[1:-1][ordered[1:] == ordered[:-1]] = -np.inf  # equal scores go on together
+    taken = int(sums.argmax())
+    if taken == len(scores):
+        return 0.0
+    return float(ordered[taken - 1]) if taken else NOBODY
+
+
+def report(run: Path, out: Path, max_mean_experts: float | None = None) -> str:
+    """
+    Write report.md, per_class.csv, curve.csv and the plots of a finished run in `out`.
+
+    Thresholds are chosen on held-out images, figures are of test images. Scores are the sigmoids of the routers'
+    decisions divided by the decisions' standard deviation on held-out images, so that they fill [0, 1]; this moves no
+    decision across 0.5.
+
+    Args:
+        max_mean_experts: look closely at the most accurate thresholds of at most so many; None: at 0.5, as published.
+
+    Returns:
+        The Markdown.
+
+    Raises:
+        ReportError: for a run without routers, or a budget below one expert.
+        CheckpointError: for a run that is not finished.
+        DataError: where its images cannot be read.
+    """
+    checkpoint, model = trained_model(run)
+    recipe = checkpoint.recipe
+    if recipe.n_experts == 1:
+        raise ReportError(f"{run}: has one expert, which every image uses; there is nothing to route")
+    if "routers" not in recipe.stage_epochs():
+        raise ReportError(f"{run}: its routers were never trained (router_epochs=0)")
+    if max_mean_experts is not None and max_mean_experts < 1:
+        raise ReportError(f"--max-mean-experts {max_mean_experts:g}: every image uses one expert at least")
+    data = load_data(recipe)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    temperature = _set_temperature(model, data.heldout.even_sample(TEMPERATURE_SAMPLE).to(device))
+    heldout, test = (predict(model, images.to(device)) for images in (data.heldout, data.test))
+    judge = _Judge(test, data.counts, macs_of(model, recipe.image_size))
+
+    candidates = _candidates(heldout, data.counts, judge.macs)
+    curve = sorted((judge.routed("routed", thresholds) for thresholds in candidates), key=lambda point: point.macs)
+    chosen = judge.routed("routed, thresholds 0.5 as published", (PUBLISHED_THRESHOLD,) * (recipe.n_experts - 1))
+    points = [*judge.prefixes(), chosen]
+    if max_mean_experts is not None:
+        kept = [key for key in candidates if route(heldout.router_scores, key).mean() <= max_mean_experts]
+        best = max(kept, key=lambda key: candidates[key])
+        chosen = judge.routed(f"routed, at most {max_mean_experts:g} experts on held-out images", best)
+        points.append(chosen)
+    points.append(judge.oracle())
+
+    out.mkdir(parents=True, exist_ok=True)
+    text = _text(run, judge, points, chosen, curve, data.heldout_note, temperature)
+    write_atomically(out / "report.md", text)
+    _write_curve(out / "curve.csv", [*points, *curve])
+    _write_classes(out / "per_class.csv", judge, chosen, points[-1], data.classes)
+    plot_shares({scope: shares for scope, shares in judge.shares(chosen).items() if shares}, out / "shares.png")
+    used = {
+        name: judge.by_class(point.used.astype(float)) for name, point in (("router", chosen), ("oracle", points[-1]))
+    }
+    plot_experts({name: _by_frequency(values, data.counts) for name, values in used.items()}, out / "experts.png")
+    _plot_curve(curve, points, recipe.n_experts, chosen, out / "curve.png")
+    return text
+
+
+class _Judge:
+    """Test images and what is known of them; makes points."""
+
+    def __init__(self, predictions: Predictions, counts: Sequence[int], macs: Costs) -> None:
+        self.predictions, self.counts, self.macs = predictions, counts, macs
+        self.labels = predictions.labels
+        self.right = prefix_right(predictions)
+        self.n_experts, self.n_images = self.right.shape
+        self.of_prefix = [accuracy_by_split(row, self.labels, counts) for row in self.right]
+
+    def point(self, name: str, used: np.ndarray, thresholds: tuple[float, ...] = ()) -> Point:
+        """Of images that use so many experts (N,); routers cost only where there are thresholds."""
+        shares = np.bincount(used, minlength=self.n_experts + 1)[1:] / self.n_images
+        at_random = np.clip(1 - np.abs(np.arange(1, self.n_experts + 1) - used.mean()), 0, None)
+        trunk, experts, routers = self.macs
+        costs = (trunk, experts, routers if thresholds else [0] * len(routers))
+        random = {scope: _mixed(at_random, [row[scope] for row in self.of_prefix]) for scope in SCOPES}
+        accuracy = accuracy_by_split(self.right[used - 1, np.arange(self.n_images)], self.labels, self.counts)
+        return Point(name, used, mean_macs(costs, shares.tolist()), accuracy, random, thresholds)
+
+    def prefixes(self) -> list[Point]:
+        """The first 1 to E experts for every image."""
+        names = ["one expert", *(f"{count} experts" for count in range(2, self.n_experts + 1))]
+        return [self.point(name, np.full(self.n_images, count)) for count, name in enumerate(names, start=1)]
+
+    def routed(self, name: str, thresholds: tuple[float, ...]) -> Point:
+        """The routers at `thresholds`."""
+        return self.point(name, route(self.predictions.router_scores, thresholds), thresholds)
+
+    def oracle(self) -> Point:
+        """Who knows the truth, and spends only what helps."""
+        return self.point("oracle", oracle(self.right))
+
+    def shares(self, point: Point) -> dict[str, list[float]]:
+        """By split, the shares of the images that use 1 to E experts; means of classes. Empty without images."""
+        columns = [
+            mean_by_split((point.used == count).astype(float), self.labels, self.counts)
+            for count in range(1, self.n_experts + 1)
+        ]
+        return {
+            scope: [value for column in columns if (value := column[scope]) is not None] for scope in SCOPES
+        }  # fmt: skip
+
+    def by_class(self, values: np.ndarray) -> list[float | None]:
+        """(C,): means of `values` (N,); None for a class without images."""
+        images = np.bincount(self.labels, minlength=len(self.counts))
+        sums = np.bincount(self.labels, weights=values, minlength=len(self.counts))
+        return [float(total / count) if count else None for total, count in zip(sums, images, strict=True)]
+
+
+def _candidates(heldout: Predictions, counts: Sequence[int], macs: Costs) -> dict[tuple[float, ...], float]:
+    """
+    Thresholds to their accuracy on held-out images, percent; by rising cost, each more accurate than all cheaper ones.
+
+    The best thresholds for some price, one expert for all, and mixtures of neighbours among those, for where prices
+    leave gaps.
+    """
+    right = prefix_right(heldout)
+    n_experts, n_images = right.shape
+    in_class = np.bincount(heldout.labels, minlength=len(counts))
+    gain = 100 / (in_class[heldout.labels] * np.count_nonzero(in_class)) * right  # (E, N): adds up to 100 percent
+    cost = np.array(
+        [mean_macs(macs, [float(used == count) for count in range(n_experts)]) for used in range(n_experts)]
+    )
+    spent = 100 * cost / cost[-1] / n_images
+
+    def by_cost(thresholds: Sequence[tuple[float, ...]]) -> list[tuple[float, float, tuple[float, ...]]]:
+        rows = [route(heldout.router_scores, each) - 1 for each in thresholds]
+        measured = [(float(spent[row].sum()), float(gain[row, np.arange(n_images)].sum())) for row in rows]
+        return sorted((spend, accuracy, each) for (spend, accuracy), each in zip(measured, thresholds, strict=True))
+
+    found = best_thresholds(heldout.router_scores, gain, spent.tolist())
+    best = [each for *_, each in by_cost([(NOBODY,) * (n_experts - 1), *found])]
+    mixed = [
+        tuple((1 - share) * one + share * other for one, other in zip(*pair, strict=True))
+        for pair in itertools.pairwise(best) for share in MIXTURES
+    ]  # fmt: skip
+    kept: dict[tuple[float, ...], float] = {}
+    for _, accuracy, each in by_cost([*best, *mixed]):
+        if accuracy > max(kept.values(), default=-1.0):
+            kept[each] = accuracy
+    return kept
+
+
+def _set_temperature(model: Model, pixels: Tensor) -> float:
+    """Divide decisions by their standard deviation on images (N, H, W, 3), which is returned; 1 where it is 0."""
+    assert model.routers is not None
+    with torch.no_grad():
+        decisions = torch.cat([model.routers(model.net(part)) for part in pixels.split(EVALUATION_BATCH)], dim=1)
+    model.routers.temperature = float(decisions.std()) or 1.0
+    return model.routers.temperature
+
+
+def _mixed(shares: np.ndarray, accuracies: Sequence[float | None]) -> float | None:
+    known = [accuracy for accuracy in accuracies if accuracy is not None]
+    return round(float(shares @ known), 3) if len(known) == len(accuracies) else None
+
+
+def _text(
+    run: Path,
+    judge: _Judge,
+    points: Sequence[Point],
+    chosen: Point,
+    curve: Sequence[Point],
+    heldout_note: str,
+    temperature: float,
+) -> str:
+    heads = ("", "experts", "M MACs", *SCOPES, "random exits at the same cost, all")
+    rows = [
+        [point.name, *_cost(point), *(number(point.accuracy[scope]) for scope in SCOPES), number(point.random["all"])]
+        for point in points
+    ]  # fmt: skip
+    text = f"# Routers of {run.name}\n\n{markdown(heads, rows)}\n\n"
+    text += f"Percent on {judge.n_images:,} test images, means of per-class accuracies. {WAYS_LEGEND}\n"
+    text += f"Thresholds are chosen on {heldout_note}.\n"
+
+    counts = range(1, judge.n_experts + 1)
+    rows = []
+    for name, point in (("router", chosen), ("oracle", points[-1])):
+        experts = mean_by_split(point.used.astype(float), judge.labels, judge.counts)
+        for scope, shares in judge.shares(point).items():
+            if shares:
+                rows.append([name, scope, number(experts[scope]), *(f"{share:.1%}" for share in shares)])
+    of_splits = ("", "test images of", "mean experts", *(f"use {count}" for count in counts))
+    text += f"\n## Experts an image uses: {chosen.name}\n\n{markdown(of_splits, rows)}\n"
+    many, few = (judge.shares(chosen)[scope] for scope in ("many", "few"))
+    if many and few:
+        text += (
+            f"\nMore than one expert: {1 - few[0]:.1%} of the few-shot images; one expert only: {many[0]:.1%} of the "
+        )
+        text += "many-shot images.\nRIDE's authors report more than half of each.\n"
+
+    of_curve = ("thresholds", "experts", "M MACs", *SCOPES, "random exits, all")
+    rows = [
+        [", ".join("none" if value == NOBODY else f"{value:.3f}" for value in point.thresholds), *_cost(point),
+         *(number(point.accuracy[scope]) for scope in SCOPES), number(point.random["all"])]
+        for point in _thinned(curve)
+    ]  # fmt: skip
+    text += f"\n## Accuracy and cost\n\n{markdown(of_curve, rows)}\n\n"
+    text += (
+        "A router sends an image on where its score reaches the threshold; none: it sends nobody on. Scores are the\n"
+    )
+    text += f"sigmoids of decisions divided by {temperature:.2f}, their standard deviation on held-out images.\n"
+    return text
+
+
+def _cost(point: Point) -> list[str]:
+    return [number(point.mean_experts), number(point.macs / 1e6, 1)]
+
+
+def _thinned(curve: Sequence[Point]) -> list[Point]:
+    """At most 12 points, about evenly spaced by cost, both ends among them."""
+    wanted = np.linspace(curve[0].macs, curve[-1].macs, MOST_ROWS)
+    macs = np.array([point.macs for point in curve])
+    nearest = {int(np.abs(macs - cost).argmin()) for cost in wanted}
+    return [curve[index] for index in sorted(nearest)]
+
+
+def _write_curve(file: Path, points: Sequence[Point]) -> None:
+    heads = ("name", "thresholds", "mean_experts", "macs", *SCOPES, *(f"random_{scope}" for scope in SCOPES))
+    rows: list[list[Cell]] = [
+        [point.name, " ".join(map(str, point.thresholds)), round(point.mean_experts, 5), round(point.macs),
+         *(point.accuracy[scope] for scope in SCOPES), *(point.random[scope] for scope in SCOPES)]
+        for point in points
+    ]  # fmt: skip
+    write_csv(file, heads, rows)
+
+
+def _write_classes(file: Path, judge: _Judge, chosen: Point, oracle: Point, classes: Sequence[str]) -> None:
+    counts = range(1, judge.n_experts + 1)
+    right = {name: judge.right[used - 1, np.arange(judge.n_images)].astype(float) for name, used in (
+        ("accuracy", np.full(judge.n_images, judge.n_experts)), ("routed_accuracy", chosen.used),
+        ("oracle_accuracy", oracle.used),
+    )}  # fmt: skip
+    columns = {name: judge.by_class(100 * values) for name, values in right.items()}
+    columns["mean_experts"] = judge.by_class(chosen.used.astype(float))
+    columns |= {f"share_{count}": judge.by_class((chosen.used == count).astype(float)) for count in counts}
+    columns["oracle_mean_experts"] = judge.by_class(oracle.used.astype(float))
+    images = np.bincount(judge.labels, minlength=len(classes)).tolist()
+    rows: list[list[Cell]] = [
+        [name, count, split_of(count), tested, *(None if value is None else round(value, 5) for value in values)]
+        for name, count, tested, *values in zip(classes, judge.counts, images, *columns.values(), strict=True)
+    ]
+    write_csv(file, ("class", "training_images", "split", "test_images", *columns), rows)
+
+
+def _by_frequency(values: Sequence[float | None], counts: Sequence[int]) -> list[tuple[float, float]]:
+    return [(count, value) for count, value in zip(counts, values, strict=True) if value is not None]
+
+
+def _plot_curve(curve: Sequence[Point], points: Sequence[Point], n_experts: int, chosen: Point, file: Path) -> None:
+    panels = {}
+    for scope in SCOPES:
+        if chosen.accuracy[scope] is not None:
+            lines = {"routed": _line(curve, scope), "random exits": _line(curve, scope, random=True)}
+            marks = {"1, 2, ... experts for all": _line(points[:n_experts], scope), chosen.name: _line([chosen], scope),
+                     "oracle": _line(points[-1:], scope)}  # fmt: skip
+            panels[scope] = (lines, marks)
+    plot_curve(panels, file)
+
+
+def _line(points: Sequence[Point], scope: str, random: bool = False) -> list[tuple[float, float]]:
+    found = [(point.macs / 1e6, (point.random if random else point.accuracy)[scope]) for point in points]
+    return [(macs, accuracy) for macs, accuracy in found if accuracy is not None]
