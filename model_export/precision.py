@@ -21,6 +21,7 @@ from model_export.bundle import BundleError, GraphSpec, Precision
 from model_export.graphs import save_graph, write_graph
 from model_export.split import split
 from training.data.sets import Images
+from training.data.streamed import StreamedImages
 from training.methods.method import Model
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -70,18 +71,20 @@ def obstacle(precision: Precision) -> str | None:
     return None
 
 
-def write_graphs(model: Model, images: Images, precisions: Sequence[Precision], directory: Path) -> list[Graphs]:
+def write_graphs(
+    model: Model, images: Images | StreamedImages, precisions: Sequence[Precision], directory: Path
+) -> list[Graphs]:
     """
     The graphs of each precision, fp32 first, which the others take files from.
 
     Args:
         images: of the training set.
     """
-    fp32 = _write_fp32(model, images.pixels[:EXAMPLES], directory)
+    fp32 = _write_fp32(model, images.even_sample(EXAMPLES), directory)
     write: dict[Precision, Callable[[], Graphs]] = {
         "fp32": lambda: fp32,
         "bf16": lambda: dataclasses.replace(fp32, precision="bf16"),
-        "fp16": lambda: _write_fp16(model, fp32, images.pixels[:EXAMPLES], directory),
+        "fp16": lambda: _write_fp16(model, fp32, images.even_sample(EXAMPLES), directory),
         "int8": lambda: _write_int8(model, fp32, images.even_sample(INT8_IMAGES), directory),
     }
     return [write[precision]() for precision in precisions]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import textwrap
 from collections.abc import Callable
@@ -48,17 +49,23 @@ def _train(options: argparse.Namespace) -> int:
         recipe = _recipe(options.recipe, options)
         from training.checkpoint import CheckpointError
         from training.data.sets import DataError
+        from training.distributed import LostProcessError
         from training.loop import DivergedError
         from training.train import train
     except RecipeError as error:
         return _fail(error)
     run = options.out or Path("runs", recipe.name)
+    first = os.environ.get("RANK", "0") == "0"  # of several processes, all of which fail or end alike, this one speaks
     if (run / "checkpoints").exists() and not options.resume:
         return _fail(f"{run}: has checkpoints already; --resume goes on with them, --out names another directory")
     try:
         results = train(recipe, run)
-    except (CheckpointError, DataError, DivergedError, RecipeError) as error:
+    except LostProcessError as error:
         return _fail(error)
+    except (CheckpointError, DataError, DivergedError, RecipeError) as error:
+        return _fail(error) if first else 2
+    if not first:
+        return 0
     print(table(results))
     print(f"{run / 'results.json'} holds all figures; next: ride-export {run} -o bundle")
     return 0
@@ -117,6 +124,18 @@ def _report(options: argparse.Namespace) -> int:
         return _fail(error)
     print(text)
     return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from training.data.check import check_data
+    from training.data.report import DataError
+
+    try:
+        found = check_data(_recipe("ride-own", options), decode=not options.quick)
+    except (DataError, RecipeError) as error:
+        return _fail(error)
+    print(f"{options.data}: {found if found.findings else 'nothing is wrong with it'}")
+    return 2 if found.has_errors else 0
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -261,6 +280,19 @@ def _report_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ride-train check",
+        description="Look at every image of a set and tell everything that is wrong with it at once. Trains nothing.",
+        epilog="Exit status: 2 where it cannot be trained on, 0 otherwise, oddities included.",
+    )
+    parser.add_argument("data", help="cifar10, cifar100, or a directory of images")
+    parser.add_argument("--quick", action="store_true", help="look at headers only, which finds no damage further in")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="such as train_list=FILE")
+    parser.set_defaults(smoke=False)
+    return parser
+
+
 def _list_parser() -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog="ride-train list", description="The recipes, with their published figures.")
 
@@ -317,6 +349,7 @@ COMMANDS = {
     "sweep": Command("several recipes and seeds, and their table", _sweep_parser, _sweep),
     "bias-variance": Command("several draws of the training set", _bias_variance_parser, _bias_variance),
     "report": Command("what the routers of a finished run do", _report_parser, _report),
+    "check": Command("whether a set of images can be trained on", _check_parser, _check),
 }
 
 

@@ -2,6 +2,7 @@
 Checkpoints: a directory each, complete or not there at all.
 
     runs/NAME/checkpoints/experts-0120/model.safetensors   weights
+                                       learning.safetensors    with ema_decay: the weights that learn, to resume
                                        optimiser.safetensors   its state (momentum, ...), to resume
                                        checkpoint.json     recipe, class counts, metrics, commit
 """
@@ -12,7 +13,7 @@ import json
 import os
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from training.recipe import Recipe
+from training.recipe import Decoding, Recipe
 
 FORMAT = 1
 MOMENTUM = "momentum_buffer"  # the state of SGD, kept under the number of its parameter alone
@@ -42,6 +43,8 @@ class Checkpoint:
         mean, std: the normalisation that the network has in it.
         metrics: of the last epoch, or of the evaluation where the training is finished.
         commit: of the code.
+        decoding: "resident" or "streamed": which of the two draws the augmentation.
+        state: single numbers that a stage goes on with.
     """
 
     path: Path
@@ -54,15 +57,20 @@ class Checkpoint:
     std: tuple[float, float, float]
     metrics: dict[str, Any]
     commit: str
+    decoding: Decoding = "resident"
+    state: dict[str, float] = field(default_factory=dict)
 
     def load_into(self, model: nn.Module, optimiser: torch.optim.Optimizer | None = None) -> None:
         """
         Set the weights of `model`, and the momentum of `optimiser`, to the checkpoint's.
 
+        Where weights were averaged these are the averages without `optimiser`, and those that learn with it.
+
         Raises:
             CheckpointError: naming the first missing, unknown or differently shaped tensor, with both shapes.
         """
-        stored = _load(self.path / "model.safetensors")
+        learning = self.path / "learning.safetensors"
+        stored = _load(learning if optimiser is not None and learning.is_file() else self.path / "model.safetensors")
         expected = model.state_dict()
         for name in sorted(expected.keys() | stored.keys()):
             has, wants = (tuple(d[name].shape) if name in d else None for d in (stored, expected))
@@ -82,12 +90,16 @@ class Checkpoint:
 
 def save_checkpoint(
     run: Path, stage: str, epochs_done: int, model: nn.Module, optimiser: torch.optim.Optimizer | None,
-    info: dict[str, Any],
+    info: dict[str, Any], averaged: nn.Module | None = None,
 ) -> Path:  # fmt: skip
     """
     Write a checkpoint beside the others of `run`; earlier ones of the same stage are then removed.
 
     The directory gets its name only when it is complete and on the disk, so a kill at any moment leaves the last one.
+
+    Args:
+        model: that learns.
+        averaged: its averaged weights, where there are any: those that are evaluated and exported.
     """
     directory = run / "checkpoints" / f"{stage}-{epochs_done:04d}"
     partial = directory.with_name(directory.name + ".partial")
@@ -100,11 +112,15 @@ def save_checkpoint(
             str(index) if name == MOMENTUM else f"{index}.{name}": tensor.contiguous()
             for index, parameter in enumerate(parameters)
             for name, tensor in optimiser.state[parameter].items()
+            if isinstance(tensor, Tensor)
         }
-    weights = {  # copies: experts may have layers in common, and a file cannot say so
-        name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in model.state_dict().items()
-    }
-    save_file(weights, partial / "model.safetensors")
+    for file_name, weights in (("model", averaged or model), ("learning", model if averaged is not None else None)):
+        if weights is not None:
+            tensors = {  # copies: experts may have layers in common, and a file cannot say so
+                name: tensor.clone(memory_format=torch.contiguous_format)
+                for name, tensor in weights.state_dict().items()
+            }
+            save_file(tensors, partial / f"{file_name}.safetensors")
     save_file(state, partial / "optimiser.safetensors")
     text = json.dumps({"format": FORMAT, "stage": stage, "epochs_done": epochs_done, **info}, indent=1)
     (partial / "checkpoint.json").write_text(text + "\n", encoding="utf-8")
@@ -136,6 +152,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             recipe=Recipe.from_dict(content["recipe"]), classes=tuple(content["classes"]),
             class_counts=tuple(content["class_counts"]), mean=_three(content["mean"]), std=_three(content["std"]),
             metrics=content["metrics"], commit=content["commit"],
+            decoding=content.get("decoding", "resident"), state=content.get("state", {}),
         )  # fmt: skip
     except CheckpointError:
         raise

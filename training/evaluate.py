@@ -12,6 +12,7 @@ from torch import Tensor
 
 from training.data.longtail import SPLITS, split_of
 from training.data.sets import Images
+from training.data.streamed import StreamedImages
 from training.methods.method import Model
 from training.models.macs import count_macs
 
@@ -35,13 +36,13 @@ class Predictions:
     labels: np.ndarray
 
 
-def predict(model: Model, images: Images) -> Predictions:
+def predict(model: Model, images: Images | StreamedImages) -> Predictions:
     """All experts and all routers on all images, in fp32."""
     was_training = model.training
     model.eval()
     logits, scores = [], []
     with torch.no_grad():
-        for pixels in images.pixels.split(EVALUATION_BATCH):
+        for pixels in images.in_order(EVALUATION_BATCH):
             outputs = model.net(pixels)
             logits.append(outputs.expert_logits.cpu())
             if model.routers is not None:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from training.checkpoint import CheckpointError, checkpoints_of, save_checkpoint
+from training.distributed import rank
 from training.methods.method import Model, Stage
 
 STAGE = "experts"  # the only stage of such a run that counts
-WITHOUT_EFFECT = ("name", "first_stage", "compile", "evaluate_every")
+WITHOUT_EFFECT = ("name", "first_stage", "compile", "evaluate_every", "workers", "decoding")
 OF_OTHER_STAGES = ("retrain", "tau", "ncm_", "router_", "oltr_", "lfme_", "m2m_")
 
 
@@ -46,7 +47,8 @@ def take_over(source: Path, model: Model, stage: Stage, *, run: Path, info: dict
                 )
     checkpoint.load_into(model if stage.network is None else Model(stage.network, None))
     line = {"stage": stage.name, "epoch": checkpoint.epochs_done, "from": str(source), "commit": checkpoint.commit}
-    save_checkpoint(run, stage.name, stage.epochs, model, None, info | {"metrics": line})
+    if rank() == 0:
+        save_checkpoint(run, stage.name, stage.epochs, model, None, info | {"metrics": line})
 
 
 def _matters(key: str) -> bool:

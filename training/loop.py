@@ -12,15 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from training.average import WeightAverage
 from training.checkpoint import Checkpoint, save_checkpoint
-from training.data.sets import Images
+from training.data.sets import AnyImages
+from training.data.streamed import StreamedImages
 from training.data.views import train_views
+from training.distributed import gather_outputs, own_rows, rank, share_gradients, with_shared_norms, world_size
+from training.in_parts import InParts
 from training.methods.method import FitStage, Model, Stage
 from training.optimiser import optimiser_of
-from training.recipe import Recipe
+from training.recipe import Recipe, RecipeError
 
 
 class DivergedError(RuntimeError):
@@ -36,12 +41,14 @@ class Log:
     """
 
     file: Path
-    board: SummaryWriter
+    board: SummaryWriter | None
 
     @classmethod
     def open(cls, run: Path, done: dict[str, int]) -> Log:
-        """`done`: epochs that the checkpoints hold, by stage."""
+        """`done`: epochs that the checkpoints hold, by stage. Of several processes only the first one's log writes."""
         file = run / "metrics.jsonl"
+        if rank():
+            return cls(file, None)
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         kept = [line for line in lines if _is_done(line, done)]
         file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
@@ -49,20 +56,28 @@ class Log:
 
     def write(self, values: dict[str, Any]) -> None:
         """One epoch: {"stage", "epoch" (from 1), numbers, nested numbers}."""
+        if self.board is None:
+            return
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
         for name, number in _numbers(values):
             self.board.add_scalar(f"{values['stage']}/{name}", number, values["epoch"])
         self.board.flush()
 
+    def close(self) -> None:
+        """Nothing is written any more."""
+        if self.board is not None:
+            self.board.close()
+
 
 def run_stage(
-    model: Model, stage: Stage, train: Images, heldout: Images, recipe: Recipe, *,
+    model: Model, stage: Stage, train: AnyImages, heldout: AnyImages, recipe: Recipe, *,
     start: Checkpoint | None, run: Path, log: Log, info: dict[str, Any],
     evaluate: Callable[[Model], dict[str, Any]],
 ) -> None:  # fmt: skip
     """
-    Train `stage.part`, saving a checkpoint after every epoch.
+    Train `stage.part`, saving a checkpoint after every epoch. At the end `model` has the averaged weights, where the
+    recipe has them averaged.
 
     Every random number comes from a generator seeded by (seed, stage, epoch), so an epoch does not depend on how many
     were run in this process: a killed and resumed training ends with the same weights.
@@ -84,10 +99,15 @@ def run_stage(
         stage.begin()
     model.requires_grad_(False)
     stage.part.requires_grad_(True)
+    average = None if recipe.ema_decay is None else WeightAverage(model, recipe.ema_decay)
+    scaler = torch.amp.GradScaler(enabled=recipe.precision == "fp16")
+    if start is not None:
+        _resume(start, average, scaler)
     network = forward_of(model, stage, recipe)
     labels = train.labels.cpu()
-    progress = tqdm(total=stage.epochs, initial=start.epochs_done if start else 0, unit="epoch", desc=stage.name)
-    for epoch in range(progress.n, stage.epochs):
+    first = start.epochs_done if start else 0
+    progress = tqdm(total=stage.epochs, initial=first, unit="epoch", desc=stage.name, disable=rank() > 0)
+    for epoch in range(first, stage.epochs):
         model.eval()
         if stage.prepare is not None:
             with torch.no_grad():
@@ -96,12 +116,14 @@ def run_stage(
         for group in optimiser.param_groups:
             group["lr"] = group["factor"] * stage.lr(epoch)
         generator = torch.Generator().manual_seed(_seed(recipe.seed, stage.name, epoch))
-        torch.manual_seed(_seed(recipe.seed, stage.name, epoch))  # dropped paths
+        torch.manual_seed(_seed(recipe.seed, stage.name, epoch, rank()))  # dropped paths
         order = stage.sampler(labels, generator)
         began = time.perf_counter()
         sums: dict[str, Tensor] = {}
         for images, targets in batches(train, order, stage.batch_size, recipe, generator):
-            losses, right = train_step(network, stage, optimiser, images, targets, epoch, generator)
+            losses, right = train_step(network, stage, optimiser, images, targets, epoch, generator, scaler)
+            if average is not None:
+                average.update(model)
             for name, value in {**losses, "accuracy": 100 * right}.items():
                 sums[name] = sums.get(name, 0) + value.detach() * len(targets)
         means = {name: float(value) / len(order) for name, value in sums.items()}
@@ -111,17 +133,33 @@ def run_stage(
         line: dict[str, Any] = {"stage": stage.name, "epoch": epoch + 1, "lr": stage.lr(epoch), **means}
         line |= {"seconds": round(seconds, 3), "images_per_second": round(len(order) / seconds, 1)}
         if (epoch + 1) % recipe.evaluate_every == 0 and epoch + 1 < stage.epochs:
-            line["test"] = evaluate(model if stage.network is None else Model(stage.network, None))
+            judged = model if average is None else average.model
+            line["test"] = evaluate(judged if stage.network is None else Model(stage.network, None))
         log.write(line)
-        save_checkpoint(run, stage.name, epoch + 1, model, optimiser, info | {"metrics": line})
+        if rank() == 0:
+            state = {"updates": 0 if average is None else average.updates} | scaler.state_dict()
+            averaged = None if average is None else average.model
+            about = info | {"metrics": line, "state": state}
+            save_checkpoint(run, stage.name, epoch + 1, model, optimiser, about, averaged)
         shown = {"loss": means["loss"], "accuracy": means["accuracy"], "images/s": line["images_per_second"]}
         progress.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
         progress.update()
     progress.close()
+    if average is not None:
+        model.load_state_dict(average.model.state_dict())
+
+
+def _resume(start: Checkpoint, average: WeightAverage | None, scaler: torch.amp.GradScaler) -> None:
+    """Go on with the checkpoint's average and loss scale."""
+    if average is not None:
+        start.load_into(average.model)
+        average.updates = int(start.state["updates"])
+    if scaler.is_enabled():
+        scaler.load_state_dict({key: value for key, value in start.state.items() if key != "updates"})
 
 
 def fit_stage(
-    model: Model, stage: FitStage, train: Images, heldout: Images, *, run: Path, log: Log, info: dict[str, Any]
+    model: Model, stage: FitStage, train: AnyImages, heldout: AnyImages, *, run: Path, log: Log, info: dict[str, Any]
 ) -> None:
     """Let `stage` set its weights from images on the model's device; save a checkpoint and log what it says."""
     model.eval()
@@ -130,14 +168,25 @@ def fit_stage(
         found = stage.fit(train, heldout)
     line = {"stage": stage.name, "epoch": 1, **found, "seconds": round(time.perf_counter() - began, 3)}
     log.write(line)
-    save_checkpoint(run, stage.name, 1, model, None, info | {"metrics": line})
+    if rank() == 0:
+        save_checkpoint(run, stage.name, 1, model, None, info | {"metrics": line})
 
 
 def train_step(
     network: Callable[[Tensor], Any], stage: Stage, optimiser: torch.optim.Optimizer,
     images: Tensor, labels: Tensor, epoch: int, generator: torch.Generator,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
-    """Forward, loss, backward, step. Returns the losses and the share of images that all experts together get right."""
+    """
+    Forward, loss, backward, step. Returns the losses and the share of images that all experts together get right.
+
+    Args:
+        network: what `forward_of` gives.
+        images, labels: of the whole batch, also where several processes share it.
+        generator: of the epoch.
+        scaler: keeps gradients in the range of fp16.
+    """
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
     if stage.step is not None:
         outputs, losses = stage.step(network, images, labels, epoch, generator)
     else:
@@ -148,30 +197,63 @@ def train_step(
         outputs = network(images)
         losses = stage.losses(outputs, labels, epoch, *soft)
     optimiser.zero_grad()
-    losses["loss"].backward()
+    scaler.scale(losses["loss"]).backward()
     if stage.clip_norm is not None:
+        scaler.unscale_(optimiser)
         torch.nn.utils.clip_grad_norm_(stage.part.parameters(), stage.clip_norm)
-    optimiser.step()
+    scaler.step(optimiser)
+    scaler.update()
     with torch.no_grad():
         right = (outputs.expert_logits.mean(dim=0).argmax(dim=1) == labels).float().mean()
     return losses, right
 
 
 def forward_of(model: Model, stage: Stage, recipe: Recipe) -> Callable[[Tensor], Any]:
-    """The network's forward pass: under autocast, compiled where the recipe says so, without gradients where frozen."""
+    """
+    The network's forward pass: under autocast, compiled where the recipe says so, without gradients where frozen.
+
+    It takes a whole batch and gives the outputs for all of it. Of several processes each passes its own rows through
+    the network; a recipe that accumulates passes a few rows at a time.
+    """
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last)
     net = model.net if stage.network is None else stage.network
     learns = any(parameter.requires_grad for parameter in net.parameters())
-    network = torch.compile(net, dynamic=False) if recipe.compile and learns else net
-    half = recipe.precision == "bf16" or (recipe.precision == "auto" and has_bf16_units(device))
+    network: torch.nn.Module = with_shared_norms(net)
+    if recipe.compile and learns:
+        network = torch.compile(network, dynamic=False)  # type: ignore[assignment]
+    if recipe.accumulate > 1 and learns:
+        network = InParts(network, recipe.accumulate)
+    if world_size() > 1 and learns:
+        network = DistributedDataParallel(network)
+    inside = set(net.parameters())
+    share_gradients(parameter for parameter in stage.part.parameters() if parameter not in inside)
+    dtype = autocast_dtype(recipe, device)
 
     def forward(images: Tensor) -> Any:
-        with torch.autocast(device.type, torch.bfloat16, enabled=half), torch.set_grad_enabled(learns):
-            outputs = network(images)
+        with (
+            torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None),
+            torch.set_grad_enabled(learns),
+        ):
+            outputs = gather_outputs(network(images[own_rows(len(images))]), len(images))
             return outputs if stage.teacher is None else outputs._replace(teacher_logits=stage.teacher(images))
 
     return forward
+
+
+def autocast_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:
+    """
+    In what the network computes; None: in fp32 throughout.
+
+    Raises:
+        RecipeError: for fp16 on a CPU.
+    """
+    if recipe.precision == "fp16":
+        if device.type == "cpu":
+            raise RecipeError("precision='fp16': needs a CUDA device, and there is none here; take bf16, fp32 or auto")
+        return torch.float16
+    half = recipe.precision == "bf16" or (recipe.precision == "auto" and has_bf16_units(device))
+    return torch.bfloat16 if half else None
 
 
 def has_bf16_units(device: torch.device) -> bool:
@@ -182,15 +264,19 @@ def has_bf16_units(device: torch.device) -> bool:
 
 
 def batches(
-    images: Images, order: Tensor, batch_size: int, recipe: Recipe, generator: torch.Generator
+    images: AnyImages, order: Tensor, batch_size: int, recipe: Recipe, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Augmented images (B, H, W, 3) uint8 and labels (B,) in `order`; the last batch may be smaller."""
+    if isinstance(images, StreamedImages):
+        yield from images.training_batches(order, batch_size, generator)
+        return
     for chosen in order.to(images.labels.device).split(batch_size):
         yield train_views(images.pixels[chosen], recipe, generator), images.labels[chosen]
 
 
-def _seed(seed: int, stage: str, epoch: int) -> int:
-    return int(np.random.SeedSequence([seed, epoch, *stage.encode()]).generate_state(1, np.uint64)[0] >> 1)
+def _seed(seed: int, stage: str, epoch: int, process: int = 0) -> int:
+    others = [process] if process else []
+    return int(np.random.SeedSequence([seed, epoch, *stage.encode(), *others]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _is_done(line: str, done: dict[str, int]) -> bool:

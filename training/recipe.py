@@ -13,9 +13,15 @@ CIFAR_STD = (0.2023, 0.1994, 0.2010)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+Decoding = Literal["auto", "resident", "streamed"]
+
 
 class RecipeError(ValueError):
     """A recipe field that does not exist, or a value that it cannot take."""
+
+
+# Methods whose step does more with a batch than pass it through one network once.
+ONE_PROCESS = ("bbn", "oltr", "lfme", "m2m")
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,13 @@ class Recipe:
         name: of the recipe; names the run directory and the exported model.
         method: "ride", "single", "shike", "sade", "ace", "bbn", "oltr", "lfme" or "m2m" (training/methods).
         loss: of each expert on its own: "ce", "focal", "ldam", "balanced_softmax" or "logit_adjusted".
-        data: "cifar10", "cifar100", a directory with train*.parquet, or a directory of class directories.
+        data: "cifar10", "cifar100", or a directory: with list files such as train.txt, with train*.parquet, or of class
+            directories.
+        train_list, val_list, test_list: list files below `data`; None: the only *train*.txt and so on there.
+        image_root: directory that the paths in list files start from; None: `data`.
+        decoding: "resident": all images are decoded once and stay in memory; "streamed": worker processes decode each
+            when it is needed; "auto": streamed where all would take more than a quarter of the memory.
+        workers: processes that decode; None: one for each processor.
         profile: how the training set is thinned: "exp" or "step" (a subset of a balanced set), "natural" (not).
         imbalance: largest over smallest class size under "exp" and "step".
         n_max: size of the largest class under "exp" and "step"; None: the size of class 0.
@@ -127,7 +139,12 @@ class Recipe:
         router_shared: the routers share their output layer (RIDE's code); else each has its own.
         router_positive_weight: weight of "another expert would help" in the router's loss.
         seed: of initial weights, order and augmentation.
-        precision: "bf16" autocast, "fp32", or "auto": bf16 where the device has bf16 units.
+        precision: "bf16" autocast, "fp16" autocast with loss scaling (on CUDA only), "fp32", or "auto": bf16 where the
+            device has bf16 units.
+        accumulate: a batch goes through the network in so many parts, each computed again for its gradient, so that
+            memory holds one part. The loss sees the whole batch; batch norms see one part at a time.
+        ema_decay: d of the average of weights and batch-norm statistics that is evaluated and exported,
+            average ← d·average + (1 − d)·weights after every step; None: the last weights.
         compile: use torch.compile.
         evaluate_every: epochs between evaluations on the test images while training; they decide nothing.
     """
@@ -136,6 +153,12 @@ class Recipe:
     method: Literal["ride", "single", "shike", "sade", "ace", "bbn", "oltr", "lfme", "m2m"]
     loss: Literal["ce", "focal", "ldam", "balanced_softmax", "logit_adjusted"] = "ce"
     data: str = "cifar100"
+    train_list: str | None = None
+    val_list: str | None = None
+    test_list: str | None = None
+    image_root: str | None = None
+    decoding: Decoding = "auto"
+    workers: int | None = None
     profile: Literal["exp", "step", "natural"] = "exp"
     imbalance: float = 100.0
     n_max: int | None = None
@@ -253,7 +276,9 @@ class Recipe:
     router_shared: bool = True
     router_positive_weight: float = 100.0
     seed: int = 0
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    accumulate: int = 1
+    ema_decay: float | None = None
     compile: bool = True
     evaluate_every: int = 20
 
@@ -293,6 +318,8 @@ class Recipe:
             raise RecipeError(f"lr_min={self.lr_min:g}: must be lr={self.lr:g} at most")
         if self.method in ("single", "bbn", "oltr", "lfme", "m2m") and self.n_experts != 1:
             raise RecipeError(f"n_experts={self.n_experts}: method {self.method!r} trains one expert")
+        if self.accumulate > min(self.batch_size, self.router_batch_size):
+            raise RecipeError(f"accumulate={self.accumulate}: must be at most batch_size and router_batch_size")
         if self.method in ("shike", "ace") and self.n_experts < 2:
             raise RecipeError(f"n_experts={self.n_experts}: method {self.method!r} needs two experts or more")
         if self.method == "sade" and self.n_experts != 3:
@@ -324,6 +351,8 @@ class Recipe:
         for field in ("mixup", "cutmix", "label_smoothing"):
             if getattr(self, field) and self.method not in ("ride", "single"):
                 raise RecipeError(f"{field}={getattr(self, field):g}: only methods 'ride' and 'single' can; take 0")
+        if self.method in ONE_PROCESS and self.accumulate > 1:
+            raise RecipeError(f"accumulate={self.accumulate}: method {self.method!r} needs its batches whole; take 1")
         if self.method in ("bbn", "oltr", "lfme", "m2m") and (self.optimiser != "sgd" or self.clip_norm is not None):
             raise RecipeError(
                 f"optimiser={self.optimiser!r}, clip_norm={self.clip_norm}: method {self.method!r} has 'sgd' and none"
@@ -450,6 +479,7 @@ _RANGES = (
     ("router_batch_size", 1, 65_536),
     ("router_lr", 1e-9, 100), ("router_weight_decay", 0, 1), ("router_top_k", 1, 100_000), ("router_hidden", 1, 65_536),
     ("router_positive_weight", 1e-6, 1e6), ("seed", 0, 2**32 - 1), ("evaluate_every", 1, 100_000),
+    ("workers", 0, 1024), ("accumulate", 1, 65_536), ("ema_decay", 0, 1 - 1e-9),
 )  # fmt: skip
 
 

@@ -18,10 +18,10 @@ from training.checkpoint import CheckpointError, checkpoints_of
 from training.recipe import Recipe
 from training.train import train, write_atomically
 
-WITHOUT_EFFECT = ("evaluate_every",)
+WITHOUT_EFFECT = ("evaluate_every", "workers", "decoding")
 # Fields, or beginnings of their names, that are without effect on the first stage of a training.
 OF_LATER_STAGES = (
-    "name", "evaluate_every", "retrain", "tau", "ncm_", "first_stage", "router_epochs", "router_batch_size",
+    "name", *WITHOUT_EFFECT, "retrain", "tau", "ncm_", "first_stage", "router_epochs", "router_batch_size",
     "router_lr", "router_weight_decay", "router_positive_weight",
 )  # fmt: skip
 

@@ -23,7 +23,13 @@ ACCURACIES = ("all", *SPLITS)
 FIGURES = (*ACCURACIES, "ece", "mean_experts", "macs")
 LEGEND = """Percent on the test images after the last epoch, means of per-class accuracies; ± is the sample standard
 deviation over seeds. Routed: thresholds of 0.5, as published."""
-NOT_A_SETTING = ("seed", "evaluate_every", "compile")  # runs that differ in nothing else are seeds of one method
+NOT_A_SETTING = (
+    "seed",
+    "evaluate_every",
+    "compile",
+    "workers",
+    "decoding",
+)  # runs that differ in nothing else are seeds of one method
 
 
 @dataclass(frozen=True)

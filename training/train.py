@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,21 @@ import torch
 
 from training.checkpoint import Checkpoint, CheckpointError, checkpoints_of, current_commit
 from training.data.sets import Data, channel_statistics, load_data
+from training.distributed import from_first, joined, rank, world_size
 from training.evaluate import macs_of, predict, summarise
 from training.first_stage import take_over
-from training.loop import Log, fit_stage, run_stage
+from training.loop import Log, autocast_dtype, fit_stage, run_stage
 from training.methods import ace, bbn, lfme, m2m, oltr, ride, sade, shike, single
 from training.methods.method import FitStage, Method, Model
 from training.pretrained import start_from
-from training.recipe import Recipe
+from training.recipe import ONE_PROCESS, Decoding, Recipe, RecipeError
 
 METHODS: dict[str, Method] = {
     "ride": ride.build, "single": single.build, "shike": shike.build, "sade": sade.build, "ace": ace.build,
     "bbn": bbn.build, "oltr": oltr.build, "lfme": lfme.build, "m2m": m2m.build,
 }  # fmt: skip
 PUBLISHED_THRESHOLD = 0.5
+DECIDE_NOTHING = ("evaluate_every", "workers", "decoding")  # `decoding`: what "auto" chose at first stays
 
 
 def train(recipe: Recipe, run: Path) -> dict[str, Any]:
@@ -38,12 +41,24 @@ def train(recipe: Recipe, run: Path) -> dict[str, Any]:
         DataError: for images that are missing, unreadable or too few.
         CheckpointError: where `run` holds another recipe's checkpoints, or `recipe.first_stage` does not fit.
         DivergedError: when the loss is not finite.
+        LostProcessError: where torchrun started several processes, and another one ended.
+        RecipeError: for a precision that the device has not, or a method that several processes cannot share.
     """
+    with joined() as device:
+        return _train(recipe, run, device)
+
+
+def _train(recipe: Recipe, run: Path, device: torch.device) -> dict[str, Any]:
+    autocast_dtype(recipe, device)  # refuses before anything is read
+    if recipe.method in ONE_PROCESS and world_size() > 1:
+        raise RecipeError(f"method={recipe.method!r}: trains in one process, there are {world_size()}")
     done = checkpoints_of(run)
     for checkpoint in done.values():
         _refuse_other_recipe(checkpoint, recipe)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data = load_data(recipe)
+    decoding: Decoding = next((checkpoint.decoding for checkpoint in done.values()), recipe.decoding)
+    data = load_data(dataclasses.replace(recipe, decoding=decoding), checked=bool(done))
+    if data.report.findings and rank() == 0:
+        print(f"{recipe.data}: trained on as it is\n{data.report}", file=sys.stderr)
     mean, std = (recipe.mean, recipe.std) if recipe.mean and recipe.std else channel_statistics(data.train)
     torch.manual_seed(recipe.seed)
     model, stages = METHODS[recipe.method](recipe, data.counts, mean, std)
@@ -51,15 +66,19 @@ def train(recipe: Recipe, run: Path) -> dict[str, Any]:
     images, heldout, test = (part.to(device) for part in (data.train, data.heldout, data.test))
     info: dict[str, Any] = {
         "recipe": recipe.to_dict(), "classes": data.classes, "class_counts": data.counts, "mean": mean, "std": std,
-        "commit": current_commit(), "torch": torch.__version__, "device": device.type,
+        "commit": current_commit(), "torch": torch.__version__, "device": device.type, "decoding": data.decoding,
+        "processes": world_size(),
     }  # fmt: skip
     if recipe.pretrained is not None:
         info["pretrained"] = start_from(model.net, recipe)
 
     def evaluate(current: Model, per_class: bool = False) -> dict[str, Any]:
-        thresholds = [PUBLISHED_THRESHOLD] * (recipe.n_experts - 1)
-        macs = macs_of(current, recipe.image_size)
-        return summarise(predict(current, test), data.counts, macs, thresholds, per_class)
+        def summary() -> dict[str, Any]:
+            thresholds = [PUBLISHED_THRESHOLD] * (recipe.n_experts - 1)
+            macs = macs_of(current, recipe.image_size)
+            return summarise(predict(current, test), data.counts, macs, thresholds, per_class)
+
+        return from_first(summary)
 
     run.mkdir(parents=True, exist_ok=True)
     log = Log.open(run, {name: checkpoint.epochs_done for name, checkpoint in done.items()})
@@ -81,9 +100,11 @@ def train(recipe: Recipe, run: Path) -> dict[str, Any]:
                     start=start, run=run, log=log, info=info, evaluate=evaluate,
                 )  # fmt: skip
     finally:
-        log.board.close()
+        log.close()
     results = evaluate(model, per_class=True)
-    write_atomically(run / "results.json", json.dumps(results | {"data": _describe(data)} | info, indent=1) + "\n")
+    if rank() == 0:
+        text = json.dumps(results | {"data": _describe(data)} | info, indent=1)
+        write_atomically(run / "results.json", text + "\n")
     return results
 
 
@@ -126,8 +147,10 @@ def write_atomically(file: Path, text: str) -> None:
 
 def _refuse_other_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
     """A run goes on only under the recipe that began it; what decides nothing may change."""
-    theirs = dataclasses.replace(checkpoint.recipe, evaluate_every=recipe.evaluate_every).to_dict()
     ours = recipe.to_dict()
+    theirs = checkpoint.recipe.to_dict() | {field: ours[field] for field in DECIDE_NOTHING}
+    if recipe.decoding not in ("auto", checkpoint.decoding):
+        theirs["decoding"] = checkpoint.decoding
     different = [f"{key}={theirs[key]} (now {ours[key]})" for key in ours if theirs[key] != ours[key]]
     if different:
         raise CheckpointError(f"{checkpoint.path}: made with {', '.join(different)}; give another --out directory")
@@ -135,4 +158,4 @@ def _refuse_other_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
 
 def _describe(data: Data) -> dict[str, Any]:
     sizes = {name: len(getattr(data, name)) for name in ("train", "heldout", "test")}
-    return sizes | {"heldout_note": data.heldout_note}
+    return sizes | {"heldout_note": data.heldout_note, "findings": data.report.counts()}

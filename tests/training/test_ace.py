@@ -171,8 +171,9 @@ def test_the_loop_multiplies_the_learning_rate_by_each_parts_factor(folder, tmp_
     still = dataclasses.replace(stage, losses=lambda outputs, *_: {"loss": 0 * outputs.own_logits.sum()})
     before = [expert.classifier.weight.clone() for expert in model.net.experts]
     log = Log.open(tmp_path, {})
+    one = Images(images_of(1), torch.zeros(1, dtype=torch.long))
     run_stage(
-        model, still, Images(images_of(1), torch.zeros(1, dtype=torch.long)), recipe,
+        model, still, one, one, recipe,
         start=None, run=tmp_path, log=log, info={"recipe": recipe.to_dict()}, evaluate=lambda _: {},
     )  # fmt: skip
     log.board.close()

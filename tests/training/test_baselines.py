@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from tests.training.test_losses import COUNTS, EXACT, LABELS, golden_logits
 from training.data.sets import DataError, Images
 from training.evaluate import macs_of
-from training.loop import parameter_groups
 from training.methods import bbn, lfme, m2m, oltr
 from training.methods.decoupled import (
     NearestMeanClassifier,
@@ -26,6 +25,7 @@ from training.methods.losses import effective_number_weights, focal_loss
 from training.methods.method import Model, build_model, scheduled_lr
 from training.models.classifiers import LinearClassifier
 from training.models.multi_expert import Expert, MultiExpertNet, Trunk
+from training.optimiser import parameter_groups
 from training.recipe import RecipeError
 from training.recipes import RECIPES
 

@@ -228,7 +228,10 @@ def test_unreadable_images_are_named_all_at_once(colours):
         (lambda root: root / "absent", "no such directory"),
         (lambda root: (root / "empty").mkdir() or root / "empty", "0 class directories"),
         (lambda root: (root / "one" / "a").mkdir(parents=True) or root / "one", "1 class directories"),
-        (lambda root: [(root / "void" / n).mkdir(parents=True) for n in "ab"] and root / "void", "no images in a, b"),
+        (
+            lambda root: [(root / "void" / n).mkdir(parents=True) for n in "ab"] and root / "void",
+            r"(?s)2 classes have no images.*no images in .*void/a\n.*void/b",
+        ),
     ],
 )
 def test_sets_that_cannot_be_used_are_refused_by_name(tmp_path, prepare, message):

@@ -6,7 +6,7 @@ import io
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 Fit = Literal["crop", "inner_crop"]
 INTERPOLATION: Literal["bilinear"] = "bilinear"
@@ -25,12 +25,24 @@ def read_image(encoded: bytes, size: int, how: Fit = "crop") -> np.ndarray:
     Raises:
         ValueError: for bytes that are no image of a known format, are damaged, or hold more than 200 million pixels.
     """
+    return np.asarray(fit(decode(encoded), size, size, how))
+
+
+def decode(encoded: bytes) -> Image.Image:
+    """
+    Decode, turn upright by EXIF, convert to RGB, in the size that the image has.
+
+    Raises:
+        ValueError: as `read_image`.
+    """
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS:,} pixels; scale it down")
             image.load()
-            return np.asarray(fit(to_rgb(ImageOps.exif_transpose(image)), size, size, how))
+            return to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        raise ValueError(f"not a readable image ({len(encoded):,} bytes): neither {' nor '.join(FORMATS)}") from None
     except Exception as error:  # a decoder may stumble over damaged bytes in any way
         raise ValueError(f"not a readable image ({len(encoded):,} bytes): {error}") from error
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.data.samplers import SAMPLERS
-from training.data.sets import Images
+from training.data.sets import AnyImages
 from training.methods.individual import IndividualLoss
 from training.methods.method import FitStage, Losses, Model, Stage, warm_cosine_lr
 from training.models.classifiers import LinearClassifier
@@ -104,13 +104,14 @@ def class_mean_accuracy(logits: Tensor, labels: Tensor) -> float:
     return 100 * float((right / images)[images > 0].double().mean())
 
 
-def features_and_logits(net: MultiExpertNet, images: Images) -> Outputs:
+def features_and_logits(net: MultiExpertNet, images: AnyImages) -> Outputs:
     """Of all experts for the images as they are, in fp32: logits (E, N, C) and features (E, N, D)."""
-    logits, features = zip(*(net(pixels) for pixels in images.pixels.split(FEATURE_BATCH)), strict=True)
+    found: list[Outputs] = [net(pixels) for pixels in images.in_order(FEATURE_BATCH)]
+    logits, features = ([getattr(each, name) for each in found] for name in ("expert_logits", "expert_features"))
     return Outputs(torch.cat(logits, dim=1), torch.cat(features, dim=1))
 
 
-def fit_tau_norm(net: MultiExpertNet, tau: float | None, train: Images, heldout: Images) -> dict[str, Any]:
+def fit_tau_norm(net: MultiExpertNet, tau: float | None, train: AnyImages, heldout: AnyImages) -> dict[str, Any]:
     """
     Normalise the weights of every expert's linear classifier, without bias.
 
@@ -137,7 +138,7 @@ def fit_tau_norm(net: MultiExpertNet, tau: float | None, train: Images, heldout:
     return found
 
 
-def fit_nearest_means(net: MultiExpertNet, kind: str, train: Images, heldout: Images) -> dict[str, Any]:
+def fit_nearest_means(net: MultiExpertNet, kind: str, train: AnyImages, heldout: AnyImages) -> dict[str, Any]:
     """
     Set the class means of every expert's nearest-mean classifier from the training images.
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.data.longtail import FEW_BELOW, MANY_ABOVE, SPLITS, split_of
+from training.data.report import DataError
 from training.data.samplers import class_aware, of_classes
-from training.data.sets import DataError, Images
+from training.data.sets import AnyImages, Images
 from training.methods.decoupled import class_mean_accuracy, features_and_logits
 from training.methods.method import Losses, Model, Network, Stage, build_model, cosine_lr, scheduled_lr
 from training.models.multi_expert import MultiExpertNet, Outputs
@@ -100,7 +101,7 @@ class Student:
         self.teachers = {name: cast(MultiExpertNet, model.teachers[name]) for name in classes}
         self.weights: dict[str, float] = {}
 
-    def prepare(self, train: Images, heldout: Images, epoch: int) -> None:
+    def prepare(self, train: AnyImages, heldout: AnyImages, epoch: int) -> None:
         """Weigh each teacher by how far the student's accuracy on its classes is below its own."""
         logits = features_and_logits(self.net, heldout).expert_logits[0]
         for name, classes in self.classes.items():

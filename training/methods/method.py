@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from training.data.mixing import Mixing
 from training.data.samplers import shuffled
-from training.data.sets import Images
+from training.data.sets import AnyImages
 from training.models.backbones import BACKBONES
 from training.models.classifiers import CosineClassifier, LinearClassifier
 from training.models.depth_fusion import TwoLevelTrunk, fusion_layers
@@ -88,7 +88,7 @@ class Stage:
     teacher: Callable[[Tensor], Tensor] | None = None
     network: MultiExpertNet | None = None
     arrange: Callable[[], None] | None = None
-    prepare: Callable[[Images, Images, int], None] | None = None
+    prepare: Callable[[AnyImages, AnyImages, int], None] | None = None
     step: Callable[[Network, Tensor, Tensor, int, torch.Generator], tuple[Outputs, Losses]] | None = None
     alone: Recipe | None = None
     optimiser: Literal["sgd", "adamw"] = "sgd"
@@ -108,7 +108,7 @@ class FitStage:
     """
 
     name: str
-    fit: Callable[[Images, Images], dict[str, Any]]
+    fit: Callable[[AnyImages, AnyImages], dict[str, Any]]
     arrange: Callable[[], None] | None = None
     epochs: int = 1
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.data.samplers import class_aware
-from training.data.sets import Images
+from training.data.sets import AnyImages
 from training.methods.decoupled import features_and_logits
 from training.methods.method import FitStage, Losses, Model, Stage, build_model
 from training.methods.single import single_stage
@@ -181,7 +181,7 @@ class MemoryLoss:
         return {"loss": entropy + centroid, "cross_entropy": entropy, "centroid": centroid}
 
 
-def fill(model: Model, memory: Memory, train: Images, heldout: Images) -> dict[str, Any]:
+def fill(model: Model, memory: Memory, train: AnyImages, heldout: AnyImages) -> dict[str, Any]:
     """Set the centroids to the class means of the training images' features."""
     features = features_and_logits(model.net, train).expert_features[0]
     members = F.one_hot(train.labels, len(memory.centroids)).to(features.dtype)  # (N, C)

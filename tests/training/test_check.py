@@ -1,0 +1,258 @@
+"""What is wrong with a set is found before the first epoch and told all at once; sets of list files."""
+
+import io
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from training.__main__ import main
+from training.data.check import check_data
+from training.data.report import ERRORS, WARNINGS, DataError, Report
+from training.data.sets import load_data
+from training.recipe import Recipe
+
+
+def image(seed: int, size: int = 12) -> bytes:
+    """A PNG of noise, another for each seed."""
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def recipe_for(data: Path, **fields: object) -> Recipe:
+    """A recipe that reads `data` as it is."""
+    return Recipe(
+        name="t", method="single", data=str(data), profile="natural", image_size=8, workers=0,
+        **fields,
+    )  # fmt: skip
+
+
+def write_lists(root: Path, prefix: str = "", **lists: dict[str, int]) -> Path:
+    """train.txt and so on from {path: label}, and an image for every path that is not there yet."""
+    for part, entries in lists.items():
+        for path in entries:
+            file = root / path
+            if not file.exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(image(zlib.crc32(path.encode())))
+        text = "".join(f"{prefix}{path} {label}\n" for path, label in entries.items())
+        (root / f"Set_LT_{part}.txt").write_text(text)
+    return root
+
+
+def entries(directory: str, *counts: int) -> dict[str, int]:
+    """So many images of each class."""
+    return {f"{directory}/c{label}/{i}.png": label for label, count in enumerate(counts) for i in range(count)}
+
+
+@pytest.fixture
+def listed(tmp_path):
+    """A set as the large ones are published: 8, 4 and 2 training images, 2 validation and 3 test images a class."""
+    return write_lists(
+        tmp_path / "set", train=entries("images", 8, 4, 2), val=entries("val", 2, 2, 2), test=entries("test", 3, 3, 3)
+    )
+
+
+def test_list_files_give_the_three_parts(listed):
+    """The lists' own parts, order and labels; classes are named by their directories."""
+    data = load_data(recipe_for(listed))
+
+    assert data.classes == ("c0", "c1", "c2")
+    assert data.counts == (8, 4, 2)
+    assert [len(part) for part in (data.train, data.heldout, data.test)] == [14, 6, 9]
+    assert data.test.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert data.heldout_note == "the set's own validation images"
+    assert not data.report.findings
+
+
+@pytest.mark.parametrize("same_lists", [True, False])
+def test_validation_images_that_are_the_test_images_leave_the_held_out_share_to_training(tmp_path, same_lists):
+    """As iNaturalist 2018 is used, whether its validation list stands there once or twice."""
+    test = entries("val", 3, 3)
+    write_lists(tmp_path, train=entries("images", 10, 5), val=test, **({"test": test} if same_lists else {}))
+
+    data = load_data(recipe_for(tmp_path, holdout_share=0.2))
+
+    assert [len(part) for part in (data.train, data.heldout, data.test)] == [12, 3, 6]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "moved_to"), [("", "."), ("data_256/", "."), ("", "photos"), ("train/x/", "photos")]
+)
+def test_leading_directories_of_list_files_may_differ(tmp_path, prefix, moved_to):
+    """Lists of one repository fit the directories of another."""
+    root = write_lists(tmp_path / "lists", prefix, train=entries("images", 4, 4), test=entries("images", 1, 1))
+    for part in ("train", "test"):  # one image of a class is in both, which is not the point here
+        text = (root / f"Set_LT_{part}.txt").read_text().splitlines()
+        kept = [line for line in text if ("/0.png" in line) == (part == "test")]
+        (root / f"Set_LT_{part}.txt").write_text("\n".join(kept))
+    target = tmp_path / "root" / moved_to
+    target.mkdir(parents=True)
+    (root / "images").rename(target / "images")
+
+    data = load_data(recipe_for(root, image_root=str(tmp_path / "root"), holdout_share=0.4))
+
+    assert [len(part) for part in (data.train, data.heldout, data.test)] == [4, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"image_root": "/nowhere"}, "image_root=/nowhere: no such directory"),
+        ({"image_root": "elsewhere"}, r"Set_LT_train.txt: none of its images is below .*; the first would be .*/0.png"),
+        ({"train_list": "x.txt"}, "x.txt: no such list file"),
+    ],
+)
+def test_lists_that_lead_nowhere_are_refused(listed, fields, message, monkeypatch):
+    """The message says which list and where it looked."""
+    (listed / "elsewhere").mkdir()
+    monkeypatch.chdir(listed)
+    with pytest.raises(DataError, match=message):
+        load_data(recipe_for(listed, **fields))
+
+
+def test_two_lists_that_could_be_meant_are_refused(listed):
+    """The message names the field that decides."""
+    (listed / "other_train.txt").write_text("a 0\n")
+    with pytest.raises(DataError, match=r"Set_LT_train.txt, other_train.txt could all be meant; set train_list"):
+        load_data(recipe_for(listed))
+    assert load_data(recipe_for(listed, train_list="Set_LT_train.txt")).counts == (8, 4, 2)
+
+
+def spoil(root: Path) -> None:
+    """One of everything that can be wrong with a set of list files."""
+    (root / "images/c0/0.png").unlink()
+    (root / "images/c0/1.png").write_bytes(b"no image")
+    (root / "images/c0/2.png").write_bytes(image(1)[:200])  # its header is whole
+    (root / "images/c1/9.png").write_bytes((root / "images/c0/3.png").read_bytes())
+    (root / "test/c2/0.png").write_bytes((root / "images/c0/4.png").read_bytes())
+    (root / "images/c0/9.png").write_bytes((root / "images/c0/5.png").read_bytes())
+    (root / "images/c2/1.png").unlink()
+    train = (root / "Set_LT_train.txt").read_text().replace("images/c2/1.png 2\n", "")
+    train += "images/c1/9.png 1\nimages/c0/9.png 0\nimages/c0/6.png 1\ntest/c0/1.png 0\n"
+    train += "images/c1/1.png 7\nimages/c1/2.png -1\nno label\n../outside.png 1\nimages/c1/3.png 4\n"
+    (root / "Set_LT_train.txt").write_text(train)
+
+
+EXPECTED = {
+    "missing": "images/c0/0.png",
+    "unreadable": "images/c0/2.png: not a readable image",
+    "malformed": "line 20: 'no label' is not a path, a space, a whole number",
+    "label out of range": "images/c1/2.png has label -1, there are 8 classes",
+    "empty class": "no training images of label 3",
+    "file in two classes": "images/c0/6.png: label 0 (train), label 1 (train)",
+    "file in two parts": "test/c0/1.png: label 0 (train), label 0 (test)",
+    "class with one image": "images/c2/0.png",
+    "image in two classes": "images/c1/9.png: label 1 (train)",
+    "image in two parts": "test/c2/0.png: label 2 (test)",
+    "image twice": "images/c0/9.png: label 0 (train)",
+}
+
+
+def test_everything_wrong_is_told_at_once(listed, tmp_path, capsys):
+    """Every kind there is, in one message on standard error, and no run directory: nothing was trained."""
+    spoil(listed)
+    assert EXPECTED.keys() == ERRORS.keys() | WARNINGS.keys()
+
+    assert main(["ride-own", "--data", str(listed), "--set", "workers=0", "--out", str(tmp_path / "run")]) == 2
+
+    told = capsys.readouterr().err
+    for kind, what in EXPECTED.items():
+        assert f": {kind}: " in told
+        assert what in told
+    assert "unreadable: 2 images" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_headers_alone_find_all_but_damage_further_in(listed):
+    """The quick look misses the truncated image and nothing else; its duplicates are equal in all bytes."""
+    spoil(listed)
+    quick, whole = check_data(recipe_for(listed), decode=False), check_data(recipe_for(listed))
+
+    assert len(whole.findings["unreadable"]) == 2
+    assert len(quick.findings["unreadable"]) == 1
+    assert quick.findings | {"unreadable": []} == whole.findings | {"unreadable": []}
+
+
+def test_files_of_one_size_and_equal_ends_are_not_taken_for_the_same(listed):
+    """The quick look compares the ends of files; equal ones are then read whole."""
+    for label in (0, 1):
+        buffer = io.BytesIO()
+        pixels = np.full((80, 80, 3), 9, np.uint8)
+        pixels[40, 40] = label
+        Image.fromarray(pixels).save(buffer, "BMP")
+        (listed / f"images/c{label}/0.png").write_bytes(buffer.getvalue())
+
+    assert not check_data(recipe_for(listed), decode=False).findings
+
+
+def test_worker_processes_find_the_same(listed, monkeypatch):
+    """In the same order."""
+    spoil(listed)
+    alone = check_data(recipe_for(listed))
+    monkeypatch.setattr("training.data.check.IN_PROCESS", 0)
+    shared = check_data(Recipe(**vars(recipe_for(listed)) | {"workers": 2}))
+
+    assert shared.findings == alone.findings
+
+
+def test_a_report_shows_twenty_of_each_kind():
+    """And how many there are."""
+    report = Report()
+    report.add_all("missing", (f"file {i}" for i in range(33)))
+    report.add_all("image twice", ["a, b"])
+
+    lines = str(report).splitlines()
+    assert lines[0].startswith("error: missing: 33 images are not there")
+    assert lines[20:22] == ["  file 19", "  and 13 more"]
+    assert lines[22].startswith("warning: image twice: 1 ")
+
+
+def test_warnings_do_not_stop_a_training_and_are_recorded(listed, tmp_path, capsys):
+    """They are printed, and counted in results.json."""
+    (listed / "images/c0/1.png").write_bytes((listed / "images/c0/0.png").read_bytes())
+    settings = ["epochs=1", "router_epochs=1", "compile=false", "image_size=8", "workers=0"]
+    overrides = [part for each in settings for part in ("--set", each)]
+
+    assert main(["ride-own", "--data", str(listed), *overrides, "--out", str(tmp_path / "run")]) == 0
+
+    assert "warning: image twice: 1 images are there twice" in capsys.readouterr().err
+    assert '"findings": {\n   "image twice": 1' in (tmp_path / "run" / "results.json").read_text()
+
+
+def test_gaps_and_nulls_of_a_parquet_set_are_told_at_once(tmp_path):
+    """Rows without bytes, without label, labels that leave a class empty, labels past the names."""
+    table = pyarrow.table({
+        "image": [image(0), None, image(2), image(3), image(4)], "label": [0, 0, None, 2, 9],
+    })  # fmt: skip
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    (tmp_path / "classes.txt").write_text("a\nb\nc\n")
+
+    with pytest.raises(DataError) as refused:
+        load_data(recipe_for(tmp_path))
+
+    for what in ("row 1 has no image bytes", "row 2 has no label", "label 1 (b)", "row 4 has label 9"):
+        assert what in str(refused.value)
+
+
+def test_a_folder_with_validation_images_keeps_them_for_holding_out(tmp_path):
+    """train/, val/ and test/ are used as they are; a set with val/ alone is tested on it."""
+    for part, directory in enumerate(("train", "val", "test")):
+        for label in range(2):
+            for index in range(3):
+                file = tmp_path / directory / f"c{label}" / f"{index}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(image(100 * part + 10 * label + index))
+    whole = load_data(recipe_for(tmp_path))
+    assert [len(part) for part in (whole.train, whole.heldout, whole.test)] == [6, 6, 6]
+
+    (tmp_path / "test").rename(tmp_path / "put-away")
+    tested = load_data(recipe_for(tmp_path))
+    assert [len(part) for part in (tested.train, tested.heldout, tested.test)] == [4, 2, 6]
+    assert tested.test.pixels.equal(whole.heldout.pixels)

@@ -1,0 +1,136 @@
+"""Images that do not fit in memory are decoded by workers, to the same pixels whatever the workers do."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from training.__main__ import main
+from training.checkpoint import checkpoints_of, save_checkpoint
+from training.data.sets import DataError, Images, channel_statistics, load_data
+from training.data.streamed import StreamedImages, fits_in_memory, free_memory
+from training.recipe import Recipe
+from training.train import trained_model
+
+
+def recipe_for(folder: Path, **fields: object) -> Recipe:
+    """A recipe that reads the tiny set as it is."""
+    return Recipe(name="t", method="single", data=str(folder), profile="natural", image_size=8, **fields)
+
+
+def epoch_of(images: StreamedImages, batch_size: int = 16, seed: int = 5) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The batches of an epoch that visits the images in reverse."""
+    order = torch.arange(len(images)).flip(0)
+    return list(images.training_batches(order, batch_size, torch.Generator().manual_seed(seed)))
+
+
+def test_streamed_images_are_the_resident_ones(folder):
+    """Same split, labels, counts, pixels for evaluation, statistics."""
+    resident, streamed = (load_data(recipe_for(folder, decoding=d, workers=0)) for d in ("resident", "streamed"))
+
+    assert isinstance(resident.train, Images)
+    assert (streamed.counts, streamed.decoding) == (resident.counts, "streamed")
+    for part in ("train", "heldout", "test"):
+        ours, theirs = getattr(streamed, part), getattr(resident, part)
+        assert ours.labels.equal(theirs.labels)
+        assert torch.cat(list(ours.in_order(7))).equal(theirs.pixels)
+        assert ours.pixels.equal(theirs.pixels)
+        assert ours.even_sample(5).equal(theirs.even_sample(5))
+    assert channel_statistics(streamed.train) == channel_statistics(resident.train)
+
+
+def test_an_epoch_does_not_depend_on_workers_or_batch_size(folder):
+    """What is drawn for an image depends on the epoch's seed and its place in the order alone."""
+    alone, shared = (load_data(recipe_for(folder, decoding="streamed", workers=n, rotation=30.0)).train for n in (0, 2))
+    pixels, labels = (torch.cat(parts) for parts in zip(*epoch_of(alone), strict=True))
+
+    assert labels.equal(alone.labels.flip(0))
+    assert [len(batch) for batch, _ in epoch_of(alone, 50)] == [50, len(alone) - 50]
+    for other in (epoch_of(shared), epoch_of(shared, 50)):
+        assert torch.cat([batch for batch, _ in other]).equal(pixels)
+    assert not torch.cat([batch for batch, _ in epoch_of(alone, seed=6)]).equal(pixels)
+
+
+def test_an_image_that_is_drawn_twice_is_augmented_twice(folder):
+    """As a class-balanced epoch draws rare images."""
+    images = load_data(recipe_for(folder, decoding="streamed", workers=0)).train
+    order = torch.zeros(20, dtype=torch.long)
+    pixels, _ = next(images.training_batches(order, 20, torch.Generator().manual_seed(0)))
+
+    assert len(pixels.unique(dim=0)) > 10
+
+
+def test_views_without_augmentation_are_those_of_evaluation(folder):
+    """The two sides of training see the same crop."""
+    plain = recipe_for(folder, decoding="streamed", workers=0, crop_padding=0, flip=False)
+    images = load_data(plain).train
+    assert torch.cat([batch for batch, _ in epoch_of(images)]).equal(images.pixels.flip(0))
+
+
+def test_sets_larger_than_a_quarter_of_the_memory_are_streamed(folder, monkeypatch):
+    """The recipe may say otherwise; the processes of one machine share its memory."""
+    recipe = recipe_for(folder, workers=0)
+    bytes_of_all = 82 * 8 * 8 * 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for free, decoding in ((4 * bytes_of_all, "resident"), (4 * bytes_of_all - 1, "streamed")):
+        monkeypatch.setattr("training.data.streamed.free_memory", lambda free=free: free)
+        assert load_data(recipe).decoding == decoding
+    assert load_data(dataclasses.replace(recipe, decoding="resident")).decoding == "resident"
+
+    monkeypatch.setattr("training.data.streamed.free_memory", lambda: 4 * bytes_of_all)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert not fits_in_memory(82, recipe)
+    monkeypatch.undo()
+    assert 2**20 < free_memory() < 2**50
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_is_damaged_while_training_is_named(folder, tmp_path, workers):
+    """It was whole when the training began."""
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "set")
+    images = load_data(recipe_for(tmp_path / "set", decoding="streamed", workers=workers)).train
+    victim = Path(images.source.images.name(int(images.positions[3])))
+    victim.write_bytes(victim.read_bytes()[:50])
+
+    with pytest.raises(DataError, match=rf"cannot be read any more:\n  .*{victim.name}: not a readable image"):
+        epoch_of(images)
+
+
+def test_a_streamed_training_resumes_as_it_began(folder, tmp_path, monkeypatch, capsys):
+    """The same bits, with another number of workers, and also where the memory would now suffice."""
+    settings = {
+        "n_experts": 2, "epochs": 2, "router_epochs": 1, "image_size": 8, "batch_size": 27, "compile": "false",
+        "holdout_share": 0.2, "test_share": 0.2, "warmup_epochs": 0,
+    }  # fmt: skip
+    call = ["ride-own", "--data", str(folder)]
+    call += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    monkeypatch.setattr("training.data.streamed.free_memory", lambda: 0)
+    assert main([*call, "--set", "workers=0", "--out", str(tmp_path / "whole")]) == 0
+
+    def save_and_end(*given: object) -> None:
+        save_checkpoint(*given)
+        raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("training.loop.save_checkpoint", save_and_end)
+        with pytest.raises(InterruptedError):
+            main([*call, "--out", str(tmp_path / "killed")])
+    monkeypatch.setattr("training.data.streamed.free_memory", lambda: 2**40)
+    again = [*call, "--set", "workers=2", "--out", str(tmp_path / "killed"), "--resume"]
+    assert main([*again, "--set", "decoding=resident"]) == 2
+    assert "made with decoding=streamed (now resident)" in capsys.readouterr().err
+    assert main(again) == 0
+
+    ours, theirs = (
+        load_file(tmp_path / run / "checkpoints" / "routers-0001" / "model.safetensors") for run in ("killed", "whole")
+    )
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    assert checkpoints_of(tmp_path / "killed")["routers"].decoding == "streamed"
+    results = [json.loads((tmp_path / run / "results.json").read_text()) for run in ("killed", "whole")]
+    assert results[0]["experts"] == results[1]["experts"]
+    assert trained_model(tmp_path / "killed")[0].stage == "routers"

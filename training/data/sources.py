@@ -1,0 +1,358 @@
+"""Where images come from, before any is decoded: class folders, parquet files, list files, CIFAR by name."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from training.data.lists import ListFile, image_root_of, lists_of, read_list
+from training.data.report import DataError, Report
+from training.recipe import Recipe
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+IMAGE_COLUMNS = ("image", "img")
+LABEL_COLUMNS = ("label", "fine_label", "labels")
+HELDOUT_NAMES = ("val", "validation", "heldout")
+MOST_NAMES = 20
+
+
+class Encoded(Protocol):
+    """Images as they are stored. Can be sent to another process."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, position: int) -> str:
+        """For messages."""
+        ...
+
+    def read(self, position: int) -> bytes | np.ndarray:
+        """The bytes of an image file, or decoded pixels (H, W, 3); OSError where the file cannot be read."""
+        ...
+
+
+@dataclass(frozen=True)
+class Files:
+    """Image files."""
+
+    paths: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, position: int) -> str:
+        """The path."""
+        return self.paths[position]
+
+    def read(self, position: int) -> bytes:
+        """The file's bytes."""
+        return Path(self.paths[position]).read_bytes()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A column of image bytes: a pyarrow.ChunkedArray."""
+
+    directory: str
+    column: Any
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    def name(self, position: int) -> str:
+        """Directory and row."""
+        return f"{self.directory}: row {position}"
+
+    def read(self, position: int) -> bytes:
+        """The row's bytes; none where the row is null."""
+        return self.column[position].as_py() or b""
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Decoded images: (N, H, W, 3), uint8."""
+
+    set_name: str
+    pixels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def name(self, position: int) -> str:
+        """Set and row."""
+        return f"{self.set_name}: row {position}"
+
+    def read(self, position: int) -> np.ndarray:
+        """(H, W, 3), uint8."""
+        return self.pixels[position]
+
+
+@dataclass(frozen=True)
+class Source:
+    """
+    Images that are not decoded yet.
+
+    Attributes:
+        labels: (N,), int64.
+        images: of the same length.
+    """
+
+    labels: np.ndarray
+    images: Encoded
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """
+    A set as it lies on the disk.
+
+    Attributes:
+        name: as the user gave it.
+        classes: C names, in the order of the labels.
+        train, heldout, test: None where the set has no such images of its own.
+        report: what was found wrong while opening; labels may be out of range where it has errors.
+    """
+
+    name: str
+    classes: Sequence[str]
+    train: Source
+    heldout: Source | None = None
+    test: Source | None = None
+    report: Report = field(default_factory=Report)
+
+    def parts(self) -> dict[str, Source]:
+        """Those that there are, by "train", "heldout", "test"."""
+        named = {"train": self.train, "heldout": self.heldout, "test": self.test}
+        return {name: source for name, source in named.items() if source is not None}
+
+
+def open_set(recipe: Recipe) -> ImageSet:
+    """
+    The images that `recipe.data` names, none of them decoded.
+
+    A directory holds, in this order of precedence: list files, where the recipe names some or there is exactly one
+    *train*.txt; train*.parquet; train/, val/ and test/ of class folders; class folders.
+
+    Where there are validation images but no test images, the validation images are the test images.
+
+    Raises:
+        DataError: where there is nothing that could be a set. What is wrong with single images is in the report.
+    """
+    found = _open(recipe)
+    return found if found.test is not None else replace(found, test=found.heldout, heldout=None)
+
+
+def _open(recipe: Recipe) -> ImageSet:
+    name = recipe.data
+    if not name:
+        raise DataError(
+            "no data named; give --data cifar100, a directory of class folders, one with train*.parquet, "
+            "or one with list files such as train.txt"
+        )
+    if name in ("cifar10", "cifar100"):
+        root = os.environ.get("RIDE_DATA")
+        if not root:
+            return _open_torchvision(name)
+        return _open_parquet(name, Path(root, name)) if Path(root, name).is_dir() else _no_directory(Path(root, name))
+    directory = Path(name)
+    if not directory.is_dir():
+        return _no_directory(directory)
+    lists = lists_of(directory, recipe.train_list, recipe.val_list, recipe.test_list)
+    if lists:
+        return _open_lists(name, directory, lists, recipe.image_root)
+    if list(directory.glob("train*.parquet")):
+        return _open_parquet(name, directory)
+    return _open_folders(name, directory)
+
+
+def _no_directory(directory: Path) -> ImageSet:
+    raise DataError(f"{directory}: no such directory")
+
+
+def _open_folders(name: str, directory: Path) -> ImageSet:
+    """train/, val/ and test/, or the classes themselves."""
+    report = Report()
+    if not (directory / "train").is_dir():
+        classes, train = _open_folder(directory, report)
+        return ImageSet(name, classes, train, report=report)
+    classes, train = _open_folder(directory / "train", report)
+
+    def other(names: Sequence[str]) -> Source | None:
+        found = next((directory / part for part in names if (directory / part).is_dir()), None)
+        return None if found is None else _open_folder(found, report, classes)[1]
+
+    return ImageSet(name, classes, train, other(HELDOUT_NAMES), other(("test",)), report)
+
+
+def _open_folder(directory: Path, report: Report, wanted: Sequence[str] | None = None) -> tuple[list[str], Source]:
+    """
+    Every sub-directory is a class, in alphabetical order; images may lie deeper.
+
+    Args:
+        wanted: the classes of the training images, where these are others.
+    """
+    classes = sorted(entry.name for entry in directory.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if len(classes) < 2 and wanted is None:
+        raise DataError(f"{directory}: {len(classes)} class directories; a classifier needs two or more")
+    if wanted is not None and classes != list(wanted):
+        odd = sorted(set(classes) ^ set(wanted))
+        raise DataError(f"{directory}: other classes than the training images: {', '.join(odd[:MOST_NAMES])}")
+    files: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = sorted(path for path in (directory / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        if not found:
+            report.add("empty class", f"no images in {directory / name}")
+        files += map(str, found)
+        labels += [label] * len(found)
+    return classes, Source(np.array(labels, np.int64), Files(files))
+
+
+def _open_lists(name: str, directory: Path, lists: dict[str, Path], image_root: str | None) -> ImageSet:
+    """One text line per image, as ImageNet-LT, Places-LT and iNaturalist 2018 have them."""
+    report = Report()
+    read = {part: read_list(file, report) for part, file in lists.items()}
+    if "heldout" in read and "test" in read and read["heldout"].same_lines(read["test"]):
+        del read["heldout"]  # as iNaturalist 2018 is used: the validation images are the test images
+    root = Path(image_root) if image_root is not None else directory
+    if not root.is_dir():
+        raise DataError(f"image_root={root}: no such directory")
+    sources = {}
+    for part, entries in read.items():
+        base, dropped = image_root_of(root, entries)
+        paths = [os.path.join(base, path.split("/", dropped)[-1] if dropped else path) for path in entries.paths]
+        sources[part] = Source(entries.labels, Files(paths))
+    names = _names_beside(directory) or _names_of_directories(read["train"], _n_classes(read["train"].labels))
+    return _checked(name, directory, names, sources, report)
+
+
+def _names_of_directories(entries: ListFile, n_classes: int) -> list[str] | None:
+    """Where each class has a directory to itself, its name."""
+    found: dict[int, set[str]] = {}
+    for path, label in zip(entries.paths, entries.labels.tolist(), strict=True):
+        found.setdefault(label, set()).add(os.path.basename(os.path.dirname(path)))
+    names = [next(iter(found[c])) if len(found.get(c, ())) == 1 else "" for c in range(n_classes)]
+    return names if all(names) and len(set(names)) == len(names) else None
+
+
+def _open_parquet(name: str, directory: Path) -> ImageSet:
+    """train*.parquet, val*.parquet, test*.parquet; bytes or the {bytes, path} struct of Hugging Face."""
+    report = Report()
+    train, names = _read_parquet(sorted(directory.glob("train*.parquet")), report)
+    sources = {"train": train}
+    for part, patterns in (("heldout", HELDOUT_NAMES), ("test", ("test",))):
+        files = sorted({file for pattern in patterns for file in directory.glob(f"{pattern}*.parquet")})
+        if files:
+            sources[part] = _read_parquet(files, report)[0]
+    return _checked(name, directory, _names_beside(directory) or names, sources, report)
+
+
+def _read_parquet(files: list[Path], report: Report) -> tuple[Source, list[str] | None]:
+    import pyarrow
+    import pyarrow.compute
+    import pyarrow.parquet
+
+    if not files:
+        raise DataError("no train*.parquet there")
+    try:
+        table = pyarrow.concat_tables([pyarrow.parquet.read_table(file) for file in files])
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{files[0].parent}: the parquet files cannot be read: {error}") from None
+    image = _column(files[0], table.column_names, IMAGE_COLUMNS)
+    label = _column(files[0], table.column_names, LABEL_COLUMNS)
+    images = table[image]
+    if pyarrow.types.is_struct(images.type):
+        images = pyarrow.compute.struct_field(images, "bytes")
+    if not len(images):
+        raise DataError(f"{files[0].parent}: no rows in {', '.join(file.name for file in files)}")
+    if not pyarrow.types.is_integer(table[label].type):
+        raise DataError(f"{files[0]}: column {label} holds {table[label].type}; labels must be whole numbers from 0")
+    rows = Rows(str(files[0].parent), images)
+    for column, kind in ((images, "missing"), (table[label], "malformed")):
+        if column.null_count:
+            empty = np.flatnonzero(column.is_null().to_numpy())
+            what = "image bytes" if kind == "missing" else "label"
+            report.add_all(kind, (f"{rows.name(int(row))} has no {what}" for row in empty))
+    labels = table[label].fill_null(-1).to_numpy().astype(np.int64)
+    return Source(labels, rows), _feature_names(table, label)
+
+
+def _column(file: Path, found: list[str], wanted: Sequence[str]) -> str:
+    for name in wanted:
+        if name in found:
+            return name
+    raise DataError(f"{file}: columns {', '.join(found)}; one of them must be named {' or '.join(wanted)}")
+
+
+def _feature_names(table: Any, label: str) -> list[str] | None:
+    """Class names as the `datasets` library stores them in a parquet schema."""
+    metadata = (table.schema.metadata or {}).get(b"huggingface")
+    if metadata is None:
+        return None
+    names: list[str] | None = json.loads(metadata).get("info", {}).get("features", {}).get(label, {}).get("names")
+    return names
+
+
+def _names_beside(directory: Path) -> list[str] | None:
+    """classes.txt: one name a line, in the order of the labels."""
+    file = directory / "classes.txt"
+    if not file.is_file():
+        return None
+    return [line.strip() for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+
+
+def _n_classes(labels: np.ndarray) -> int:
+    """One more than the largest label that `labels` (N,) can have without gaps; a stray large one does not count."""
+    possible = labels[(labels >= 0) & (labels < len(labels))]
+    return int(possible.max()) + 1 if len(possible) else 0
+
+
+def _checked(
+    name: str, directory: Path, names: Sequence[str] | None, sources: dict[str, Source], report: Report
+) -> ImageSet:
+    """The set, its labels compared with its class names, or with the training labels where it has no names."""
+    if names is None:
+        names = [f"class {c}" for c in range(_n_classes(sources["train"].labels))]
+    if len(names) < 2:
+        raise DataError(f"{directory}: {len(names)} classes; a classifier needs two or more")
+    for source in sources.values():
+        wrong = np.flatnonzero((source.labels < 0) | (source.labels >= len(names))).tolist()
+        report.add_all(
+            "label out of range",
+            (f"{source.images.name(p)} has label {source.labels[p]}, there are {len(names)} classes" for p in wrong),
+        )
+    present = np.bincount(sources["train"].labels.clip(-1, len(names)) + 1, minlength=len(names) + 2)[1:-1]
+    report.add_all(
+        "empty class",
+        (f"no training images of label {c} ({names[c]}); labels go from 0 to {len(names) - 1}"
+         for c in np.flatnonzero(present == 0).tolist()),
+    )  # fmt: skip
+    return ImageSet(name, names, sources["train"], sources.get("heldout"), sources.get("test"), report)
+
+
+def _open_torchvision(name: str) -> ImageSet:
+    """CIFAR as torchvision downloads it, under ~/.cache/ride-serving."""
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    root = Path.home() / ".cache" / "ride-serving"
+    try:
+        train, test = (kind(root, train=part, download=True) for part in (True, False))
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"{name}: cannot be downloaded to {root} ({error}); "
+            f"or set RIDE_DATA to a directory that holds {name}/train.parquet"
+        ) from None
+
+    def source(part: CIFAR10) -> Source:
+        return Source(np.array(part.targets, np.int64), Pixels(name, part.data))
+
+    return ImageSet(name, list(train.classes), source(train), test=source(test))
