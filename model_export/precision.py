@@ -127,7 +127,7 @@ def _write_int8(model: Model, fp32: Graphs, images: Tensor, directory: Path) -> 
     The fp32 graphs with the convolutions of trunk and experts in 8 bits, as trunk.int8.onnx and so on.
 
     Weights are signed, with a scale per output channel; activations are unsigned, with the range that they have on
-    `images`. What follows the pooling, and the routers, stay fp32, as do all inputs and outputs.
+    `images`. The first convolution, what follows the pooling, and the routers stay fp32, as do all inputs and outputs.
 
     Args:
         images: (N, H, W, 3), uint8, of the training set.
@@ -145,7 +145,7 @@ def _write_int8(model: Model, fp32: Graphs, images: Tensor, directory: Path) -> 
     return dataclasses.replace(
         fp32,
         precision="int8",
-        trunk=_quantise(fp32.trunk, directory, ({"images": batch.numpy()} for batch in images.split(BATCH))),
+        trunk=_quantise(fp32.trunk, directory, ({"images": batch.numpy()} for batch in images.split(BATCH)), stem=True),
         experts=tuple(_quantise(expert, directory, before_experts()) for expert in fp32.experts),
     )
 
@@ -158,16 +158,20 @@ class _Feeds(CalibrationDataReader):
         return next(self._feeds, None)
 
 
-def _quantise(graph: GraphSpec, directory: Path, feeds: Iterator[Feed]) -> GraphSpec:
+def _quantise(graph: GraphSpec, directory: Path, feeds: Iterator[Feed], *, stem: bool = False) -> GraphSpec:
+    """`stem`: the graph begins with the images, and its first convolution is left as it is."""
     source = directory / graph.file
     model = onnx.load(source)
+    excluded = _after_pooling(model)
+    if stem:
+        excluded.append(next(node.name for node in model.graph.node if node.op_type == "Conv"))
     add_pre_process_metadata(model)  # or we are advised to fold and to infer shapes, which is done
     with tempfile.TemporaryDirectory() as scratch:
         quantised = Path(scratch, graph.file)
         quantize_static(
             model, quantised, _Feeds(feeds), quant_format=QuantFormat.QDQ, calibrate_method=CalibrationMethod.MinMax,
             per_channel=True, weight_type=QuantType.QInt8, activation_type=QuantType.QUInt8,
-            op_types_to_quantize=list(QUANTISED), nodes_to_exclude=_after_pooling(model),
+            op_types_to_quantize=list(QUANTISED), nodes_to_exclude=excluded,
         )  # fmt: skip
         model = onnx.load(quantised)
     return save_graph(model, source.with_suffix(".int8.onnx"), inputs=graph.inputs, outputs=graph.outputs)

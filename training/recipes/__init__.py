@@ -32,6 +32,7 @@ from training.recipes.ride_imagenet_lt_r50 import RIDE_IMAGENET_LT_R50
 from training.recipes.ride_imagenet_lt_x50 import RIDE_IMAGENET_LT_X50
 from training.recipes.ride_inaturalist_r50 import RIDE_INATURALIST_R50
 from training.recipes.ride_own import RIDE_OWN
+from training.recipes.ride_retrained_cifar100 import RIDE_RETRAINED_CIFAR100
 from training.recipes.ride_swin_s import RIDE_SWIN_S
 from training.recipes.ride_swin_t import RIDE_SWIN_T
 from training.recipes.sade_cifar100 import SADE_CIFAR100
@@ -43,7 +44,7 @@ from training.recipes.tau_norm_cifar100 import TAU_NORM_CIFAR100
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        RIDE_CIFAR100, LDAM_DRW_CIFAR100, CE_CIFAR100, RIDE_OWN,
+        RIDE_CIFAR100, LDAM_DRW_CIFAR100, CE_CIFAR100, RIDE_OWN, RIDE_RETRAINED_CIFAR100,
         RIDE_2_CIFAR100, RIDE_4_CIFAR100, RIDE_6_CIFAR100, RIDE_DISTILLED_CIFAR100, RIDE_4_DISTILLED_CIFAR100,
         RIDE_CIFAR100_50, RIDE_CIFAR10, RIDE_CIFAR10_50,
         SHIKE_CIFAR100, SHIKE_CIFAR100_50, SADE_CIFAR100, SADE_CIFAR100_50,
