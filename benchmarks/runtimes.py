@@ -8,6 +8,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from model_export.openvino_core import openvino_core
+
 Graph: TypeAlias = Callable[[Mapping[str, NDArray[Any]]], list[NDArray[Any]]]
 PROVIDERS: Final = ("cpu", "openvino")
 
@@ -34,15 +36,13 @@ def _onnxruntime(path: Path, threads: int) -> Graph:
 
 
 def _openvino(path: Path, precision: str, threads: int) -> Graph:
-    import openvino
-
     options = {
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
         "ENABLE_CPU_PINNING": False,  # each process would pin itself to the same core
     }
-    model = openvino.Core().compile_model(path, "CPU", options)
+    model = openvino_core().compile_model(path, "CPU", options)
     request = model.create_infer_request()
 
     def run(inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:

@@ -11,6 +11,7 @@ import onnxruntime
 
 from model_export.bundle import Accuracy, BundleError, GraphSpec, Parity, Precision, Rule, Variant
 from model_export.calibrate import rule_scores
+from model_export.openvino_core import openvino_core
 from model_export.precision import Graphs
 from training.evaluate import Predictions, accuracy_by_split, mean_logits, route
 
@@ -136,9 +137,7 @@ def _open(directory: Path, graph: GraphSpec, precision: Precision) -> Graph:
     if precision != "bf16":
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         return lambda inputs: cast(list[np.ndarray], session.run(None, inputs))
-    from openvino import Core
-
-    compiled = Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+    compiled = openvino_core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
     names = [tensor.name for tensor in graph.outputs]
 
     def run(inputs: dict[str, np.ndarray]) -> list[np.ndarray]:

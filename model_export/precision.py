@@ -19,6 +19,7 @@ from torch import Tensor
 
 from model_export.bundle import BundleError, GraphSpec, Precision
 from model_export.graphs import save_graph, write_graph
+from model_export.openvino_core import openvino_core
 from model_export.split import split
 from training.data.sets import Images
 from training.data.streamed import StreamedImages
@@ -64,9 +65,7 @@ def obstacle(precision: Precision) -> str | None:
         return None
     if importlib.util.find_spec("openvino") is None:
         return "the package openvino, which runs it, is not installed"
-    from openvino import Core
-
-    if "BF16" not in Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if "BF16" not in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         return "this CPU has no bf16 units (AVX512_BF16 or AMX)"
     return None
 

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_export.bundle import Bundle, GraphSpec
+from model_export.openvino_core import openvino_core
 from service.cascade import Floats, Rows
 from service.engine import EngineError
 
@@ -37,7 +38,7 @@ class OpenVinoEngine:
             EngineError: where a graph cannot be compiled, or the processor lacks what the variant needs.
         """
         graphs = bundle.manifest.variants[variant]
-        core = openvino.Core()
+        core = openvino_core()
         if graphs.precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise EngineError(
                 f"variant {variant!r} needs a processor with bf16 units (AMX or AVX512_BF16); choose another"

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import json
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -254,3 +256,24 @@ def test_what_is_asked_for_is_run_whatever_it_loses(make_bundle):
 
     assert open_engine(bundle, "int8", provider="cpu", threads=1).variant == "int8"
     assert open_engine(bundle, None, provider="cpu", threads=1).variant == "fp32"
+
+
+def test_the_process_survives_its_next_signal_after_openvino_engines_came_and_went(tmp_path):
+    """Each core of OpenVINO gives the thread another stack for signal handlers, and takes it away when it goes."""
+    pytest.importorskip("openvino")
+    write_bundle(tmp_path, TinyModel())
+    script = f"""
+import os, signal
+from pathlib import Path
+from model_export.bundle import read_bundle
+from service.engine import open_engine
+
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+engines = [open_engine(read_bundle(Path({str(tmp_path)!r})), "fp32", provider="openvino", threads=1) for _ in range(4)]
+while engines:
+    del engines[0]
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+
+    assert (done.returncode, done.stdout) == (0, "handled\n")
