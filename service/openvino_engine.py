@@ -1,5 +1,6 @@
 """Runs a bundle's graphs with OpenVINO. The only file that touches it; it is installed where the operator wants it."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_export.bundle import Bundle, GraphSpec
-from model_export.openvino_core import openvino_core
 from service.cascade import Floats, Rows
 from service.engine import EngineError
 
@@ -38,7 +38,7 @@ class OpenVinoEngine:
             EngineError: where a graph cannot be compiled, or the processor lacks what the variant needs.
         """
         graphs = bundle.manifest.variants[variant]
-        core = openvino_core()
+        core = _core()
         if graphs.precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise EngineError(
                 f"variant {variant!r} needs a processor with bf16 units (AMX or AVX512_BF16); choose another"
@@ -85,6 +85,18 @@ class OpenVinoEngine:
             return core.compile_model(model, "CPU", self._options).create_infer_request()
         except Exception as error:  # OpenVINO's exceptions are plain RuntimeErrors
             raise EngineError(f"{graph.file}: OpenVINO {openvino.__version__} cannot compile it: {error}") from error
+
+
+@functools.cache
+def _core() -> Any:
+    """
+    The one core of this process, never let go.
+
+    Each core gives the thread another stack for signal handlers, unmaps it when it goes, and puts back the one before
+    it. Let go in the order in which they came, two cores leave an unmapped stack behind, and the next signal that
+    Python handles (SIGTERM) ends the process by SIGSEGV.
+    """
+    return openvino.Core()
 
 
 def _run(request: Any, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[Any]:

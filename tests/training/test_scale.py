@@ -39,11 +39,11 @@ def arguments(folder: Path, **fields: object) -> list[str]:
 
 
 def two_processes(call: list[str]) -> list[subprocess.Popen[str]]:
-    """`ride-train` in two processes that find each other as torchrun would have them, without its watch over them."""
+    """`ride-train` in two processes as torchrun would start them, a thread each, but without its watch over them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
             [sys.executable, "-m", "training", *call], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -70,7 +70,7 @@ def shared_run(folder, tmp_path_factory):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "tests.training.small_training", str(root / "steps.pt")]
     command += [*arguments(folder, **SHARED), "--out", str(root / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return root / "run", torch.load(root / "steps.pt"), done.stdout
 
@@ -107,7 +107,7 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes_to_the_same_bits(f
         assert first.poll() is None, "it ended before its first checkpoint"
         time.sleep(0.01)
     second.kill()
-    errors = first.communicate(timeout=60)[1]
+    errors = first.communicate(timeout=600)[1]
     second.communicate()
     assert first.returncode == 2
     assert "ride-train: process 0 of 2 lost the others" in errors
@@ -115,7 +115,7 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes_to_the_same_bits(f
     assert not (run / "results.json").exists(), "killed too late to show anything"
 
     for process in two_processes([*call, "--resume"]):
-        process.communicate(timeout=120)
+        process.communicate(timeout=600)
         assert process.returncode == 0
     last = Path("checkpoints", "routers-0001", "model.safetensors")
     assert same_tensors(load_file(run / last), load_file(shared_run[0] / last))

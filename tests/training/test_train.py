@@ -26,7 +26,7 @@ def start(arguments: list[str], run: Path) -> subprocess.Popen[bytes]:
 def finished_run(tiny_arguments, tmp_path_factory):
     """A training that nobody disturbed."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    assert start(tiny_arguments, run).wait(timeout=120) == 0
+    assert start(tiny_arguments, run).wait(timeout=600) == 0
     return run
 
 
@@ -46,7 +46,7 @@ def test_a_killed_training_resumes_to_the_same_weights(tiny_arguments, finished_
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not list(run.glob("checkpoints/routers-0002")), "killed too late to show anything"
-    assert start([*tiny_arguments, "--resume"], run).wait(timeout=120) == 0
+    assert start([*tiny_arguments, "--resume"], run).wait(timeout=600) == 0
 
     ours, theirs = (load_file(r / "checkpoints" / "routers-0002" / "model.safetensors") for r in (run, finished_run))
     assert ours.keys() == theirs.keys()
