@@ -315,14 +315,21 @@ class Classifier:
         self.metrics.engine_started(variant=self.variant, provider=self.provider, onnxruntime=RUNTIME_VERSION)
         return threaded
 
+    def profile(self) -> Profile:
+        """
+        Open the engine and measure every stage at several batch sizes; nothing is served.
+
+        Raises:
+            EngineError: where the engine cannot be opened.
+            NotFiniteError: where a graph gives NaN or infinity even for a blank image.
+        """
+        return self._open_and_profile()[1]
+
     def _prepare(self) -> tuple[Cascade, bool]:
-        """Open the engine and measure every stage at several batch sizes, in a thread; whether steps need one too."""
+        """Open and profile the engine, in a thread; whether steps need one too."""
         settings, manifest = self.settings, self.bundle.manifest
-        engine = self._open_engine(self.bundle, settings.variant, provider=settings.provider, threads=self.threads)
-        self.provider, self.variant = engine.provider, engine.variant
-        on_gpu = engine.provider in ("cuda", "tensorrt")
-        max_batch = settings.max_batch or (GPU_BATCH if on_gpu else CPU_BATCH)
-        profile = self._profile(engine, max_batch)
+        engine, profile, max_batch = self._open_and_profile()
+        on_gpu = self._on_gpu
         point = self.operation.expected
         share = point.experts_share if point is not None else (0.0,) * (manifest.n_experts - 1) + (1.0,)
         schedule = Schedule(
@@ -335,6 +342,18 @@ class Classifier:
         return self._cascade(engine, schedule, self.metrics), (
             threaded if settings.engine_thread == "auto" else settings.engine_thread == "on"
         )
+
+    def _open_and_profile(self) -> tuple[RunningEngine, Profile, int]:
+        """The engine, its times, and the largest batch."""
+        settings = self.settings
+        engine = self._open_engine(self.bundle, settings.variant, provider=settings.provider, threads=self.threads)
+        self.provider, self.variant = engine.provider, engine.variant
+        max_batch = settings.max_batch or (GPU_BATCH if self._on_gpu else CPU_BATCH)
+        return engine, self._profile(engine, max_batch), max_batch
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.provider in ("cuda", "tensorrt")
 
     def _cascade(self, engine: Engine, schedule: Schedule, observer: Observer) -> Cascade:
         manifest = self.bundle.manifest

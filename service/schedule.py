@@ -23,13 +23,19 @@ import numpy as np
 
 
 class Profile:
-    """Seconds of each stage for each number of images: of trunk, expert 0, expert 1, ..., router included."""
+    """
+    Seconds of each stage for each number of images: of trunk, expert 0, expert 1, ..., router included.
+
+    Attributes:
+        measured: stage -> batch size -> seconds.
+    """
 
     def __init__(self, seconds: Mapping[str, Mapping[int, float]]) -> None:
         """
         Args:
             seconds: stage ("trunk", "expert_0", ...) -> batch size -> seconds.
         """
+        self.measured = seconds
         self._points = {
             stage: (np.array(sorted(sizes), float), np.array([sizes[size] for size in sorted(sizes)]))
             for stage, sizes in seconds.items()

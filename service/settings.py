@@ -5,6 +5,7 @@ import difflib
 import os
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -18,6 +19,22 @@ METAVARS = {
     "bundle": "DIR", "host": "ADDRESS", "variant": "NAME", "thresholds": "T,T", "scaled_decode": "true|false",
 }  # fmt: skip
 DEFAULT_BUNDLE = Path(__file__).parent / "default_bundle"
+
+
+@dataclass(frozen=True)
+class Command:
+    """What --help says of a command that takes the settings."""
+
+    name: str
+    description: str
+    examples: tuple[str, ...]
+
+
+SERVE = Command(
+    "ride-serve",
+    "Serve a bundle: POST /classify answers images, easy ones after one expert, hard ones after more.",
+    ("ride-serve", "ride-serve --bundle my-bundle --host 0.0.0.0 --max-mean-experts 1.5"),
+)
 
 
 class SettingsError(ValueError):
@@ -193,7 +210,7 @@ class Settings(BaseSettings):
         return self
 
 
-def read_settings(arguments: Sequence[str] | None = None) -> Settings:
+def read_settings(arguments: Sequence[str] | None = None, command: Command = SERVE) -> Settings:
     """
     Settings from the command line (None: this process's), then the environment, then the defaults.
 
@@ -201,7 +218,7 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
         SettingsError: naming each setting that cannot be.
         SystemExit: after --help or --version, and for an option that does not exist.
     """
-    given = vars(_parser().parse_args(arguments))
+    given = vars(_parser(command).parse_args(arguments))
     try:
         return Settings(**given)
     except ValidationError as error:
@@ -239,16 +256,16 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return textwrap.wrap(text, width)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: Command) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="ride-serve",
-        description="Serve a bundle: POST /classify answers images, easy ones after one expert, hard ones after more.",
-        epilog="examples:\n  ride-serve\n  ride-serve --bundle my-bundle --host 0.0.0.0 --max-mean-experts 1.5",
+        prog=command.name,
+        description=textwrap.fill(command.description, 100),
+        epilog="examples:\n  " + "\n  ".join(command.examples),
         formatter_class=lambda prog: _HelpFormatter(prog, max_help_position=24, width=100),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"ride-serve {__version__}")
+    parser.add_argument("--version", action="version", version=f"{command.name} {__version__}")
     for name, field in Settings.model_fields.items():
         default = "the one that ships with the package" if name == "bundle" else field.default
         if isinstance(default, ByteSize):

@@ -1,0 +1,52 @@
+"""The command line: ride-profile, how long each graph takes here."""
+
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from prometheus_client import CollectorRegistry
+
+from model_export.bundle import BundleError, read_bundle
+from service.cascade import NotFiniteError
+from service.classifier import Classifier
+from service.engine import EngineError, open_engine
+from service.settings import Command, SettingsError, read_settings
+from service.shares import choose_workers, share_of
+
+PROFILE: Final = Command(
+    "ride-profile",
+    "Run every graph of a bundle as ride-serve would with the same settings, print how long each takes, and end. With "
+    "TensorRT this builds its engines and keeps them on disk, so that ride-serve finds them there.",
+    ("ride-profile", "ride-profile --bundle my-bundle --provider tensorrt"),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0, 1 where the engine fails, 2 for the caller's mistakes."""
+    try:
+        settings = read_settings(arguments, PROFILE)
+        bundle = read_bundle(settings.bundle)
+        share = share_of(settings, choose_workers(settings))
+        classifier = Classifier(bundle, share, CollectorRegistry(), open_engine)
+    except (SettingsError, BundleError) as error:
+        print(f"ride-profile: {error}", file=sys.stderr)
+        return 2
+    try:
+        times = classifier.profile().measured
+    except (BundleError, EngineError, NotFiniteError) as error:
+        print(f"ride-profile: {error}", file=sys.stderr)
+        return 1
+    manifest = bundle.manifest
+    print(
+        f"{manifest.name} {manifest.version}, variant {classifier.variant}, provider {classifier.provider}, threads "
+        f"{classifier.threads}; milliseconds of one batch, the shortest of several runs, experts with their routers\n"
+    )
+    print("| images | " + " | ".join(times) + " |")
+    print("| --- |" + " --- |" * len(times))
+    for size in times["trunk"]:
+        print(f"| {size} | " + " | ".join(f"{1000 * stage[size]:.3f}" for stage in times.values()) + " |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
