@@ -92,7 +92,9 @@ class Recipe:
         collaborative: every expert's loss is computed on the mean logits (ablation).
         expert_taus: under "logit_adjusted", a `logit_tau` for each expert of its own; empty: `logit_tau` for all.
         reversed_tau: τ of SADE's third expert, the weight of the frequencies in reversed order.
-        teacher: run directory of a finished training whose mean logits the experts learn from; empty: none.
+        teacher: run directory of a finished training whose mean logits the experts learn from, or several, separated
+            by commas, whose mean logits are averaged; empty: none.
+        distill_each: every expert learns from the teacher on its own; else the mean of their logits does.
         distill_temperature, distill_weight: of that term.
         loss_times_experts: the whole loss is multiplied by the number of experts, as RIDE's code does when it distils.
         depth_fusion: SHIKE's network: the trunk has two stages, and each expert multiplies the features of its own last
@@ -222,6 +224,7 @@ class Recipe:
     expert_taus: tuple[float, ...] = ()
     reversed_tau: float = 2.0
     teacher: str = ""
+    distill_each: bool = False
     distill_temperature: float = 1.5
     distill_weight: float = 1.0
     loss_times_experts: bool = False
@@ -334,6 +337,8 @@ class Recipe:
             raise RecipeError("expert_taus: only for loss='logit_adjusted' under method 'ride' or 'shike'")
         if self.teacher and self.method != "ride":
             raise RecipeError(f"teacher={self.teacher!r}: only method 'ride' distils")
+        if self.distill_each and not self.teacher:
+            raise RecipeError("distill_each=True: there is no teacher to learn from; name a run, or take false")
         if self.method in ("shike", "sade", "ace") and (self.diversity_weight or self.collaborative):
             raise RecipeError(f"diversity_weight and collaborative: only for method 'ride', this is {self.method!r}")
         self._check_groups()

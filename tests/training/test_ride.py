@@ -102,6 +102,7 @@ def test_each_expert_may_have_a_prior_of_its_own():
     [
         ({"expert_taus": (1.0, 2.0), "loss": "logit_adjusted"}, "must be 3, one for each expert, or empty"),
         ({"expert_taus": (0.0, 1.0, 2.0)}, "only for loss='logit_adjusted'"),
+        ({"distill_each": True}, "there is no teacher to learn from"),
         ({"teacher": "runs/x", "method": "shike", "diversity_weight": 0.0}, "only method 'ride' distils"),
         ({"method": "shike"}, "diversity_weight and collaborative: only for method 'ride', this is 'shike'"),
     ],
@@ -149,12 +150,39 @@ def test_the_teacher_is_frozen_and_in_evaluation_mode(teacher):
     _, recipe = teacher
     _, (stage,) = build(recipe, [26, 15, 8, 4], *MEAN_STD)
     images = torch.randint(0, 256, (6, 16, 16, 3), dtype=torch.uint8)
-    before = {name: value.clone() for name, value in stage.teacher.net.state_dict().items()}
+    before = {name: value.clone() for name, value in stage.teacher.nets.state_dict().items()}
     together = stage.teacher(images)
 
     assert not together.requires_grad
     torch.testing.assert_close(torch.cat([stage.teacher(images[:1]), stage.teacher(images[1:])]), together)
-    assert all(before[name].equal(value) for name, value in stage.teacher.net.state_dict().items())
+    assert all(before[name].equal(value) for name, value in stage.teacher.nets.state_dict().items())
+
+
+def test_several_teachers_speak_as_one(teacher):
+    """The mean of their mean logits; one run named twice says what it says alone."""
+    run, recipe = teacher
+    other = dataclasses.replace(recipe, teacher=f"{run}, {run}")
+    images = torch.randint(0, 256, (6, 16, 16, 3), dtype=torch.uint8)
+    alone, twice = (build(each, [26, 15, 8, 4], *MEAN_STD)[1][0].teacher for each in (recipe, other))
+    torch.testing.assert_close(twice(images), alone(images))
+
+    with torch.no_grad():
+        twice.nets[1].experts[0].classifier.weight.mul_(-1)
+    each = [net(images).expert_logits.mean(dim=0) for net in twice.nets]
+    torch.testing.assert_close(twice(images), (each[0] + each[1]) / 2)
+    assert not torch.allclose(each[0], each[1])
+
+
+def test_every_expert_can_learn_from_the_teacher_on_its_own():
+    """The sum over experts of each one's divergence; else that of their mean."""
+    logits, taught = golden_logits(), teacher_logits()
+    outputs = Outputs(logits, logits, teacher_logits=taught)
+    recipe = dataclasses.replace(RIDE, teacher="runs/x", distill_weight=2.0)
+    each = RideLoss(dataclasses.replace(recipe, distill_each=True), COUNTS)(outputs, LABELS, 0)["distillation"]
+    mean = RideLoss(recipe, COUNTS)(outputs, LABELS, 0)["distillation"]
+
+    assert each.item() == pytest.approx(2 * sum(distillation_loss(own, taught, 1.5).item() for own in logits), **EXACT)
+    assert mean.item() == pytest.approx(2 * 3.590634, **EXACT)
 
 
 def test_a_distilled_training_logs_what_it_learns_from_its_teacher(teacher, tmp_path):

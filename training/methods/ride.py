@@ -32,7 +32,7 @@ from training.recipe import Recipe
 class RideLoss:
     """
     Σ over experts of the individual loss, plus λ times the diversity; neither is divided by the number of experts.
-    With a teacher, its mean logits are distilled into the mean of the experts' besides.
+    With a teacher, its mean logits are distilled into the mean of the experts' besides, or into each of them.
 
     Before the deferred epoch class weights and temperatures are all 1.
     """
@@ -59,9 +59,11 @@ class RideLoss:
             diversity = recipe.diversity_weight * self.diversity(expert_logits, temperatures)
             parts["diversity"] = diversity / len(expert_logits) if recipe.diversity_mean else diversity
         if outputs.teacher_logits is not None:
-            student = expert_logits.mean(dim=0)
-            distilled = distillation_loss(student, outputs.teacher_logits, recipe.distill_temperature)
-            parts["distillation"] = recipe.distill_weight * distilled
+            students = expert_logits if recipe.distill_each else expert_logits.mean(dim=0, keepdim=True)
+            distilled = [
+                distillation_loss(student, outputs.teacher_logits, recipe.distill_temperature) for student in students
+            ]
+            parts["distillation"] = recipe.distill_weight * torch.stack(distilled).sum()
         loss = torch.stack(list(parts.values())).sum()
         return {"loss": loss * len(expert_logits) if recipe.loss_times_experts else loss, **parts}
 

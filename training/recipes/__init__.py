@@ -35,6 +35,7 @@ from training.recipes.ride_own import RIDE_OWN
 from training.recipes.ride_retrained_cifar100 import RIDE_RETRAINED_CIFAR100
 from training.recipes.ride_swin_s import RIDE_SWIN_S
 from training.recipes.ride_swin_t import RIDE_SWIN_T
+from training.recipes.ride_taught_cifar100 import RIDE_TAUGHT_CIFAR100
 from training.recipes.sade_cifar100 import SADE_CIFAR100
 from training.recipes.sade_cifar100_50 import SADE_CIFAR100_50
 from training.recipes.shike_cifar100 import SHIKE_CIFAR100
@@ -45,6 +46,7 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (
         RIDE_CIFAR100, LDAM_DRW_CIFAR100, CE_CIFAR100, RIDE_OWN, RIDE_RETRAINED_CIFAR100,
+        RIDE_TAUGHT_CIFAR100,
         RIDE_2_CIFAR100, RIDE_4_CIFAR100, RIDE_6_CIFAR100, RIDE_DISTILLED_CIFAR100, RIDE_4_DISTILLED_CIFAR100,
         RIDE_CIFAR100_50, RIDE_CIFAR10, RIDE_CIFAR10_50,
         SHIKE_CIFAR100, SHIKE_CIFAR100_50, SADE_CIFAR100, SADE_CIFAR100_50,
