@@ -106,6 +106,15 @@ def test_widening_shortcut_keeps_every_second_pixel_and_pads_channels_on_both_si
     assert not out[:, [0, 3]].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_that_shortcut_as_a_convolution_is_the_same_to_the_bit(dtype):
+    """Odd and even sides; every channel is copied once or zero."""
+    shortcut = BasicBlock(16, 24, stride=2).shortcut
+    for side in (8, 9):
+        x = torch.randn(2, 16, side, side).to(dtype)
+        assert shortcut.as_convolution().to(dtype)(x).equal(shortcut(x))
+
+
 def test_routers_share_their_output_layer_and_see_the_mean_logits_sorted():
     """A router's logit from its parts, worked by hand; k never exceeds the number of classes."""
     routers = Routers(n_experts=3, n_features=4, n_classes=5, top_k=30, n_hidden=2)

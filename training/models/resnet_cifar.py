@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -9,12 +10,28 @@ BLOCKS = 5  # n, per stage, of ResNet-32
 TRUNK_WIDTH = 16
 
 
-class BasicBlock(nn.Module):
-    """
-    Two 3x3 convolutions and a shortcut without parameters (option A).
+class Subsampled(nn.Module):
+    """A shortcut without parameters (option A): every second row and column, and channels of zeros on both sides."""
 
-    Where the width grows, the shortcut takes every second row and column and pads channels with zeros on both sides.
-    """
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.width_in, self.width, self.stride = width_in, width, stride
+        self.padding = (width - width_in) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width_in, H, W) -> (B, width, H/stride, W/stride)."""
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+
+    def as_convolution(self) -> nn.Conv2d:
+        """The same as a 1x1 convolution of ones and zeros, exact in every precision."""
+        convolution = nn.Conv2d(self.width_in, self.width, 1, self.stride, bias=False)
+        with torch.no_grad():
+            nn.init.zeros_(convolution.weight)[self.padding : self.padding + self.width_in, :, 0, 0].fill_diagonal_(1)
+        return convolution
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut, which is `Subsampled` where the width grows."""
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()
@@ -22,14 +39,12 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.stride, self.channel_padding = stride, (width - width_in) // 2
+        self.shortcut = nn.Identity() if width == width_in else Subsampled(width_in, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width_in, H, W) -> (B, width, H/stride, W/stride)."""
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.channel_padding:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.channel_padding, self.channel_padding))
-        return F.relu(out + x)
+        return F.relu(out + self.shortcut(x))
 
 
 def _stage(width_in: int, width: int, stride: int, blocks: int) -> nn.Sequential:
