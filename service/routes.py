@@ -329,4 +329,4 @@ def _share(name: str, text: str) -> float:
 
 
 def _ms(seconds: float) -> float:
-    return round(1000 * seconds, 3)
+    return int(1e6 * seconds + 0.5) / 1000  # a quarter of what round() takes
