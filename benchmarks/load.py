@@ -352,7 +352,7 @@ def _run(load: Load, connections: int, warm_up_s: float, seconds: float) -> tupl
     gc.collect()
     gc.disable()  # a pause of ours would be the server's latency
     policy = os.sched_getscheduler(0)
-    # On shared cores an answer must not wake us in the middle of the server's work, three quarters of a switch a request.
+    # On shared cores an answer must not wake us in the middle of the server's work, as it does three times in four.
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -41,7 +41,8 @@ Sign = Literal["better", "comparable", "worse"]
 QUANTITIES = tuple((scope, part) for scope in ("many", "few") for part in ("error", "bias", "variance"))
 REBALANCED: tuple[Sign, ...] = ("worse", "comparable", "worse", "better", "better", "worse")
 EXPECTED: dict[str, tuple[Sign, ...]] = {  # by how the recipe's name begins
-    "ldam": REBALANCED, "crt": REBALANCED, "tau": REBALANCED, "ride": ("better",) * 6,
+    "ldam-drw-": REBALANCED, "crt-": REBALANCED, "tau-norm-": REBALANCED,
+    **{f"ride-{which}": ("better",) * 6 for which in ("cifar", "2-cifar", "4-cifar", "6-cifar")},
 }  # fmt: skip
 COMPARABLE_WITHIN = 0.1  # of the first method's value
 STANDARD_ERRORS = 2.0
@@ -228,6 +229,11 @@ def bias_variance(
         theirs, ours = ((r.data, r.profile, r.imbalance, r.image_size) for r in (recipe, first))
         if theirs != ours:
             raise RecipeError(f"{recipe.name}: is on other data than {first.name}: {theirs}, not {ours}")
+        if recipe.teacher:
+            raise RecipeError(
+                f"{recipe.name}: learns from {recipe.teacher}, the same for every draw and trained on other images; "
+                "draws need recipes without a teacher"
+            )
     if first.profile == "natural":
         raise RecipeError("profile=natural: there is one training set only; draws need exp or step")
     for size in (n_max, splits_n_max):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,10 @@ def _train(recipe: Recipe, run: Path, device: torch.device) -> dict[str, Any]:
     if recipe.pretrained is not None:
         info["pretrained"] = start_from(model.net, recipe)
 
-    def evaluate(current: Model, per_class: bool = False) -> dict[str, Any]:
+    def evaluate(current: Model, stage: str, per_class: bool = False) -> dict[str, Any]:
+        if stage != "routers":  # not trained yet, or never
+            current = Model(current.net, None)
+
         def summary() -> dict[str, Any]:
             thresholds = [PUBLISHED_THRESHOLD] * (recipe.n_experts - 1)
             macs = macs_of(current, recipe.image_size)
@@ -97,11 +101,11 @@ def _train(recipe: Recipe, run: Path, device: torch.device) -> dict[str, Any]:
             else:
                 run_stage(
                     model, stage, images, heldout, recipe,
-                    start=start, run=run, log=log, info=info, evaluate=evaluate,
+                    start=start, run=run, log=log, info=info, evaluate=partial(evaluate, stage=stage.name),
                 )  # fmt: skip
     finally:
         log.close()
-    results = evaluate(model, per_class=True)
+    results = evaluate(model, stages[-1].name, per_class=True)
     if rank() == 0:
         text = json.dumps(results | {"data": _describe(data)} | info, indent=1)
         write_atomically(run / "results.json", text + "\n")
@@ -132,6 +136,8 @@ def trained_model(run: Path) -> tuple[Checkpoint, Model]:
         if stage.arrange is not None:
             stage.arrange()
     checkpoint.load_into(model)
+    if "routers" not in stages:  # there, but never trained
+        model.routers = None
     return checkpoint, model.eval()
 
 

@@ -68,7 +68,7 @@ def test_class_balanced_focal_loss_weighs_images_but_not_their_probability():
 
     loss = focal_loss(logits, torch.tensor([0, 1]), 2.0, torch.tensor([1.0, 3.0]))
 
-    assert loss.item() == pytest.approx((each[0] + 3 * each[1]) / 4, rel=1e-6)
+    assert loss.item() == pytest.approx((each[0] + 3 * each[1]) / 2, rel=1e-6)
 
 
 def test_the_cb_focal_recipe_weighs_classes_from_the_first_epoch():
@@ -403,7 +403,21 @@ def test_the_trained_networks_logit_of_the_old_class_is_lowered(two_nets):
         )  # fmt: skip
         return model.net(made).expert_logits[0][:, 0].mean().item()
 
-    assert left(10.0) < left(0.0) - 0.1
+    assert left(300.0) < left(0.0) - 0.1
+
+
+def test_that_logit_counts_as_the_network_gives_it_before_the_loss_scales_it(two_nets):
+    """λ = 30 and a classifier that scales by 30, or λ = 1 and one that does not: the same images."""
+    recipe, model = two_nets
+    seeds, targets = noise(6, seed=3), torch.ones(6).long()
+
+    def made(weight, classifier):
+        other = dataclasses.replace(recipe, loss="ce", classifier=classifier, m2m_lambda=weight)
+        arguments = model.net, model.teachers["generator"], seeds, torch.zeros(6).long(), targets, other
+        return m2m.translate(*arguments, torch.Generator().manual_seed(0))[0]
+
+    assert recipe.cosine_scale == 30
+    torch.testing.assert_close(made(30.0, "cosine"), made(1.0, "linear"))
 
 
 def test_m2m_replaces_accepted_images_and_keeps_all_labels(two_nets):

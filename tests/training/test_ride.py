@@ -1,6 +1,7 @@
 """RIDE's switches: pairwise diversity, priors per expert, distillation, routers with output layers of their own."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -17,7 +18,7 @@ from training.models.multi_expert import Outputs
 from training.models.router import Routers
 from training.recipe import RecipeError
 from training.recipes import RECIPES
-from training.train import train
+from training.train import train, trained_model
 
 RIDE = RECIPES["ride-cifar100"]
 MEAN_STD = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -133,6 +134,9 @@ def test_routers_may_have_output_layers_of_their_own():
     )
 
 
+TAUGHT = [32, 20, 10, 4]  # images by class of `folder`, without those that are held out or tested
+
+
 @pytest.fixture(scope="module")
 def teacher(folder, tmp_path_factory):
     """A finished run of two experts, and the recipe of a student of its."""
@@ -148,7 +152,7 @@ def teacher(folder, tmp_path_factory):
 def test_the_teacher_is_frozen_and_in_evaluation_mode(teacher):
     """Its answers do not depend on the batch, take no gradient, and leave it as it was."""
     _, recipe = teacher
-    _, (stage,) = build(recipe, [26, 15, 8, 4], *MEAN_STD)
+    _, (stage,) = build(recipe, TAUGHT, *MEAN_STD)
     images = torch.randint(0, 256, (6, 16, 16, 3), dtype=torch.uint8)
     before = {name: value.clone() for name, value in stage.teacher.nets.state_dict().items()}
     together = stage.teacher(images)
@@ -163,7 +167,7 @@ def test_several_teachers_speak_as_one(teacher):
     run, recipe = teacher
     other = dataclasses.replace(recipe, teacher=f"{run}, {run}")
     images = torch.randint(0, 256, (6, 16, 16, 3), dtype=torch.uint8)
-    alone, twice = (build(each, [26, 15, 8, 4], *MEAN_STD)[1][0].teacher for each in (recipe, other))
+    alone, twice = (build(each, TAUGHT, *MEAN_STD)[1][0].teacher for each in (recipe, other))
     torch.testing.assert_close(twice(images), alone(images))
 
     with torch.no_grad():
@@ -195,12 +199,28 @@ def test_a_distilled_training_logs_what_it_learns_from_its_teacher(teacher, tmp_
     assert metrics["loss"] == pytest.approx(sum(metrics[k] for k in ("individual", "diversity", "distillation")))
 
 
+def test_routers_that_were_never_trained_are_not_reported(teacher):
+    """Neither in the figures nor as a part of the model; its experts are."""
+    run, _ = teacher
+    results = json.loads((run / "results.json").read_text())
+    checkpoint, model = trained_model(run)
+
+    assert len(results["experts"]) == len(model.net.experts) == 2
+    assert "routed" not in results
+    assert "routed" not in checkpoint.metrics.get("test", {})
+    assert model.routers is None
+
+
 def test_a_teacher_that_does_not_fit_is_refused(teacher, tmp_path):
-    """Missing, of other classes, of another image size."""
+    """Missing, of other classes, of other images, of another image size."""
     _, recipe = teacher
     with pytest.raises(CheckpointError, match=r"teacher: .*none: no checkpoints there"):
-        build(dataclasses.replace(recipe, teacher=str(tmp_path / "none")), [26, 15, 8, 4], *MEAN_STD)
+        build(dataclasses.replace(recipe, teacher=str(tmp_path / "none")), TAUGHT, *MEAN_STD)
     with pytest.raises(CheckpointError, match="has classes 4, this training 3"):
-        build(recipe, [26, 15, 8], *MEAN_STD)
+        build(recipe, TAUGHT[:3], *MEAN_STD)
+    with pytest.raises(CheckpointError, match=r"images by class \[32, 20, 10, 4\], this training \[32, 20, 10, 5\]"):
+        build(recipe, [32, 20, 10, 5], *MEAN_STD)
+    with pytest.raises(CheckpointError, match="has subset_seed 0, this training 1; it must have seen the same"):
+        build(dataclasses.replace(recipe, subset_seed=1), TAUGHT, *MEAN_STD)
     with pytest.raises(CheckpointError, match="has image_size 16, this training 32"):
-        build(dataclasses.replace(recipe, image_size=32), [26, 15, 8, 4], *MEAN_STD)
+        build(dataclasses.replace(recipe, image_size=32), TAUGHT, *MEAN_STD)

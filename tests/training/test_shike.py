@@ -111,6 +111,9 @@ def test_learning_rates_are_those_of_the_authors_code():
     assert classifiers.lr(10) == pytest.approx(0.1 * 0.75)  # a third of the cosine
     assert experts.epochs + classifiers.epochs == 200
 
+    _, (_, at_once, _) = shike.build(dataclasses.replace(SHIKE, retrain_warmup_epochs=0), COUNTS, *MEAN_STD)
+    assert at_once.lr(0) == pytest.approx(0.1)
+
 
 def test_one_expert_has_nobody_to_learn_from():
     """Refused, by name."""

@@ -4,7 +4,8 @@ from the first to the second as the epochs go by.
 
 The last block of the last stage is doubled, and the classifier sees both branches' features side by side. A batch is
 first half uniform, second half drawn with frequencies reversed. In training each branch sees its own half only, so that
-its batch norms do too; in evaluation both see every image, at equal weight.
+its batch norms do too; in evaluation both see every image, at equal weight. The shared layers'
+batch norms see the whole batch at once; the public code passes its halves through them one after the other.
 
 Source: Zhou et al., "BBN: Bilateral-Branch Network with Cumulative Learning", arXiv:1912.02413, and its public code.
 """

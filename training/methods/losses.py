@@ -108,7 +108,7 @@ def focal_loss(logits: Tensor, labels: Tensor, gamma: float, class_weights: Tens
         logits: (B, C).
         labels: (B,).
         gamma: 0 gives cross-entropy.
-        class_weights: (C,); the loss is normalised by the batch's sum of weights.
+        class_weights: (C,); weighted or not, the sum is divided by B.
 
     Returns:
         (), in nats.
@@ -119,8 +119,7 @@ def focal_loss(logits: Tensor, labels: Tensor, gamma: float, class_weights: Tens
     losses = (1 - torch.exp(-entropy)) ** gamma * entropy
     if class_weights is None:
         return losses.mean()
-    weights = class_weights[labels].to(losses.dtype)
-    return (weights * losses).sum() / weights.sum()
+    return (class_weights[labels].to(losses.dtype) * losses).mean()
 
 
 def diversity_loss(expert_logits: Tensor, temperatures: Tensor) -> Tensor:

@@ -70,7 +70,9 @@ def translate(
     recipe: Recipe, generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """
-    Descend from noisy images on CE(judge, target) + λ · the trained network's logit of the seed's class.
+    Descend from noisy images on CE(judge, target) + λ · the trained network's output for the seed's class.
+
+    With a cosine classifier that is the cosine itself, as in the public code, whose loss does the scaling.
 
     Args:
         trained, judge: in evaluation mode.
@@ -84,11 +86,12 @@ def translate(
     length = noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     noise *= (recipe.m2m_noise / length).clamp(max=1)
     pixels = (images.float() / 255 + noise.to(images.device)).clamp(0, 1)
+    scale = recipe.cosine_scale if recipe.classifier == "cosine" else 1.0
     with torch.autocast(images.device.type, enabled=False), torch.enable_grad():
         for _ in range(recipe.m2m_steps):
             pixels = pixels.detach().requires_grad_()
             wanted = F.cross_entropy(judge(255 * pixels).expert_logits[0], targets)
-            left = trained(255 * pixels).expert_logits[0].gather(1, seed_labels.unsqueeze(1)).mean()
+            left = trained(255 * pixels).expert_logits[0].gather(1, seed_labels.unsqueeze(1)).mean() / scale
             (slope,) = torch.autograd.grad(wanted + recipe.m2m_lambda * left, pixels)
             steepness = slope.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
             pixels = (pixels - recipe.m2m_step_size * slope / (steepness + 1e-10)).clamp(0, 1)

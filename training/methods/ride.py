@@ -117,5 +117,5 @@ def build(
     model = build_model(recipe, len(class_counts), mean, std)
     experts = experts_stage(recipe, model, RideLoss(recipe, class_counts), len(class_counts))
     if recipe.teacher:
-        experts = dataclasses.replace(experts, teacher=Teacher(recipe, len(class_counts)))
+        experts = dataclasses.replace(experts, teacher=Teacher(recipe, class_counts))
     return model, [experts, *later_stages(recipe, model, class_counts)]

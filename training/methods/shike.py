@@ -103,10 +103,9 @@ def build(
     model = build_model(recipe, len(class_counts), mean, std)
     stages: list[Stage | FitStage] = [experts_stage(recipe, model, ShikeLoss(recipe, class_counts), len(class_counts))]
     stages += later_stages(recipe, model, class_counts)
+    warmup = recipe.warmup_epochs if recipe.retrain_warmup_epochs is None else recipe.retrain_warmup_epochs
     schedules: dict[str, Callable[[int], float]] = {
-        "classifiers": partial(
-            peak_lr, recipe.retrain_lr, RETRAINING_BEGINS_AT, recipe.retrain_epochs, recipe.warmup_epochs
-        )
+        "classifiers": partial(peak_lr, recipe.retrain_lr, RETRAINING_BEGINS_AT, recipe.retrain_epochs, warmup)
     }
     if recipe.schedule == "cosine":
         schedules["experts"] = partial(peak_lr, recipe.lr, 0.0, recipe.epochs, recipe.warmup_epochs)

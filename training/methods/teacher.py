@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -11,6 +12,12 @@ from torch import Tensor, nn
 from training.checkpoint import CheckpointError
 from training.models.multi_expert import MultiExpertNet
 from training.recipe import Recipe
+
+# Of the recipe: which images there are. A teacher that has seen others hands on what it learnt from them.
+IMAGES = (
+    "image_size", "data", "train_list", "val_list", "image_root", "profile", "imbalance", "n_max", "subset_order",
+    "subset_seed",
+)  # fmt: skip
 
 
 class Teacher:
@@ -22,15 +29,15 @@ class Teacher:
 
     Args:
         recipe: of the student; `recipe.teacher` is a run directory, or several, separated by commas.
-        n_classes: of the student.
+        class_counts: of the student's training images.
 
     Raises:
-        CheckpointError: for a run that is missing, not finished, or of other classes or another image size.
+        CheckpointError: for a run that is missing, not finished, or that was trained on other images.
     """
 
-    def __init__(self, recipe: Recipe, n_classes: int) -> None:
+    def __init__(self, recipe: Recipe, class_counts: Sequence[int]) -> None:
         runs = [run.strip() for run in recipe.teacher.split(",")]
-        self.nets = nn.ModuleList(_network(run, recipe, n_classes) for run in runs)
+        self.nets = nn.ModuleList(_network(run, recipe, class_counts) for run in runs)
         self.nets.requires_grad_(False).eval().to(memory_format=torch.channels_last)
         self.compiled = [torch.compile(net, dynamic=False) if recipe.compile else net for net in self.nets]
 
@@ -41,17 +48,21 @@ class Teacher:
             return torch.stack([net(images).expert_logits.mean(dim=0) for net in self.compiled]).mean(dim=0)
 
 
-def _network(run: str, recipe: Recipe, n_classes: int) -> MultiExpertNet:
+def _network(run: str, recipe: Recipe, class_counts: Sequence[int]) -> MultiExpertNet:
     from training.train import trained_model  # which imports the methods
 
     try:
         checkpoint, model = trained_model(Path(run))
     except CheckpointError as error:
         raise CheckpointError(f"teacher: {error}") from None
-    for what, theirs, ours in (
-        ("classes", len(checkpoint.classes), n_classes),
-        ("image_size", checkpoint.recipe.image_size, recipe.image_size),
-    ):
+    compared = {name: (getattr(checkpoint.recipe, name), getattr(recipe, name)) for name in IMAGES}
+    compared |= {
+        "classes": (len(checkpoint.class_counts), len(class_counts)),
+        "images by class": (list(checkpoint.class_counts), list(class_counts)),
+    }
+    for what, (theirs, ours) in compared.items():
         if theirs != ours:
-            raise CheckpointError(f"teacher: {run} has {what} {theirs}, this training {ours}")
+            raise CheckpointError(
+                f"teacher: {run} has {what} {theirs}, this training {ours}; it must have seen the same"
+            )
     return cast(MultiExpertNet, model.net)

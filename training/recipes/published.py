@@ -33,7 +33,9 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
         Published("its authors' later rerun", 48.6, 67.0, 49.9, 25.7, routed=True),
     ),
     "ride-2-cifar100": (Published("RIDE, arXiv:2010.01809", 47.0, 67.9, 48.4, 21.8, macs=64.8, routed=True),),
-    "ride-4-cifar100": (Published("RIDE, arXiv:2010.01809", 49.1, 69.3, 49.3, 26.0, macs=91.9, routed=True),),
+    "ride-4-cifar100": (
+        Published("RIDE, arXiv:2010.01809, with distillation", 49.1, 69.3, 49.3, 26.0, macs=91.9, routed=True),
+    ),
     "ride-6-cifar100": (Published("RIDE's authors, the teacher", 50.2, 69.3, 52.1, 25.8),),
     "ride-distilled-cifar100": (Published("RIDE's authors, later rerun", 49.0, 67.6, 50.9, 25.2, routed=True),),
     "ride-4-distilled-cifar100": (Published("RIDE's authors, later rerun", 49.4, 67.7, 51.3, 25.7, routed=True),),
@@ -61,14 +63,14 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
     "tau-norm-cifar100": (Published("RIDE's authors' run, arXiv:2010.01809", 43.2, 65.7, 43.6, 17.3, macs=69.5),),
     "m2m-cifar100": (Published("M2m, arXiv:2004.00431", 43.5),),
     "lfme-cifar100": (Published("RIDE, arXiv:2010.01809", 43.8),),
-    "ride-imagenet-lt-r50": (Published("RIDE, arXiv:2010.01809", 54.9, macs=4360.0, routed=True),),
+    "ride-imagenet-lt-r50": (Published("RIDE, arXiv:2010.01809, with distillation", 54.9, macs=4360.0, routed=True),),
     "ride-imagenet-lt-x50": (
-        Published("RIDE, arXiv:2010.01809", 56.4, macs=4690.0, routed=True),
-        Published("its authors' later rerun", 55.7, 67.0, 52.2, 36.0, routed=True),
+        Published("RIDE's authors, later rerun", 55.7, 67.0, 52.2, 36.0, routed=True),
+        Published("RIDE, arXiv:2010.01809, with distillation", 56.4, macs=4690.0, routed=True),
     ),
     "ride-inaturalist-r50": (
-        Published("RIDE, arXiv:2010.01809", 72.2, 70.2, 72.2, 72.7, macs=4170.0, routed=True),
-        Published("its authors' later rerun", 71.2, 70.2, 71.2, 71.6, routed=True),
+        Published("RIDE's authors, later rerun", 71.2, 70.2, 71.2, 71.6, routed=True),
+        Published("RIDE, arXiv:2010.01809, with distillation", 72.2, 70.2, 72.2, 72.7, macs=4170.0, routed=True),
     ),
     "ride-swin-t": (Published("RIDE's authors", 54.4, 65.7, 50.7, 35.5),),  # 3 experts; 2: 53.6 (65.0/50.0/34.2)
     "ride-swin-s": (Published("RIDE's authors", 56.2, 67.0, 53.0, 37.5),),  # 3 experts; 2: 56.3 (67.4/52.9/37.0)
