@@ -107,11 +107,13 @@ def _add_routes(app: FastAPI, classifier: Classifier) -> None:
     async def page() -> FileResponse:
         return FileResponse(STATIC / "index.html")
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", summary="Whether the process lives")
     async def healthz() -> dict[str, str]:
         """200 while it does: restart it where this fails."""
         return {"status": "ok"}
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", summary="Whether it takes work", responses={503: {"model": ErrorAnswer}})
     async def readyz(request: Request) -> Response:
         """

@@ -111,7 +111,8 @@ class Batcher(Generic[Item, Result]):
     def reserve(self, count: int) -> None:
         """Take `count` places at once, or raise QueueFullError."""
         now = time.monotonic()
-        saved = self._saved if count < self._saved and now < self._saved_until else 0
+        # With nobody waiting there is room for the large request, too; then small ones need not be turned away.
+        saved = self._saved if self.waiting and count < self._saved and now < self._saved_until else 0
         if self.waiting + count + saved > self._max_queue:
             retry_after = self._retry_after()
             if not saved:

@@ -216,13 +216,21 @@ class Classifier:
         self._reserve(len(uploads))
         if len(uploads) == 1:
             return [await self._classify_one(uploads[0], choice)]
-        tasks = [asyncio.create_task(self._classify_one(upload, choice)) for upload in uploads]
+        begun = 0
+
+        async def one(upload: Upload) -> Classified | ServiceError:
+            nonlocal begun
+            begun += 1  # from here on it sees to its place itself
+            return await self._classify_one(upload, choice)
+
+        tasks = [asyncio.create_task(one(upload)) for upload in uploads]
         try:
             return list(await asyncio.gather(*tasks))
         except BaseException:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._batcher.release(len(tasks) - begun)
             raise
 
     def submit(self, job: Job) -> "asyncio.Future[Outcome]":

@@ -2,12 +2,14 @@
 
 import io
 import math
+import re
 from typing import Any, Final
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from model_export.bundle import InputSpec
 from service.errors import ServiceError
@@ -17,9 +19,19 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow would warn at one size and refuse at ano
 FILTERS: Final = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 JPEG_START: Final = b"\xff\xd8\xff"
 PNG_START: Final = b"\x89PNG\r\n\x1a\n"
+PNG_DEPTH_AT: Final = 24  # in a file whose first chunk is the header, as it must be
 INNER_SHARE: Final = 7 / 8  # of the shorter side, in "inner_crop": 224 of 256
 SMALL_JPEG: Final = 640 * 480  # pixels that take about a millisecond
 SMALL_PNG: Final = 200 * 200
+SMALL_BYTES: Final = 256 * 1024
+# A progressive JPEG is painted over once for each scan; real ones have about 10, a hostile one as many as it has room for.
+SCAN_MARK: Final = b"\xff\xda"
+JPEG_END: Final = b"\xff\xd9"
+JPEG_MARKER: Final = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # what else follows 0xff belongs to a scan
+MAX_SCANS: Final = 100
+SMALL_SCANS: Final = 16
+TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_TILE_WIDTH, TIFF_TILE_LENGTH = 258, 262, 322, 323
+WHITE_IS_ZERO: Final = 0
 SCALED_MARGIN: Final = 7  # times the input size; below 6, accuracy moved by more than 0.1 points
 EXIF_MARK: Final = b"Exif\0\0"
 EXIF_WITHIN: Final = 64 * 1024  # it comes among the first segments, of 64 KiB at most
@@ -58,6 +70,11 @@ def decode(data: bytes, spec: InputSpec, max_pixels: int, *, scaled: bool = Fals
     if kind is None:
         raise _no_image(data)
     try:
+        if kind == "JPEG" and data.count(SCAN_MARK) > MAX_SCANS and _has_too_many_scans(data):
+            raise ServiceError(
+                "image_unsupported",
+                f"JPEG has more than {MAX_SCANS} scans, each of which paints it anew; save it in fewer",
+            )
         pixels = _decode_jpeg(data, spec, max_pixels, scaled) if kind == "JPEG" else None
         if pixels is None:
             pixels = np.asarray(_decode_any(kind, data, max_pixels))
@@ -72,15 +89,34 @@ def decode(data: bytes, spec: InputSpec, max_pixels: int, *, scaled: bool = Fals
 
 def is_small(data: bytes) -> bool:
     """Whether decoding takes so little that a hand-over to another thread would cost more. False where unknown."""
+    if len(data) > SMALL_BYTES:
+        return False
     if data.startswith(JPEG_START):
+        if data.count(SCAN_MARK) > SMALL_SCANS:
+            return False
         try:
             height, width, *_ = simplejpeg.decode_jpeg_header(data)
         except ValueError:
             return False
         return bool(height * width <= SMALL_JPEG)
-    if data.startswith(PNG_START) and len(data) >= 24:
+    if data.startswith(PNG_START) and data[12:16] == b"IHDR" and len(data) >= 24:
         width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
         return width * height <= SMALL_PNG
+    return False
+
+
+def _has_too_many_scans(data: bytes) -> bool:
+    """Of the image itself, not of its preview or of a video that is appended to it."""
+    at = scans = 0
+    while marker := JPEG_MARKER.search(data, at):
+        at = marker.end()
+        if marker[0] == JPEG_END:
+            break
+        if marker[0] != JPEG_START[:2]:  # all others have a length here
+            at += int.from_bytes(data[at : at + 2])
+        scans += marker[0] == SCAN_MARK
+        if scans > MAX_SCANS:
+            return True
     return False
 
 
@@ -112,10 +148,27 @@ def _scale(height: int, width: int, spec: InputSpec) -> int:
 def _decode_any(kind: str, data: bytes, max_pixels: int) -> Image.Image:
     with Image.open(io.BytesIO(data), formats=(kind,)) as image:
         _check_size(kind, image.width, image.height, max_pixels)
+        bits, negative = 16, False
+        if isinstance(image, TiffImageFile):
+            tags = image.tag_v2
+            tile = tags.get(TIFF_TILE_WIDTH, 0), tags.get(TIFF_TILE_LENGTH, 0)
+            _check_size("TIFF with tiles", *tile, max_pixels)  # which are decoded whole
+            bits, negative = tags.get(TIFF_BITS, (16,))[0], tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO
+        elif kind == "PNG":
+            _widen_transparency(image, depth=data[PNG_DEPTH_AT])
         orientation = _orientation(image)  # before loading: of a TIFF, loading undoes and forgets it
         image.load()
-        pixels = to_rgb(image)
+        pixels = to_rgb(image, bits=bits, negative=negative)
         return pixels if kind == "TIFF" else _turn(pixels, orientation)
+
+
+def _widen_transparency(image: Image.Image, depth: int) -> None:
+    """Bring the transparent shade or colour of a PNG to the 8 bits that Pillow brings its pixels to; it forgets to."""
+    shade = image.info.get("transparency")
+    if depth == 16 and isinstance(shade, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in shade)
+    elif depth < 8 and isinstance(shade, int) and image.mode in ("1", "L"):
+        image.info["transparency"] = shade * 255 // (2**depth - 1)
 
 
 def _check_size(kind: str, width: int, height: int, max_pixels: int) -> None:
@@ -148,15 +201,22 @@ def sniff(data: bytes) -> str | None:
     return None
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a loaded image of any 8- or 16-bit mode to RGB; what is transparent becomes white."""
+def to_rgb(image: Image.Image, *, bits: int = 16, negative: bool = False) -> Image.Image:
+    """
+    Convert a loaded image of any 8- or 16-bit mode to RGB; what is transparent becomes white.
+
+    Args:
+        bits: of grey with more than 8; white is the largest number of so many.
+        negative: 0 is white in it. Pillow has turned 8-bit grey itself.
+    """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.uint32)
+        grey, white = np.asarray(image).astype(np.uint32), 2**bits - 1
         if "transparency" in image.info:  # the one shade that is; Pillow's own conversion would forget it
-            grey[grey == image.info["transparency"]] = 65535
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")  # 257 takes 65,535 to 255
+            grey[grey == image.info["transparency"]] = white
+        grey = (255 * np.minimum(grey, white) + white // 2) // white
+        return Image.fromarray((255 - grey if negative else grey).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F", "LAB"):
         raise ServiceError(
             "image_unsupported",

@@ -1,6 +1,7 @@
 """
 HTTP as uvicorn speaks it, with the limits it lacks: on the size of a request's head, and on the time it takes.
 
+An offer to go on in another protocol (Java's client makes one for HTTP/2) is passed over; uvicorn would lose the body.
 And with a short way: a small request that came whole is first offered to a handler that needs no task for it.
 """
 
@@ -8,14 +9,17 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Final, Literal, TypeAlias
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.headers import Headers
 
 MAX_HEAD_BYTES: Final = 64 * 1024
+OFFERS: Final = (b"upgrade", b"http2-settings")  # headers, and what they are called in "connection"
 HEAD_S: Final = 10.0  # from a connection's, or a request's, first byte to the end of its headers
 FRAMING_PER_BODY_BYTE: Final = 8  # chunks of one byte each cost five more
 SHORT_BYTES: Final = 64 * 1024  # of body; larger ones hardly ever come in one piece
+INVALID: Final = "Invalid HTTP request received."
 TOO_LARGE: Final = b"request head exceeds 65,536 bytes; send shorter headers"
 
 
@@ -81,7 +85,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self._short_way = short_way
         self._held_back: list[bytes] | None = None  # the body of a request of which uvicorn knows nothing yet
 
-    cycle: Any  # uvicorn's, or an Exchange
+    cycle: Any  # uvicorn's, or an Exchange: of the request that came last
+    _running: Any = None  # likewise: of the one that is being answered, or was last
+    _passed_over = False  # whether the present head offers another protocol, so that it comes again without
     _messages = 0  # requests begun on this connection
     _phase: Literal["between", "head", "body"] = "between"
     _framing_bytes = 0  # of the present request, what is not body
@@ -105,18 +111,21 @@ class GuardedProtocol(HttpToolsProtocol):
         self._cancel_head_timer()
         if self._idle_timer is not None:
             self._idle_timer.cancel()
+        running = self._running
         if isinstance(self.cycle, Exchange):
-            hung_up, self.cycle = self.cycle.hung_up, None
-            if hung_up is not None:
-                hung_up()
-        super().connection_lost(exc)
+            self.cycle = None
+        super().connection_lost(exc)  # which tells the last request's cycle
+        if isinstance(running, Exchange):
+            if running.hung_up is not None:
+                running.hung_up()
+        elif running is not None and not running.response_complete:
+            running.disconnected = True
+            running.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         """Parse, then see how much of it was not body; one read is small enough to be let through."""
         messages, phase, body_bytes = self._messages, self._phase, self._body_bytes
-        super().data_received(data)
-        if self._held_back is not None:  # the rest is still to come
-            self._hand_on()
+        self._parse(data)
         if self.transport.is_closing():
             return
         stray = phase == self._phase == "between" and self._messages == messages  # it belongs to no request
@@ -127,6 +136,38 @@ class GuardedProtocol(HttpToolsProtocol):
                 return
         if self._head_timer is None and (self._phase == "head" or stray):
             self._head_timer = self.loop.call_later(HEAD_S, self._head_timed_out)
+
+    def _parse(self, data: bytes) -> None:
+        try:
+            while True:
+                try:
+                    self.parser.feed_data(data)
+                    break
+                except httptools.HttpParserUpgrade as offer:
+                    data = self._head_without_offer() + data[offer.args[0] :]
+                    self.parser = httptools.HttpRequestParser(self)
+                    self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+            if self._held_back is not None:  # the rest is still to come
+                self._hand_on()
+        except httptools.HttpParserError:
+            self._held_back = None
+            if not self.transport.is_closing():
+                self.logger.warning(INVALID)
+                self.send_400_response(INVALID)
+
+    def _head_without_offer(self) -> bytes:
+        """The head that the parser has just read, without its offer; the parser takes it for the last of HTTP."""
+        self._passed_over = False
+        if self.parser.get_method() == b"CONNECT":
+            raise httptools.HttpParserError("this is no proxy")
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+        for name, value in self.headers:
+            if name == b"connection":
+                kept = [token.strip() for token in value.split(b",")]
+                value = b", ".join(token for token in kept if token.lower() not in OFFERS)
+            if name not in OFFERS:
+                lines.append(name + b": " + value)
+        return b"\r\n".join((*lines, b"", b""))
 
     def on_message_begin(self) -> None:
         """A request's first byte."""
@@ -139,7 +180,9 @@ class GuardedProtocol(HttpToolsProtocol):
         """The head is over."""
         self._phase = "body"
         self._cancel_head_timer()
-        if self._may_be_short():
+        if self.parser.should_upgrade():
+            self._passed_over = True
+        elif self._may_be_short():
             self._held_back = []
         else:
             super().on_headers_complete()
@@ -155,6 +198,8 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """The request is over; the next one may follow."""
         self._phase = "between"
+        if self._passed_over:
+            return
         if self._held_back is not None:
             if self._take_short_way(self._held_back):
                 self._held_back = None
@@ -181,11 +226,16 @@ class GuardedProtocol(HttpToolsProtocol):
     def _take_short_way(self, body: list[bytes]) -> bool:
         assert self._short_way is not None
         exchange = Exchange(self, keep_alive=self.parser.should_keep_alive())
-        before, self.cycle = self.cycle, exchange
+        before = self.cycle, self._running
+        self.cycle = self._running = exchange
         taken = self._short_way(self.url.partition(b"?")[2], self.headers, b"".join(body), exchange)
         if not taken:
-            self.cycle = before
+            self.cycle, self._running = before
         return taken
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _hand_on(self) -> None:
         """Let uvicorn know of the request after all."""
@@ -213,7 +263,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _close_if_idle(self) -> None:
         wait = self._idle_since + self.timeout_keep_alive - self.loop.time()
-        if self._phase != "between" or self._answering():
+        if self._phase == "head" or self._answering():  # a body that never comes may have been answered already
             wait = self.timeout_keep_alive
         if wait > 0:
             self._idle_timer = self.loop.call_later(wait, self._close_if_idle)

@@ -42,6 +42,7 @@ class ClassifyRoute:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; whatever happens, it is counted and logged, and the client gets JSON."""
         started = time.perf_counter()
+        status = CLIENT_GONE
         request_id = request_id_of(scope["headers"])
         body = Body(scope["headers"], receive)
         try:
@@ -55,9 +56,9 @@ class ClassifyRoute:
                 await body.discard(2 * self._settings.max_bytes)
             await self._send(send, status, _refusal(request_id, error), body, request_id, error)
         except ClientGoneError:
-            status = CLIENT_GONE
             log(logging.INFO, "client_gone", request_id=request_id)
-        self._classifier.metrics.request_done(status, time.perf_counter() - started)
+        finally:
+            self._classifier.metrics.request_done(status, time.perf_counter() - started)
 
     def at_once(self, query: bytes, headers: Headers, data: bytes, exchange: Exchange) -> bool:
         """

@@ -27,6 +27,7 @@ SHORT_LIFE_S: Final = 60.0  # a worker that dies sooner makes its successor wait
 RESTART_PAUSES_S: Final = (0.0, 0.5, 1.0, 2.0, 4.0)  # ... so long; after the last of them the service gives up
 STUCK_S: Final = 30.0  # a worker whose event loop has stood still for so long is killed, ...
 LOOK_EVERY_S: Final = 5.0  # ... which is looked for so often
+PAUSE_S: Final = 2 * LOOK_EVERY_S  # longer between two looks: everything stood still
 PATIENCE_S: Final = 5.0  # beyond the time to drain, until a worker that does not end is killed
 STARTING_TICK_S: Final = 0.05  # how often the supervisor looks whether the workers are ready; only until they are
 
@@ -46,6 +47,7 @@ class Worker:
         sockets: on which it listens. The supervisor holds them too, so that connections wait for a successor.
         pid: 0 while nobody does.
         started, due: time.monotonic() of its start, or of its successor's.
+        killed: the pid that was killed for being stuck or late.
         short_lives: how many of its processes, one after another, died soon.
     """
 
@@ -56,6 +58,7 @@ class Worker:
     started: float = 0.0
     due: float = 0.0
     short_lives: int = 0
+    killed: int = 0
 
 
 class Supervisor:
@@ -86,6 +89,7 @@ class Supervisor:
         self._all_ready = False
         self._stopping = False
         self._kill_at = math.inf
+        self._looked = self._went_on = self._began  # time.monotonic() of the last look, and of the end of the last pause
         self._exit_code = 0
 
     def run(self) -> int:
@@ -230,16 +234,25 @@ class Supervisor:
             log(logging.INFO, "ready", workers=self._counters.workers, seconds=seconds)
 
     def _kill_the_stuck(self) -> None:
-        """End those that do not end by themselves in time, and those that are ready but do nothing any more."""
+        """
+        End those that do not end by themselves in time, and those that are ready but do nothing any more.
+
+        Where this process, too, stood still (the container was paused), the workers get the whole time once more.
+        """
         now = time.monotonic()
+        if now - self._looked > PAUSE_S:
+            self._went_on = now
+        self._looked = now
         overdue = now >= self._kill_at
         if overdue:
             self._kill_at = math.inf
         for worker in self._workers:
             row = self._counters.row(worker.slot)
-            if worker.pid and (overdue or (row[READY] and now - row[BEAT] > STUCK_S)):
+            stuck = row[READY] and now - max(row[BEAT], self._went_on) > STUCK_S
+            if worker.pid and worker.killed != worker.pid and (overdue or stuck):
                 log(logging.ERROR, "worker_killed", worker=worker.name, pid=worker.pid)
                 os.kill(worker.pid, signal.SIGKILL)
+                worker.killed = worker.pid
 
 
 def let_signals_in() -> None:

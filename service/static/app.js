@@ -1,6 +1,6 @@
 // The web page: sends images to POST /classify and shows what came back. Talks to nothing else than this service.
 
-const FILES_AT_ONCE = 8; // one request each, so that the first answers of many images are seen early
+const REQUESTS_AT_ONCE = 4; // of one file each: limits on a request then meet single files, and first answers come early
 const REASONS = {
   confident: "a router was confident",
   last: "every expert was needed",
@@ -76,14 +76,15 @@ async function classify(files) {
 
   const waiting = images.map((file) => ({ file, card: newCard(file) }));
   byId("results").prepend(...waiting.map(({ card }) => card));
-  for (let start = 0; start < waiting.length; start += FILES_AT_ONCE) {
-    await send(waiting.slice(start, start + FILES_AT_ONCE), options);
-  }
+  const sendNext = async () => {
+    while (waiting.length) await send(waiting.shift(), options);
+  };
+  await Promise.all(Array.from({ length: REQUESTS_AT_ONCE }, sendNext));
 }
 
-async function send(batch, options) {
+async function send({ file, card }, options) {
   const body = new FormData();
-  for (const { file } of batch) body.append("file", file, file.name);
+  body.append("file", file, file.name);
   let answer;
   try {
     const response = await fetch(`classify?${options}`, { method: "POST", body });
@@ -91,11 +92,9 @@ async function send(batch, options) {
   } catch (error) {
     answer = { error: { code: "no answer", message: `${error.message}. Is the service running?` } };
   }
-  batch.forEach(({ card }, i) => {
-    const result = answer.results?.[i] ?? { error: answer.error };
-    card.classList.remove("waiting");
-    card.append(...(result.error ? showError(card, result.error, answer.request_id) : showResult(card, result)));
-  });
+  const result = answer.results?.[0] ?? { error: answer.error };
+  card.classList.remove("waiting");
+  card.append(...(result.error ? showError(card, result.error, answer.request_id) : showResult(card, result)));
   showSession();
 }
 

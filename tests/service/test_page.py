@@ -12,7 +12,7 @@ from threading import Thread
 import pytest
 
 from service.headers import PAGE_POLICY
-from service.schemas import Answer, ModelAnswer
+from service.schemas import Answer, ErrorAnswer, ModelAnswer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 STATIC = Path(__file__).parents[2] / "service" / "static"
@@ -68,7 +68,10 @@ ANSWERED = {
     "latency_ms": {"decode": 0.2, "queue": 1.1, "trunk": 1.9, "experts": [1.2, 1.0], "total": 6.6},
 }  # fmt: skip
 FAILED = {"filename": "notes.txt", "error": {"code": "image_unsupported", "message": "5 bytes are no known image"}}
-ANSWER = {"request_id": "r1", "model": {"name": "pets", "version": "7"}, "results": [ANSWERED, FAILED]}
+ANSWERS = {
+    "tiger.png": {"request_id": "r1", "model": {"name": "pets", "version": "7"}, "results": [ANSWERED]},
+    "notes.txt": {"request_id": "r2", "error": FAILED["error"], "results": [FAILED]},
+}
 # What a person would do: set a threshold, then paste two files.
 DRIVER = """
 const until = async (done) => { while (!done()) await new Promise((next) => setTimeout(next, 20)); };
@@ -102,11 +105,11 @@ class PageServer(BaseHTTPRequestHandler):
             self._send(file.read_text(), kind)
 
     def do_POST(self) -> None:
-        """The fixed answer, once the question has been looked at."""
+        """The fixed answer for the file, once the question has been looked at: every file comes in a request of its own."""
         body = self.rfile.read(int(self.headers["Content-Length"]))
         assert self.path == "/classify?threshold=0.5"
-        assert body.count(b'name="file"; filename="') == 2
-        self._send(json.dumps(ANSWER), "application/json")
+        (name,) = re.findall(rb'name="file"; filename="(.*?)"', body)
+        self._send(json.dumps(ANSWERS[name.decode()]), "application/json")
 
     def _send(self, text: str, kind: str) -> None:
         self.send_response(200)
@@ -123,7 +126,8 @@ class PageServer(BaseHTTPRequestHandler):
 def test_the_answers_below_are_of_the_service_s_shapes():
     """What the page is shown here is what the service may send."""
     ModelAnswer.model_validate(MODEL)
-    Answer.model_validate(ANSWER)
+    Answer.model_validate(ANSWERS["tiger.png"])
+    ErrorAnswer.model_validate(ANSWERS["notes.txt"])
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
@@ -147,6 +151,6 @@ def test_a_browser_shows_answers_and_errors(tmp_path):
         "tiger.png tiger few: 9 training images 2 of 3 experts", "<b>cat</b> 39.0 %",
         "Router scores: a router was confident",
         "after expert 1 0.73 ≥ 0.50 next after expert 2 0.21 < 0.40 stop", "Time: 6.6 ms", "other 1.2 ms",
-        "notes.txt image_unsupported : 5 bytes are no known image (request r1)",
+        "notes.txt image_unsupported : 5 bytes are no known image (request r2)",
     ):  # fmt: skip
         assert said in words

@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 import uvicorn
@@ -27,11 +28,28 @@ async def count_body(scope, receive, send):
     await send({"type": "http.response.body", "body": body})
 
 
+async def answer_at_once(scope, receive, send):
+    """Do not wait for the body."""
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})
+
+
 @pytest.fixture
 async def connect():
-    """Open connections to a server that speaks the guarded protocol."""
+    """Open connections to a server that speaks the guarded protocol, and runs `count_body` or what it is given."""
+    application = count_body
+
+    async def app(scope, receive, send):
+        await application(scope, receive, send)
+
     config = uvicorn.Config(
-        count_body, port=0, http=GuardedProtocol, ws="none", lifespan="off", log_config=None, timeout_keep_alive=60
+        app,
+        port=0,
+        http=partial(GuardedProtocol, short_path=b"/short", short_way=lambda *_: False),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        timeout_keep_alive=60,
     )
     config.load()
     server = uvicorn.Server(config)
@@ -39,7 +57,9 @@ async def connect():
     await server.startup()
 
     @asynccontextmanager
-    async def connect():
+    async def connect(runs=count_body):
+        nonlocal application
+        application = runs
         reader, writer = await asyncio.open_connection(*server.servers[0].sockets[0].getsockname()[:2])
         async with asyncio.timeout(30):
             try:
@@ -152,3 +172,71 @@ async def test_a_connection_may_rest_between_requests(connect):
             writer.write(b"b")
             assert (await reader.readuntil(b"\r\n\r\n2")).startswith(ANSWER)
             await asyncio.sleep(0.2)
+
+
+OFFER = b"Connection: keep-alive, Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+
+
+@pytest.mark.parametrize("pause", [0, 0.05])
+@pytest.mark.parametrize("offer", [OFFER, b"Upgrade: websocket\r\nConnection: Upgrade\r\n"])
+async def test_an_offer_to_go_on_in_another_protocol_is_passed_over(connect, offer, pause):
+    """The body belongs to the request, in one piece with the head or not, and the next request follows behind it."""
+    body = b"GET /another HTTP/1.1\r\nHost: a\r\n\r\n"  # it must not be taken for one
+    head = b"POST / HTTP/1.1\r\nHost: a\r\n" + offer + b"Content-Length: %d\r\n\r\n" % len(body)
+    async with connect() as (reader, writer):
+        for _ in range(2):
+            writer.write(head)
+            await asyncio.sleep(pause)
+            writer.write(body)
+            assert (await reader.readuntil(b"\r\n\r\n%d" % len(body))).startswith(ANSWER)
+        writer.write(head + body + b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        assert (await reader.read()).count(ANSWER) == 2
+
+
+async def test_many_offers_in_one_read_are_passed_over(connect):
+    """As many as fit, each with its answer."""
+    request = b"POST / HTTP/1.1\r\nHost: a\r\n" + OFFER + b"Content-Length: 1\r\n\r\nb"
+    async with connect() as (reader, writer):
+        writer.write(200 * request + request.replace(b"keep-alive", b"close"))
+        assert (await reader.read()).count(ANSWER) == 201
+
+
+@pytest.mark.parametrize(
+    "request_head", [b"CONNECT a:80", b"POST /short?" + 65_530 * b"a"], ids=["a tunnel", "a long query"]
+)
+async def test_what_cannot_be_a_request_is_refused(connect, request_head):
+    """A query longer than the parser's URLs can be, too, where its body is still to come."""
+    async with connect() as (reader, writer):
+        writer.write(request_head + b" HTTP/1.1\r\nContent-Length: 5\r\n\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 400")
+
+
+async def test_a_body_that_never_comes_does_not_keep_an_answered_connection(connect, monkeypatch):
+    """The application answered without it; the connection is then idle like any other."""
+    monkeypatch.setattr(GuardedProtocol, "timeout_keep_alive", property(lambda _: 0.2, lambda *_: None), raising=False)
+
+    async with connect(answer_at_once) as (reader, writer):
+        writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n")
+        assert (await reader.read()).startswith(ANSWER)
+
+
+async def test_whoever_hangs_up_is_missed_by_the_request_that_runs(connect):
+    """Also where another request waits behind it on the same connection, which then never begins."""
+    seen = []
+
+    async def wait(scope, receive, send):
+        seen.append(scope["path"])
+        await receive()
+        seen.append((await receive())["type"])
+
+    async with connect(wait) as (_, writer):
+        for path in (b"/first", b"/second"):
+            writer.write(b"GET " + path + b" HTTP/1.1\r\nHost: a\r\n\r\n")
+        while not seen:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+    async with asyncio.timeout(5):
+        while len(seen) < 2:
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)
+    assert seen == ["/first", "http.disconnect"]
