@@ -24,7 +24,7 @@ INNER_SHARE: Final = 7 / 8  # of the shorter side, in "inner_crop": 224 of 256
 SMALL_JPEG: Final = 640 * 480  # pixels that take about a millisecond
 SMALL_PNG: Final = 200 * 200
 SMALL_BYTES: Final = 256 * 1024
-# A progressive JPEG is painted over once for each scan; real ones have about 10, a hostile one as many as it has room for.
+# A progressive JPEG is painted over once for each scan; real ones have about 10, a hostile one as many as fit.
 SCAN_MARK: Final = b"\xff\xda"
 JPEG_END: Final = b"\xff\xd9"
 JPEG_MARKER: Final = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # what else follows 0xff belongs to a scan

@@ -163,9 +163,9 @@ class GuardedProtocol(HttpToolsProtocol):
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
         for name, value in self.headers:
             if name == b"connection":
-                kept = [token.strip() for token in value.split(b",")]
-                value = b", ".join(token for token in kept if token.lower() not in OFFERS)
-            if name not in OFFERS:
+                tokens = [token.strip() for token in value.split(b",")]
+                lines.append(b"connection: " + b", ".join(token for token in tokens if token.lower() not in OFFERS))
+            elif name not in OFFERS:
                 lines.append(name + b": " + value)
         return b"\r\n".join((*lines, b"", b""))
 

@@ -89,7 +89,7 @@ class Supervisor:
         self._all_ready = False
         self._stopping = False
         self._kill_at = math.inf
-        self._looked = self._went_on = self._began  # time.monotonic() of the last look, and of the end of the last pause
+        self._looked = self._went_on = self._began  # when it last looked, and when the last pause was over
         self._exit_code = 0
 
     def run(self) -> int:

@@ -4,9 +4,11 @@ import asyncio
 
 import pytest
 
+from service.classifier import Choice
 from service.engine import open_engine
 from service.errors import STATUS
 from service.schemas import ErrorAnswer
+from service.uploads import Upload
 from tests.service.conftest import WatchedEngine, encode, start, until
 from tests.tiny import FAILING_COLOUR, NAN_COLOUR, noise, plain
 
@@ -191,6 +193,35 @@ async def test_a_large_request_is_not_starved_by_small_ones(tiny_bundle):
         assert [(await task).status_code for task in (running, waiting)] == [200, 200]
         assert (await service.post(*[IMAGE] * 4)).status_code == 200
         assert (await service.post(IMAGE)).status_code == 200
+
+
+async def test_places_are_not_kept_while_nobody_waits(tiny_bundle):
+    """Small requests are answered until the large one comes again; it finds room then, too."""
+    async with start(tiny_bundle, max_queue=4, max_images=4, max_batch=4) as service:
+        with service.engine.hold():
+            running = asyncio.create_task(service.post(IMAGE))
+            await until(lambda: service.engine.held)
+            waiting = asyncio.create_task(service.post(IMAGE))
+            await until(lambda: service.metric("queue_images") == 1)
+            refused(await service.post(*[IMAGE] * 4), "overloaded", "this request has 4")
+        assert [(await task).status_code for task in (running, waiting)] == [200, 200]
+
+        assert [(await service.post(IMAGE)).status_code for _ in range(3)] == [200] * 3
+        assert (await service.post(*[IMAGE] * 4)).status_code == 200
+
+
+async def test_a_request_cancelled_at_once_gives_all_its_places_back(service):
+    """Before any of its images has begun, and a turn of the loop later."""
+    uploads, classifier = [Upload(None, IMAGE)] * 8, service.classifier
+    choice = Choice(classifier.operation.thresholds, 3, 0.0, 1)
+    for turns in (1, 2, 3):
+        task = asyncio.create_task(classifier.classify(uploads, choice))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: service.metric("queue_images") == 0)
 
 
 async def test_uploads_that_fill_the_memory_are_refused(tiny_bundle):

@@ -23,11 +23,13 @@ FEW_COLOURS = np.random.default_rng(3).integers(0, 256, (16, 3), dtype=np.uint8)
 INDICES = np.random.default_rng(4).integers(0, 16, (SIZE, SIZE), dtype=np.uint8)
 
 
+def chunk(kind, data):
+    """A part of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def png(samples, colour_type, extra=b""):
     """A PNG of 16 bits per sample, which Pillow reads and does not write; samples are (H, W, channels)."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     height, width = samples.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
@@ -42,9 +44,8 @@ def png(samples, colour_type, extra=b""):
 
 
 def transparent_chunk(*samples):
-    """The colour that a 16-bit PNG declares transparent."""
-    data = struct.pack(f">{len(samples)}H", *samples)
-    return struct.pack(">I", len(data)) + b"tRNS" + data + struct.pack(">I", zlib.crc32(b"tRNS" + data))
+    """The colour that a PNG declares transparent."""
+    return chunk(b"tRNS", struct.pack(f">{len(samples)}H", *samples))
 
 
 def palette_image(transparency=None):
@@ -251,6 +252,37 @@ def test_what_takes_long_to_decode_is_not_small():
         assert not is_small(data)
 
 
+def with_scans(count, ending=b""):
+    """A progressive JPEG whose last scan comes so often, and what follows it."""
+    data = encode(PIXELS, "JPEG", progressive=True)
+    last, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    return data[:last] + count * data[last:end] + data[end:] + ending
+
+
+def test_a_jpeg_of_too_many_scans_is_refused_before_it_is_decoded():
+    """Each takes as long as the image is large; as many as real files have are taken, and decoded elsewhere if many."""
+    assert decode(with_scans(80), SPEC, 1000).shape == (SIZE, SIZE, 3)
+    with pytest.raises(ServiceError, match="JPEG has more than 100 scans") as refusal:
+        decode(with_scans(100), SPEC, 1000)
+    assert refusal.value.code == "image_unsupported"
+    assert is_small(with_scans(1))
+    assert not is_small(with_scans(20))
+
+
+def test_what_follows_a_jpeg_is_not_mistaken_for_scans():
+    """Phones append a video, whose bytes are any."""
+    video = 200 * b"\xff\xda\0\x0c"
+    np.testing.assert_array_equal(decode(with_scans(1, video), SPEC, 1000), decode(with_scans(1), SPEC, 1000))
+
+
+def test_a_small_file_is_one_whose_header_says_so():
+    """Not one of many bytes, nor a PNG that does not begin with its header."""
+    hidden = encode(PIXELS, "PNG")
+    hidden = hidden[:8] + chunk(b"teXt", b"") + hidden[8:]
+    assert not is_small(hidden)
+    assert not is_small(photograph(64, 64) + bytes(300_000))
+
+
 def fitted(pixels, height, width, fit="crop", interpolation="bilinear"):
     spec = InputSpec(height, width, fit, interpolation, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
     return decode(encode(pixels), spec, 1_000_000)
@@ -288,6 +320,64 @@ def test_sixteen_bit_grey_is_rounded_to_the_nearest_of_256_shades():
     spec = InputSpec(SIZE, SIZE, "crop", "bilinear", (0.5,) * 3, (0.5,) * 3)
 
     assert (decode(encode(Image.fromarray(shades)), spec, 1000)[:, :, 0] == np.rint(shades / 257)).all()
+
+
+def tiff(tags, data):
+    """A little-endian TIFF of these tags, (kind, value) by number; data begins at byte 8. Pillow writes no such."""
+    entries = b"".join(
+        struct.pack("<HHI", tag, kind, 1) + struct.pack("<I", value) for tag, (kind, value) in sorted(tags.items())
+    )
+    directory = struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory
+
+
+def grey_tiff(samples, bits, photometric):
+    """Of SIZE x SIZE samples, one strip; 12-bit samples are packed."""
+    if bits == 16:
+        data = samples.astype("<u2").tobytes()
+    else:
+        pairs = samples.reshape(-1, 2).astype(np.uint32)
+        packed = (pairs[:, 0] << 12) | pairs[:, 1]
+        data = np.stack([packed >> 16, packed >> 8 & 255, packed & 255], axis=1).astype(np.uint8).tobytes()
+    size = (3, SIZE)
+    return tiff({
+        256: size, 257: size, 258: (3, bits), 259: (3, 1), 262: (3, photometric), 273: (4, 8), 277: (3, 1),
+        278: size, 279: (4, len(data)),
+    }, data)  # fmt: skip
+
+
+@pytest.mark.parametrize(("bits", "photometric"), [(16, 1), (16, 0), (12, 1)])
+def test_deep_grey_of_a_tiff_runs_from_black_to_white(bits, photometric):
+    """Whatever number is white in it, and also where 0 is."""
+    samples = np.linspace(0, 2**bits - 1, SIZE * SIZE).round().reshape(SIZE, SIZE)
+    found = decode(grey_tiff(samples, bits, photometric), SPEC, 1000)[:, :, 0].astype(int)
+    expected = np.rint(255 * samples / (2**bits - 1))
+
+    np.testing.assert_array_equal(found, expected if photometric else 255 - expected)
+
+
+def test_a_tiff_of_enormous_tiles_is_refused_by_its_header():
+    """A tile is decoded whole, however little of it the image shows."""
+    one, side = (3, 1), (3, 32768)
+    tags = {256: one, 257: one, 258: (3, 8), 259: (3, 8), 262: one, 277: one, 322: side, 323: side}
+    data = zlib.compress(bytes(32768))
+    with pytest.raises(ServiceError, match="TIFF with tiles of 32768x32768 has 1,073,741,824 pixels") as refusal:
+        decode(tiff(tags | {324: (4, 8), 325: (4, len(data))}, data), SPEC, 10**6)
+    assert refusal.value.code == "image_too_large"
+
+
+def test_transparency_of_a_png_follows_its_depth():
+    """16-bit colours, and grey of less than 8 bits: the colour that is transparent shows white."""
+    colours = np.full((SIZE, SIZE, 3), 0x4000, np.uint16)
+    colours[0, 0] = (0x1234, 0x8000, 0x4000)
+    found = decode(png(colours, 2, transparent_chunk(0x1234, 0x8000, 0x4000)), SPEC, 1000)
+    assert (found[0, 0].tolist(), found[1, 1].tolist()) == ([255] * 3, [0x40] * 3)
+
+    header = struct.pack(">IIBBBBB", SIZE, SIZE, 4, 0, 0, 0, 0)
+    rows = b"".join(b"\0" + (b"\x70" if row == 0 else b"\x30") + b"\x33" * (SIZE // 2 - 1) for row in range(SIZE))
+    parts = chunk(b"IHDR", header), transparent_chunk(7), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    found = decode(b"\x89PNG\r\n\x1a\n" + b"".join(parts), SPEC, 1000)
+    assert (found[0, 0].tolist(), found[1, 2].tolist()) == ([255] * 3, [0x33] * 3)
 
 
 def test_partly_transparent_pixels_are_mixed_with_white():

@@ -105,7 +105,7 @@ class PageServer(BaseHTTPRequestHandler):
             self._send(file.read_text(), kind)
 
     def do_POST(self) -> None:
-        """The fixed answer for the file, once the question has been looked at: every file comes in a request of its own."""
+        """The fixed answer for the file, once the question was looked at: every file has a request of its own."""
         body = self.rfile.read(int(self.headers["Content-Length"]))
         assert self.path == "/classify?threshold=0.5"
         (name,) = re.findall(rb'name="file"; filename="(.*?)"', body)

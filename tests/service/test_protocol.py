@@ -222,21 +222,21 @@ async def test_a_body_that_never_comes_does_not_keep_an_answered_connection(conn
 
 async def test_whoever_hangs_up_is_missed_by_the_request_that_runs(connect):
     """Also where another request waits behind it on the same connection, which then never begins."""
-    seen = []
+    seen, began, ended = [], asyncio.Event(), asyncio.Event()
 
     async def wait(scope, receive, send):
         seen.append(scope["path"])
+        began.set()
         await receive()
         seen.append((await receive())["type"])
+        ended.set()
 
     async with connect(wait) as (_, writer):
         for path in (b"/first", b"/second"):
             writer.write(b"GET " + path + b" HTTP/1.1\r\nHost: a\r\n\r\n")
-        while not seen:
-            await asyncio.sleep(0.01)
+        await began.wait()
         await asyncio.sleep(0.05)
     async with asyncio.timeout(5):
-        while len(seen) < 2:
-            await asyncio.sleep(0.01)
+        await ended.wait()
     await asyncio.sleep(0.05)
     assert seen == ["/first", "http.disconnect"]

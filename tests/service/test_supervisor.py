@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -261,6 +262,26 @@ def test_a_worker_that_keeps_dying_ends_the_service():
     (end,) = [line["reason"] for line in lines if line["event"] == "gave_up"]
     assert end == "worker 1 died 4 times, each time within 60 s of its start, at last of SIGSEGV"
     assert code == 1
+
+
+def test_a_pause_of_everything_kills_nobody():
+    """Stopped and continued all together, as a container is: the workers get the time to show that they live."""
+    life = "while True: counters.own[BEAT], counters.own[READY] = time.monotonic(), 1; time.sleep(0.02)"
+    script = SUPERVISED.format(life=life).replace("set_up(", "supervisor.PAUSE_S = 0.2; set_up(")
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        time.sleep(1.5)
+        os.killpg(process.pid, signal.SIGSTOP)
+        time.sleep(1.5)  # three times as long as a worker may stand still
+        os.killpg(process.pid, signal.SIGCONT)
+        time.sleep(1.5)
+        process.terminate()
+        _, log = process.communicate(timeout=PATIENCE_S)
+
+    events = [json.loads(line)["event"] for line in log.splitlines()]
+    assert "worker_killed" not in events
+    assert "worker_died" not in events
 
 
 def test_a_worker_that_raises_is_logged_with_its_trace():
