@@ -274,8 +274,10 @@ def test_a_pause_of_everything_kills_nobody():
         time.sleep(1.5)
         os.killpg(process.pid, signal.SIGSTOP)
         time.sleep(1.5)  # three times as long as a worker may stand still
+        os.kill(process.pid, signal.SIGCONT)  # the supervisor looks before they can show it
+        time.sleep(0.2)
         os.killpg(process.pid, signal.SIGCONT)
-        time.sleep(1.5)
+        time.sleep(1)
         process.terminate()
         _, log = process.communicate(timeout=PATIENCE_S)
 
