@@ -268,20 +268,24 @@ def test_a_pause_of_everything_kills_nobody():
     """Stopped and continued all together, as a container is: the workers get the time to show that they live."""
     life = "while True: counters.own[BEAT], counters.own[READY] = time.monotonic(), 1; time.sleep(0.02)"
     script = SUPERVISED.format(life=life).replace("set_up(", "supervisor.PAUSE_S = 0.2; set_up(")
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        time.sleep(1.5)
-        os.killpg(process.pid, signal.SIGSTOP)
-        time.sleep(1.5)  # three times as long as a worker may stand still
-        os.kill(process.pid, signal.SIGCONT)  # the supervisor looks before they can show it
-        time.sleep(0.2)
-        os.killpg(process.pid, signal.SIGCONT)
-        time.sleep(1)
-        process.terminate()
+    with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            time.sleep(1.5)
+            workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            everything = [process.pid, *map(int, workers)]
+            for pid in everything:
+                os.kill(pid, signal.SIGSTOP)
+            time.sleep(1.5)  # three times as long as a worker may stand still
+            for pid in everything:  # the supervisor looks before the workers can show that they live
+                os.kill(pid, signal.SIGCONT)
+                time.sleep(0.2)
+            time.sleep(1)
+        finally:
+            process.terminate()
         _, log = process.communicate(timeout=PATIENCE_S)
 
     events = [json.loads(line)["event"] for line in log.splitlines()]
+    assert len(everything) == 3
     assert "worker_killed" not in events
     assert "worker_died" not in events
 
