@@ -107,7 +107,8 @@ class Server:
         for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 full = process.memory_full_info()
-                found.append(Memory(" ".join(process.cmdline())[-60:], full.rss / 1e6, full.pss / 1e6))
+                words = " ".join(Path(word).name for word in process.cmdline())  # no paths of this machine
+                found.append(Memory(words[-60:], full.rss / 1e6, full.pss / 1e6))
         return sorted(found, key=lambda memory: -memory.pss_mb)
 
     def cpu_seconds(self) -> float:
