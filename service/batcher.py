@@ -57,7 +57,8 @@ class Batcher(Generic[Item, Result]):
     item needs a place, which `reserve` takes, `submit` hands on to the queue, and the beginning of its work frees.
 
     Places are taken all at once or not at all. So that a refused request for many is not overtaken by small ones for
-    ever, its places are saved up from then on, until someone who asks for at least as many gets them or stays away.
+    ever, its places are saved up from then on, while anybody waits, until someone who asks for at least as many gets
+    them or stays away.
 
     Steps run in the event loop, which between two of them serves whoever else is ready; or in a thread of their own,
     where a step takes so long that the loop cannot wait for it. Everything else is for the event loop's thread only.

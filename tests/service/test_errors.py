@@ -1,6 +1,7 @@
 """Every error code, reached from outside: its status, its shape, and a message that names the thing and the limit."""
 
 import asyncio
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -179,18 +180,24 @@ async def test_a_full_queue_refuses_at_once_with_429(tiny_bundle):
         assert (await service.post(*[IMAGE] * 4)).status_code == 200
 
 
+@asynccontextmanager
+async def refused_large_request(service):
+    """In the block a request for 4 images has just been refused, because of one that runs and one that waits."""
+    with service.engine.hold():
+        running = asyncio.create_task(service.post(IMAGE))
+        await until(lambda: service.engine.held)
+        waiting = asyncio.create_task(service.post(IMAGE))
+        await until(lambda: service.metric("queue_images") == 1)
+        refused(await service.post(*[IMAGE] * 4), "overloaded", "this request has 4")
+        yield
+    assert [(await task).status_code for task in (running, waiting)] == [200, 200]
+
+
 async def test_a_large_request_is_not_starved_by_small_ones(tiny_bundle):
     """Once refused for want of places, those that come free are kept for it; it gets them when it comes again."""
     async with start(tiny_bundle, max_queue=4, max_images=4, max_batch=1) as service:
-        with service.engine.hold():
-            running = asyncio.create_task(service.post(IMAGE))
-            await until(lambda: service.engine.held)
-            waiting = asyncio.create_task(service.post(IMAGE))
-            await until(lambda: service.metric("queue_images") == 1)
-            refused(await service.post(*[IMAGE] * 4), "overloaded", "this request has 4")
-
+        async with refused_large_request(service):
             refused(await service.post(IMAGE), "overloaded", "4 places are kept for an earlier request", "has 1")
-        assert [(await task).status_code for task in (running, waiting)] == [200, 200]
         assert (await service.post(*[IMAGE] * 4)).status_code == 200
         assert (await service.post(IMAGE)).status_code == 200
 
@@ -198,14 +205,8 @@ async def test_a_large_request_is_not_starved_by_small_ones(tiny_bundle):
 async def test_places_are_not_kept_while_nobody_waits(tiny_bundle):
     """Small requests are answered until the large one comes again; it finds room then, too."""
     async with start(tiny_bundle, max_queue=4, max_images=4, max_batch=4) as service:
-        with service.engine.hold():
-            running = asyncio.create_task(service.post(IMAGE))
-            await until(lambda: service.engine.held)
-            waiting = asyncio.create_task(service.post(IMAGE))
-            await until(lambda: service.metric("queue_images") == 1)
-            refused(await service.post(*[IMAGE] * 4), "overloaded", "this request has 4")
-        assert [(await task).status_code for task in (running, waiting)] == [200, 200]
-
+        async with refused_large_request(service):
+            pass
         assert [(await service.post(IMAGE)).status_code for _ in range(3)] == [200] * 3
         assert (await service.post(*[IMAGE] * 4)).status_code == 200
 

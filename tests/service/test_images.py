@@ -28,7 +28,7 @@ def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(samples, colour_type, extra=b""):
+def deep_png(samples, colour_type, extra=b""):
     """A PNG of 16 bits per sample, which Pillow reads and does not write; samples are (H, W, channels)."""
 
     height, width = samples.shape[:2]
@@ -120,14 +120,15 @@ LOSSLESS = {
     "16-bit grey png": (encode(Image.fromarray(WIDE[:, :, 0])), grey_as_rgb(GREY)),
     "16-bit grey tiff": (encode(Image.fromarray(WIDE[:, :, 0]), "TIFF"), grey_as_rgb(GREY)),
     "16-bit grey png with a transparent shade": (
-        png(WIDE[:, :, :1], 0, transparent_chunk(WIDE[2, 2, 0])), grey_as_rgb(np.where(GREY[2, 2] == GREY, 255, GREY))
+        deep_png(WIDE[:, :, :1], 0, transparent_chunk(WIDE[2, 2, 0])),
+        grey_as_rgb(np.where(GREY[2, 2] == GREY, 255, GREY)),
     ),
-    "16-bit rgb png": (png(WIDE, 2), PIXELS),
+    "16-bit rgb png": (deep_png(WIDE, 2), PIXELS),
     "16-bit rgba png": (
-        png(np.dstack([WIDE, np.where(ALPHA > 127, 65535, 0)]), 6), np.where(ALPHA[:, :, None] > 127, PIXELS, 255)
+        deep_png(np.dstack([WIDE, np.where(ALPHA > 127, 65535, 0)]), 6), np.where(ALPHA[:, :, None] > 127, PIXELS, 255)
     ),
     "16-bit grey and alpha png": (
-        png(np.dstack([WIDE[:, :, 0], np.where(ALPHA > 127, 65535, 0)]), 4),
+        deep_png(np.dstack([WIDE[:, :, 0], np.where(ALPHA > 127, 65535, 0)]), 4),
         grey_as_rgb(np.where(ALPHA > 127, GREY, 255)),
     ),
     "animated gif": (
@@ -366,17 +367,22 @@ def test_a_tiff_of_enormous_tiles_is_refused_by_its_header():
     assert refusal.value.code == "image_too_large"
 
 
+def grey_png_of_4_bits():
+    """Its shade 7 is transparent."""
+    header = struct.pack(">IIBBBBB", SIZE, SIZE, 4, 0, 0, 0, 0)
+    rows = b"".join(b"\0" + (b"\x70" if row == 0 else b"\x30") + b"\x33" * (SIZE // 2 - 1) for row in range(SIZE))
+    parts = chunk(b"IHDR", header), transparent_chunk(7), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
 def test_transparency_of_a_png_follows_its_depth():
     """16-bit colours, and grey of less than 8 bits: the colour that is transparent shows white."""
     colours = np.full((SIZE, SIZE, 3), 0x4000, np.uint16)
     colours[0, 0] = (0x1234, 0x8000, 0x4000)
-    found = decode(png(colours, 2, transparent_chunk(0x1234, 0x8000, 0x4000)), SPEC, 1000)
+    found = decode(deep_png(colours, 2, transparent_chunk(0x1234, 0x8000, 0x4000)), SPEC, 1000)
     assert (found[0, 0].tolist(), found[1, 1].tolist()) == ([255] * 3, [0x40] * 3)
 
-    header = struct.pack(">IIBBBBB", SIZE, SIZE, 4, 0, 0, 0, 0)
-    rows = b"".join(b"\0" + (b"\x70" if row == 0 else b"\x30") + b"\x33" * (SIZE // 2 - 1) for row in range(SIZE))
-    parts = chunk(b"IHDR", header), transparent_chunk(7), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
-    found = decode(b"\x89PNG\r\n\x1a\n" + b"".join(parts), SPEC, 1000)
+    found = decode(grey_png_of_4_bits(), SPEC, 1000)
     assert (found[0, 0].tolist(), found[1, 2].tolist()) == ([255] * 3, [0x33] * 3)
 
 

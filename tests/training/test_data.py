@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.service.test_images import SIZE, deep_png, grey_png_of_4_bits, grey_tiff, transparent_chunk
 from training.data.augment import augment, transform
 from training.data.images import read_image
 from training.data.longtail import SPLITS, class_counts, draw_subset, split_of
@@ -265,6 +266,7 @@ def odd_images() -> dict[str, bytes]:
     turned = Image.Exif()
     turned[0x0112] = 6
     grey16 = Image.fromarray(generator.integers(0, 65_536, (23, 37)).astype(np.uint16))
+    colour16 = generator.integers(0, 65_536, (23, 37, 3)).astype(np.uint16)
     cases = {
         "JPEG": (colour, {"quality": 90}), "JPEG turned": (colour, {"exif": turned}),
         "JPEG CMYK": (colour.convert("CMYK"), {}),
@@ -281,7 +283,13 @@ def odd_images() -> dict[str, bytes]:
         buffer = io.BytesIO()
         image.save(buffer, name.split()[0], **options)
         encoded[name] = buffer.getvalue()
-    return encoded
+    shades = generator.integers(0, 4096, (SIZE, SIZE))
+    return encoded | {
+        "TIFF 12 bit": grey_tiff(shades, 12, 1),
+        "TIFF negative": grey_tiff(shades, 16, 0),
+        "PNG 4 bit transparent": grey_png_of_4_bits(),
+        "PNG 16 bit colour transparent": deep_png(colour16, 2, transparent_chunk(*map(int, colour16[3, 4]))),
+    }
 
 
 @pytest.mark.parametrize("how", ["crop", "inner_crop"])

@@ -7,11 +7,15 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 Fit = Literal["crop", "inner_crop"]
 INTERPOLATION: Literal["bilinear"] = "bilinear"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 200_000_000
+PNG_DEPTH_AT = 24  # in a file whose first chunk is the header, as it must be
+TIFF_BITS, TIFF_PHOTOMETRIC = 258, 262
+WHITE_IS_ZERO = 0
 INNER_SHARE = 7 / 8  # of the shorter side, in "inner_crop": 224 of 256
 
 
@@ -39,21 +43,43 @@ def decode(encoded: bytes) -> Image.Image:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS:,} pixels; scale it down")
+            bits, negative = 16, False
+            if isinstance(image, TiffImageFile):
+                tags = image.tag_v2
+                bits, negative = tags.get(TIFF_BITS, (16,))[0], tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO
+            elif image.format == "PNG":
+                _widen_transparency(image, depth=encoded[PNG_DEPTH_AT])
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(ImageOps.exif_transpose(image), bits=bits, negative=negative)
     except UnidentifiedImageError:
         raise ValueError(f"not a readable image ({len(encoded):,} bytes): neither {' nor '.join(FORMATS)}") from None
     except Exception as error:  # a decoder may stumble over damaged bytes in any way
         raise ValueError(f"not a readable image ({len(encoded):,} bytes): {error}") from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode of 8 or 16 bits per channel to RGB; what is transparent becomes white."""
+def _widen_transparency(image: Image.Image, depth: int) -> None:
+    """Bring the transparent shade or colour of a PNG to the 8 bits that Pillow brings its pixels to; it forgets to."""
+    shade = image.info.get("transparency")
+    if depth == 16 and isinstance(shade, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in shade)
+    elif depth < 8 and isinstance(shade, int) and image.mode in ("1", "L"):
+        image.info["transparency"] = shade * 255 // (2**depth - 1)
+
+
+def to_rgb(image: Image.Image, *, bits: int = 16, negative: bool = False) -> Image.Image:
+    """
+    Any mode of 8 or 16 bits per channel to RGB; what is transparent becomes white.
+
+    Args:
+        bits: of grey with more than 8; white is the largest number of so many.
+        negative: 0 is white in it. Pillow has turned 8-bit grey itself.
+    """
     if image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.uint32)
+        grey, white = np.asarray(image).astype(np.uint32), 2**bits - 1
         if "transparency" in image.info:  # the one shade that is; Pillow's own conversion would forget it
-            grey[grey == image.info["transparency"]] = 65535
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")  # 257 takes 65,535 to 255
+            grey[grey == image.info["transparency"]] = white
+        grey = (255 * np.minimum(grey, white) + white // 2) // white
+        return Image.fromarray((255 - grey if negative else grey).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F", "LAB"):
         raise ValueError(f"pixels of mode {image.mode!r} have no fixed range of brightness; convert to 8 or 16 bits")
     if image.has_transparency_data:
