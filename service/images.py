@@ -27,7 +27,7 @@ SMALL_BYTES: Final = 256 * 1024
 # A progressive JPEG is painted over once for each scan; real ones have about 10, a hostile one as many as fit.
 SCAN_MARK: Final = b"\xff\xda"
 JPEG_END: Final = b"\xff\xd9"
-JPEG_MARKER: Final = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # what else follows 0xff belongs to a scan
+JPEG_MARKER: Final = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # what else follows 0xff says nothing
 MAX_SCANS: Final = 100
 SMALL_SCANS: Final = 16
 TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_TILE_WIDTH, TIFF_TILE_LENGTH = 258, 262, 322, 323

@@ -266,6 +266,9 @@ def test_a_jpeg_of_too_many_scans_is_refused_before_it_is_decoded():
     with pytest.raises(ServiceError, match="JPEG has more than 100 scans") as refusal:
         decode(with_scans(100), SPEC, 1000)
     assert refusal.value.code == "image_unsupported"
+    first = with_scans(100).index(b"\xff\xda")
+    with pytest.raises(ServiceError, match="JPEG has more than 100 scans"):  # TEM is a marker without a length
+        decode(with_scans(100)[:first] + b"\xff\x01" + with_scans(100)[first:], SPEC, 1000)
     assert is_small(with_scans(1))
     assert not is_small(with_scans(20))
 
