@@ -61,6 +61,8 @@ class Recipe:
         warmup_start: share of lr at e = 0, from which it grows evenly to lr at e = warmup_epochs; None: as above.
         schedule: what follows the warm-up: "step", or "cosine" to `lr_min` after the last epoch.
         lr_min: under "cosine", where it ends.
+        cycles: under "cosine", how often it falls, over equal numbers of epochs; only the first has the warm-up (SGDR,
+            arXiv:1608.03983).
         optimiser: of the experts: "sgd" (`momentum`, `nesterov`) or "adamw" (0.9, 0.999; no decay of biases and norms).
         clip_norm: length to which longer gradients of the experts are scaled down; None: never.
         lr_drops, lr_drop_factor: under "step", lr is multiplied by the factor at each of these shares of `epochs`.
@@ -193,6 +195,7 @@ class Recipe:
     warmup_start: float | None = None
     schedule: Literal["step", "cosine"] = "step"
     lr_min: float = 0.0
+    cycles: int = 1
     optimiser: Literal["sgd", "adamw"] = "sgd"
     clip_norm: float | None = None
     lr_drops: tuple[float, ...] = (0.8, 0.9)
@@ -319,6 +322,10 @@ class Recipe:
             raise RecipeError("loss='focal': mixup, cutmix and label_smoothing need a cross-entropy; they can be 0")
         if self.lr_min > self.lr:
             raise RecipeError(f"lr_min={self.lr_min:g}: must be lr={self.lr:g} at most")
+        if self.cycles > 1 and (self.schedule != "cosine" or self.method == "shike"):
+            raise RecipeError(f"cycles={self.cycles}: only schedule='cosine' has more than one, SHIKE's own has not; 1")
+        if self.epochs % self.cycles:
+            raise RecipeError(f"cycles={self.cycles}: must divide epochs={self.epochs}")
         if self.method in ("single", "bbn", "oltr", "lfme", "m2m") and self.n_experts != 1:
             raise RecipeError(f"n_experts={self.n_experts}: method {self.method!r} trains one expert")
         if self.accumulate > min(self.batch_size, self.router_batch_size):
@@ -460,7 +467,7 @@ _RANGES = (
     ("imbalance", 1, _INFINITE), ("n_max", 1, _INFINITE), ("subset_seed", 0, 2**32 - 1),
     ("holdout_per_class", 1, _INFINITE),
     ("holdout_share", 0.01, 0.5), ("test_share", 0.01, 0.5), ("image_size", 8, 1024),
-    ("drop_path", 0, 0.99), ("lr_min", 0, 100), ("clip_norm", 1e-6, 1e6), ("colour_jitter", 0, 1),
+    ("drop_path", 0, 0.99), ("lr_min", 0, 100), ("cycles", 1, 100), ("clip_norm", 1e-6, 1e6), ("colour_jitter", 0, 1),
     ("random_erasing", 0, 1), ("mixup", 0, 100), ("cutmix", 0, 100), ("label_smoothing", 0, 0.99),
     ("n_experts", 1, 6),
     ("cosine_scale", 1e-3, 1e3), ("epochs", 1, 100_000), ("batch_size", 1, 65_536), ("lr", 1e-9, 100),

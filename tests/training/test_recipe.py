@@ -98,6 +98,19 @@ def test_inaturalist_recipe_is_the_published_one():
     assert (recipe.mean, recipe.std) == ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192))
 
 
+def test_a_cosine_of_two_cycles_begins_with_that_of_one():
+    """A finished run is the first cycle of a longer one; the second starts at the full rate, without a warm-up."""
+    from training.methods.method import scheduled_lr
+
+    once = RECIPES["ride-retrained-cifar100"].override({"epochs": "20", "cycles": "1"})
+    twice = once.override({"epochs": "40", "cycles": "2"})
+
+    assert [scheduled_lr(twice, epoch) for epoch in range(20)] == [scheduled_lr(once, epoch) for epoch in range(20)]
+    second = [scheduled_lr(twice, epoch) for epoch in range(20, 40)]
+    assert second[:1] + second[10:11] == pytest.approx([0.1, 0.05])
+    assert second == sorted(second, reverse=True)
+
+
 def test_swin_recipes_are_the_published_ones():
     """20 epochs up to 1e-3, then the cosine to 1e-5; decay and dropped paths by size; diversity as a mean."""
     from training.methods.method import scheduled_lr

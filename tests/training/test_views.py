@@ -195,6 +195,8 @@ def test_margins_and_weights_of_mixed_images_follow_their_own_labels():
      ({"crop": "resized", "auto_augment": True}, "auto_augment=True: not with crop='resized'"),
      ({"loss": "focal", "mixup": 0.8}, "loss='focal': mixup, cutmix and label_smoothing need a cross-entropy"),
      ({"lr": 0.1, "lr_min": 0.2}, "lr_min=0.2: must be lr=0.1 at most"),
+     ({"cycles": 2}, "cycles=2: only schedule='cosine' has more than one"),
+     ({"cycles": 3, "schedule": "cosine", "epochs": 100}, "cycles=3: must divide epochs=100"),
      ({"clip_norm": 0.0}, "clip_norm=0.0: must be from"),
      ({"test_fit": "stretch"}, "test_fit='stretch': must be one of crop, inner_crop")],
 )  # fmt: skip

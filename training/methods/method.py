@@ -171,7 +171,9 @@ def mixing_of(recipe: Recipe, n_classes: int) -> Mixing | None:
 def scheduled_lr(recipe: Recipe, epoch: int) -> float:
     """Linear warm-up, then `lr_drop_factor` at each of `lr_drops`, or the cosine; constant within an epoch."""
     if recipe.schedule == "cosine":
-        return warm_cosine_lr(recipe.lr, recipe.epochs, recipe.warmup_epochs, epoch, recipe.lr_min)
+        length = recipe.epochs // recipe.cycles
+        warmup = recipe.warmup_epochs if epoch < length else 0
+        return warm_cosine_lr(recipe.lr, length, warmup, epoch % length, recipe.lr_min)
     if epoch < recipe.warmup_epochs:
         if recipe.warmup_start is not None:
             return recipe.lr * (recipe.warmup_start + (1 - recipe.warmup_start) * epoch / recipe.warmup_epochs)
