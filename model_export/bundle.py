@@ -400,6 +400,21 @@ class Bundle:
         """Where a graph's file lies."""
         return self.path / graph.file
 
+    def read_graph(self, graph: GraphSpec) -> bytes:
+        """
+        What is in a graph's file, which may have been replaced since the manifest was read.
+
+        Raises:
+            BundleError: where it was, or is gone.
+        """
+        try:
+            content = self.graph_path(graph).read_bytes()
+        except OSError as error:
+            raise BundleError(f"{graph.file}: cannot be read any more ({error.strerror}); start anew") from error
+        if hashlib.sha256(content).hexdigest() != graph.sha256:
+            raise BundleError(f"{graph.file}: is another file than {MANIFEST} was read with; start anew")
+        return content
+
 
 def split_of(count: int, bounds: SplitBounds) -> Split:
     """The split of a class with `count` training images."""

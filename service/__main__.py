@@ -28,7 +28,7 @@ from service.remote import EngineLink, open_link
 from service.settings import Settings, SettingsError, read_settings, unknown_variables
 from service.shares import choose_shared_engine, choose_workers, engine_share_of, share_of
 from service.sockets import BACKLOG, open_sockets, refuse_connections
-from service.supervisor import START_FAILED, Supervisor, let_signals_in
+from service.supervisor import HANGUP, START_FAILED, Supervisor, let_signals_in
 
 KEEP_ALIVE_S = 30
 QUEUE_EMPTY_S = 0.2  # after which whoever was connecting when the service stopped to listen has been let in
@@ -37,7 +37,8 @@ LAST_WORDS_S = 2.0  # for whoever has connected, but not asked yet
 
 class DrainingServer(uvicorn.Server):
     """
-    On SIGTERM or SIGINT it goes on listening, so that new work is refused politely, until accepted work is answered.
+    On SIGTERM, SIGINT or SIGHUP it goes on listening, so that new work is refused politely, until what was accepted is
+    answered.
 
     A second SIGINT, from an impatient person, ends it at once, and so does the end of the time for it: with status 1.
     """
@@ -73,6 +74,8 @@ class DrainingServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         """From here on signals are handled."""
+        for sig in HANGUP:  # uvicorn knows the others
+            signal.signal(sig, self.handle_exit)
         let_signals_in()
         await super().startup(sockets)
 

@@ -138,6 +138,7 @@ def _add_routes(app: FastAPI, classifier: Classifier) -> None:
     async def model() -> Response:
         return JSONResponse(_describe(classifier))
 
+    @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics", summary="Figures for Prometheus", response_class=Response)
     async def metrics(request: Request) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))

@@ -113,7 +113,7 @@ class CpuEngine:
     def _open(self, bundle: Bundle, graph: GraphSpec) -> ort.InferenceSession:
         """A session for a graph whose tensors are those that the manifest lists."""
         try:
-            session = self._session(bundle.graph_path(graph).read_bytes())  # bytes: no graph may refer to other files
+            session = self._session(bundle.read_graph(graph))  # bytes: no graph may refer to other files
         except EngineError as error:
             raise EngineError(f"{graph.file}: {error}") from error
         for kind, found, listed in (

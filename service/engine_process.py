@@ -18,7 +18,7 @@ from service.classifier import Classifier
 from service.logs import log
 from service.remote import JOBS, OUTCOMES
 from service.slots import Slots
-from service.supervisor import START_FAILED, let_signals_in
+from service.supervisor import START_FAILED, STOP_SIGNALS, let_signals_in
 from service.wire import Connection, pack
 
 BEAT_EVERY_S: Final = 1.0
@@ -60,7 +60,7 @@ class EngineProcess:
 
     async def _serve_until_signalled(self) -> int:
         loop = asyncio.get_running_loop()
-        for sig in (signal.SIGTERM, signal.SIGINT):
+        for sig in STOP_SIGNALS:
             loop.add_signal_handler(sig, self._handle, sig)
         let_signals_in()
         return await self.serve()

@@ -80,8 +80,9 @@ class OpenVinoEngine:
         return np.concatenate(features)
 
     def _open(self, core: Any, bundle: Bundle, graph: GraphSpec) -> Any:
+        content = bundle.read_graph(graph)  # bytes: no graph may refer to other files
         try:
-            model = core.read_model(bundle.graph_path(graph).read_bytes())  # bytes: no graph may refer to other files
+            model = core.read_model(content)
             return core.compile_model(model, "CPU", self._options).create_infer_request()
         except Exception as error:  # OpenVINO's exceptions are plain RuntimeErrors
             raise EngineError(f"{graph.file}: OpenVINO {openvino.__version__} cannot compile it: {error}") from error

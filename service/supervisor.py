@@ -31,7 +31,9 @@ PAUSE_S: Final = 2 * LOOK_EVERY_S  # longer between two looks: everything stood 
 PATIENCE_S: Final = 5.0  # beyond the time to drain, until a worker that does not end is killed
 STARTING_TICK_S: Final = 0.05  # how often the supervisor looks whether the workers are ready; only until they are
 
-STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+# A terminal that closes says SIGHUP, which nohup has us ignore.
+HANGUP: Final = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, *HANGUP)
 WATCHED_SIGNALS: Final = (*STOP_SIGNALS, signal.SIGCHLD)
 PR_SET_PDEATHSIG: Final = 1
 
@@ -74,7 +76,7 @@ class Supervisor:
         """
         Args:
             work: a worker's life, given its number and sockets, in a process of its own; returns the exit code. It
-                finds SIGTERM and SIGINT blocked, and lets them in once it can handle them.
+                finds STOP_SIGNALS blocked, and lets them in once it can handle them.
             sockets: for each worker, then, where they share an engine, for that.
             counters: with a row for each of them, then one for the supervisor.
             drain_s: seconds that workers need at most to end once they are told to.

@@ -94,6 +94,12 @@ def mean_by_split(values: np.ndarray, labels: np.ndarray, class_counts: Sequence
     return {name: float((sums[rows] / images[rows]).mean()) if rows.any() else None for name, rows in chosen.items()}
 
 
+def rows_by_split(labels: np.ndarray, class_counts: Sequence[int]) -> dict[str, np.ndarray]:
+    """Which of the images with `labels` (N,) are in "all", "many", "medium", "few": (N,), bool each."""
+    split = np.array([split_of(count) for count in class_counts])[labels]
+    return {"all": np.ones(len(labels), bool)} | {name: split == name for name in SPLITS}
+
+
 def calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
     """
     Expected calibration error in percent: 15 equal bins of the highest probability, |accuracy − confidence| by share.
@@ -139,8 +145,8 @@ def summarise(predictions: Predictions, class_counts: Sequence[int], macs: tuple
 
     Returns:
         "images"; "experts": one entry per number of experts (accuracies, "ece", "macs"); "routed", where there are
-        routers: the same at `thresholds`, with "mean_experts" (per split too) and "experts_share"; "per_class", where
-        it is asked for: what `by_class` gives.
+        routers: the same at `thresholds`, with "mean_experts" (per split too) and "experts_share", both of images,
+        not of classes, as the cost is; "per_class", where it is asked for: what `by_class` gives.
     """
     n_experts, n_images, _ = predictions.expert_logits.shape
     labels = predictions.labels
@@ -158,10 +164,10 @@ def summarise(predictions: Predictions, class_counts: Sequence[int], macs: tuple
     if len(predictions.router_scores):
         used = route(predictions.router_scores, thresholds)
         share = np.bincount(used, minlength=n_experts + 1)[1:] / n_images
-        by_split = mean_by_split(used.astype(float), labels, class_counts)
+        by_split = {name: used[rows] for name, rows in rows_by_split(labels, class_counts).items()}
         result["routed"] = judge(used) | {
             "thresholds": list(thresholds),
-            "mean_experts": {name: None if value is None else round(value, 4) for name, value in by_split.items()},
+            "mean_experts": {name: round(float(x.mean()), 4) if len(x) else None for name, x in by_split.items()},
             "experts_share": [round(float(value), 5) for value in share],
             "macs": round(mean_macs(macs, share.tolist())),
         }

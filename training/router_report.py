@@ -18,10 +18,10 @@ from training.evaluate import (
     Predictions,
     accuracy_by_split,
     macs_of,
-    mean_by_split,
     mean_macs,
     predict,
     route,
+    rows_by_split,
 )
 from training.methods.method import Model
 from training.plots import plot_curve, plot_experts, plot_shares
@@ -229,14 +229,12 @@ class _Judge:
         return self.point("oracle", oracle(self.right))
 
     def shares(self, point: Point) -> dict[str, list[float]]:
-        """By split, the shares of the images that use 1 to E experts; means of classes. Empty without images."""
-        columns = [
-            mean_by_split((point.used == count).astype(float), self.labels, self.counts)
-            for count in range(1, self.n_experts + 1)
-        ]
+        """By split, the shares of the images that use 1 to E experts. Empty without images."""
+        used = {scope: point.used[rows] for scope, rows in rows_by_split(self.labels, self.counts).items()}
         return {
-            scope: [value for column in columns if (value := column[scope]) is not None] for scope in SCOPES
-        }  # fmt: skip
+            scope: (np.bincount(values, minlength=self.n_experts + 1)[1:] / len(values)).tolist() if len(values) else []
+            for scope, values in used.items()
+        }
 
     def by_class(self, values: np.ndarray) -> list[float | None]:
         """(C,): means of `values` (N,); None for a class without images."""
@@ -314,10 +312,10 @@ def _text(
     counts = range(1, judge.n_experts + 1)
     rows = []
     for name, point in (("router", chosen), ("oracle", points[-1])):
-        experts = mean_by_split(point.used.astype(float), judge.labels, judge.counts)
         for scope, shares in judge.shares(point).items():
             if shares:
-                rows.append([name, scope, number(experts[scope]), *(f"{share:.1%}" for share in shares)])
+                mean = sum(count * share for count, share in zip(counts, shares, strict=True))
+                rows.append([name, scope, number(mean), *(f"{share:.1%}" for share in shares)])
     of_splits = ("", "test images of", "mean experts", *(f"use {count}" for count in counts))
     text += f"\n## Experts an image uses: {chosen.name}\n\n{markdown(of_splits, rows)}\n"
     many, few = (judge.shares(chosen)[scope] for scope in ("many", "few"))

@@ -162,6 +162,22 @@ def listed_checksum(manifest, file):
     return next(graph["sha256"] for graph in graphs if graph["file"] == file)
 
 
+@pytest.mark.parametrize("open_one", [cpu_engine, openvino_engine])
+def test_a_graph_that_was_replaced_meanwhile_is_refused(make_bundle, open_one):
+    """A worker that is restarted must not answer with other weights than the manifest was read with."""
+    path = make_bundle()
+    bundle = read_bundle(path)
+    graph = onnx.load(path / "expert_1.onnx")
+    graph.producer_name = "another"
+    onnx.save(graph, path / "expert_1.onnx")
+
+    with pytest.raises(BundleError, match=r"expert_1.onnx: is another file than manifest.json was read with"):
+        open_one(bundle)
+    (path / "expert_1.onnx").unlink()
+    with pytest.raises(BundleError, match=r"expert_1.onnx: cannot be read any more \(No such file"):
+        open_one(bundle)
+
+
 def test_a_graph_may_not_reach_for_other_files(make_bundle):
     """Weights outside the graph's own file would be outside its checksum."""
     path = make_bundle()

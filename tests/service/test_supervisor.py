@@ -150,13 +150,14 @@ def test_every_worker_drains(serve):
     assert not any(map(alive, pids))
 
 
-def test_ctrl_c_in_a_terminal_counts_once(serve):
-    """It reaches every process of the group; accepted work is still answered, exit code 0."""
-    server = serve("--timeout-s", "60", "--drain-s", "60")
+@pytest.mark.parametrize(("sig", "workers"), [(signal.SIGINT, 3), (signal.SIGHUP, 3), (signal.SIGHUP, 1)])
+def test_what_a_terminal_says_counts_once(serve, sig, workers):
+    """Ctrl-C, or that it was closed, reaches every process of the group; what was accepted is answered, exit code 0."""
+    server = serve("--timeout-s", "60", "--drain-s", "60", workers=workers)
     with ThreadPoolExecutor(1) as clients:
         accepted = clients.submit(server.post, SLOW)
         wait(lambda: server.metric('ride_stage_seconds_count{stage="decode"}') == 1)
-        os.killpg(server.process.pid, signal.SIGINT)
+        os.killpg(server.process.pid, sig)
         assert server.process.wait(PATIENCE_S) == 0
         assert accepted.result().status_code == 200
 

@@ -65,3 +65,15 @@ def test_summary_of_a_routed_model():
     assert result["routed"]["all"] == 100.0
     assert result["routed"]["mean_experts"] == {"all": 1.5, "many": 1.0, "medium": None, "few": 2.0}
     assert result["routed"]["experts_share"] == [0.5, 0.5]
+
+
+def test_experts_and_cost_are_means_over_images_whatever_the_classes():
+    """Three images of one class stop after one expert, one of another does not; accuracies count classes alike."""
+    logits = np.array([[[9.0, 0.0]] * 4, [[0.0, 1.0]] * 4], np.float32)
+    predictions = Predictions(logits, np.array([[0.1, 0.1, 0.1, 0.8]], np.float32), np.array([0, 0, 0, 1]))
+
+    routed = summarise(predictions, [500, 5], (100, [10, 20], [0]), [0.5])["routed"]
+
+    assert (routed["all"], routed["experts_share"]) == (50.0, [0.75, 0.25])
+    assert routed["mean_experts"] == {"all": 1.25, "many": 1.0, "medium": None, "few": 2.0}
+    assert routed["macs"] == 115
