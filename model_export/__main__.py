@@ -10,12 +10,16 @@ from typing import get_args
 
 from model_export.bundle import SPLITS, Accuracy, BundleError, Manifest, OperatingPoint, Risk, Rule
 
+RISK_CONFIDENCE = 0.95
 COMPARED_COSTS = (0.6, 0.75, 0.9)  # of all experts, at which the rules are compared
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, or 2 after a message for the caller's mistakes."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.risk_confidence is not None and options.max_risk is None:
+        parser.error("--risk-confidence: says how sure --max-risk must be, which is not given")
     from model_export.export import Wish, export
     from model_export.precision import obstacle, parse_precisions
     from training.checkpoint import CheckpointError
@@ -31,14 +35,18 @@ def main(arguments: list[str] | None = None) -> int:
             else:
                 print(f"variant {precision} is left out: {reason}")
         wish = Wish(
-            options.rule, options.max_mean_experts, options.max_accuracy_loss, options.max_risk, options.risk_confidence
-        )
+            options.rule, options.max_mean_experts, options.max_accuracy_loss, options.max_risk,
+            RISK_CONFIDENCE if options.risk_confidence is None else options.risk_confidence,
+        )  # fmt: skip
         manifest = export(
             options.run, options.output, name=options.name, version=options.version, wish=wish, precisions=precisions,
             data=options.data, settings=_settings(options.set),
         )  # fmt: skip
     except (BundleError, CheckpointError, DataError, RecipeError) as error:
         print(f"ride-export: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"ride-export: {error.filename or options.output}: {error.strerror or error}", file=sys.stderr)
         return 2
     print(table(manifest))
     print(f"next: ride-serve --bundle {options.output}")
@@ -83,6 +91,7 @@ def _listed(value: object) -> list[object]:
 def _variant_lines(manifest: Manifest) -> Iterator[str]:
     checkpoint = manifest.variants["fp32"].parity
     yield f"variants on {checkpoint.images} held-out images, routed by the default:"
+    yield "  (closer than 0.001 to another decision counts as the same)"
     yield "             all   many  medium   few  experts  same class  same experts  logits within"
     yield f"  checkpoint {_cells(checkpoint.checkpoint_accuracy)} {checkpoint.checkpoint_mean_experts:8.3f}"
     for name, variant in manifest.variants.items():
@@ -120,8 +129,9 @@ def _comparison(manifest: Manifest) -> Iterator[str]:
 def _risk_lines(risk: Risk, manifest: Manifest) -> Iterator[str]:
     if max(manifest.thresholds, default=0.0) == 0:
         yield (
-            f"risk: no early exit by the rule {manifest.rule} can be certified to lose at most {risk.max_risk:g} "
-            f"points with {risk.confidence:.4g} confidence on {risk.images} images; every image runs all experts"
+            f"risk: of the early exits by the rule {manifest.rule} that were tried none can be certified to lose at "
+            f"most {risk.max_risk:g} points with {risk.confidence:.4g} confidence on {risk.images} images; every image "
+            "runs all experts"
         )
         return
     yield (
@@ -129,6 +139,9 @@ def _risk_lines(risk: Risk, manifest: Manifest) -> Iterator[str]:
         f"every held-out image counted alike: {risk.loss:.2f} on {risk.images} images that did not choose, "
         f"bound {risk.upper_bound:.2f}"
     )
+    for name, bound in risk.variants.items():
+        failed = "" if bound <= risk.max_risk else ": not used unless asked for"
+        yield f"  the same for {name}, against all experts of the checkpoint: bound {bound:.2f}{failed}"
     tail = {name: loss for name, loss in risk.loss_by_split.items() if loss is not None}
     yield "  lost on " + ", ".join(f"{name} {loss:.2f}" for name, loss in tail.items())
     if tail.get("few", 0.0) > risk.max_risk:
@@ -211,8 +224,8 @@ def _parser() -> argparse.ArgumentParser:
              "points against all experts, every held-out image counted alike; half of them choose, half of them test",
     )  # fmt: skip
     parser.add_argument(
-        "--risk-confidence", type=float, default=0.95, metavar="SHARE",
-        help="how sure --max-risk must be; more sure needs more experts [default: 0.95]",
+        "--risk-confidence", type=float, metavar="SHARE",
+        help=f"how sure --max-risk must be; more sure needs more experts [default: {RISK_CONFIDENCE}]",
     )  # fmt: skip
     return parser
 

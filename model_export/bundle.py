@@ -150,6 +150,11 @@ class Parity:
         for name in ("top1_agreement", "experts_used_agreement"):
             if not 0 <= getattr(self, name) <= 1:
                 raise _fail(f"parity.{name}", f"is {getattr(self, name)}; expected a share in [0, 1]")
+        for name, least in (
+            ("images", 1), ("max_abs_logit_difference", 0), ("mean_experts", 1), ("checkpoint_mean_experts", 1),
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                raise _fail(f"parity.{name}", f"is {getattr(self, name)}; expected {least} or more")
 
     @property
     def largest_loss(self) -> float:
@@ -220,6 +225,8 @@ class Risk:
         loss: percentage points lost on them; negative where early exit was better.
         upper_bound: on `loss`, at that confidence; at most `max_risk`.
         loss_by_split: many, medium, few, on the same images.
+        variants: the bound of each variant, against all experts of the checkpoint; where it is above `max_risk`, the
+            variant is not used unless it is asked for.
     """
 
     max_risk: float
@@ -228,6 +235,7 @@ class Risk:
     loss: float
     upper_bound: float
     loss_by_split: Mapping[str, float | None]
+    variants: Mapping[str, float]
 
     def __post_init__(self) -> None:
         if not 0 < self.confidence < 1:
@@ -291,6 +299,11 @@ class Manifest:
         """The split of each class, in the order of the logits."""
         return tuple(split_of(count, self.split_bounds) for count in self.class_counts)
 
+    def may_serve(self, variant: str) -> bool:
+        """Whether a variant loses so little that it may be used without being asked for."""
+        risk = self.calibration.risk
+        return self.variants[variant].faithful and (risk is None or risk.variants.get(variant, 0.0) <= risk.max_risk)
+
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
             raise _fail("schema_version", f"is {self.schema_version}; this release reads {SCHEMA_VERSION}")
@@ -334,6 +347,8 @@ class Manifest:
 
     def _check_calibration(self) -> None:
         n_experts, points = self.n_experts, self.calibration.points
+        if self.calibration.images < 1:
+            raise _fail("calibration.images", f"is {self.calibration.images}; expected 1 or more")
         for index, point in enumerate(points):
             where = f"calibration.points[{index}]"
             _check_thresholds(f"{where}.thresholds", point.thresholds, n_experts)
@@ -344,6 +359,11 @@ class Manifest:
                 raise _fail(
                     f"{where}.experts_share", f"is {list(point.experts_share)}; expected shares that add up to 1"
                 )
+            mean = sum(count * share for count, share in enumerate(point.experts_share, 1))
+            if abs(mean - point.mean_experts) > 1e-3:
+                raise _fail(f"{where}.mean_experts", f"is {point.mean_experts}; the shares make it {mean:.4g}")
+            if point.mean_macs <= 0:
+                raise _fail(f"{where}.mean_macs", f"is {point.mean_macs}; expected more than 0")
         if n_experts > 1 and not self.macs.routers and "router" in (self.rule, *(point.rule for point in points)):
             raise _fail("macs.routers", "is empty, so that the rule 'router' has nothing to ask; expected another rule")
         complete = {point.rule for point in points if max(point.thresholds, default=0.0) == 0}

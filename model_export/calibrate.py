@@ -126,9 +126,9 @@ def _points(
     if n_routers:
         candidates += sorted(frontier(predictions, class_counts, macs, budgets))
     points: dict[tuple[float, ...], OperatingPoint] = {}
-    for thresholds in candidates:  # of those that send every image the same way, the first stay
+    for thresholds in candidates:  # of those that send every image the same way, the first stay, and the wanted ones
         point = _point(predictions, rule, thresholds, class_counts, macs)
-        points.setdefault((*point.experts_share, point.accuracy.all), point)
+        points.setdefault((*point.experts_share, point.accuracy.all, float(thresholds in wanted)), point)
     return list(points.values())
 
 
@@ -150,8 +150,6 @@ def choose(
                 f"max_mean_experts is {max_mean_experts}; the thriftiest point needs {points[0].mean_experts}"
             )
         return max(affordable, key=lambda point: (point.accuracy.all, -point.mean_macs))
-    if max_accuracy_loss < 0:
-        raise BundleError(f"max_accuracy_loss is {max_accuracy_loss}; it must be 0 or more percentage points")
     full = max(points, key=lambda point: point.mean_experts)
     good = [point for point in points if point.accuracy.all >= full.accuracy.all - max_accuracy_loss]
     return min(good, key=lambda point: point.mean_macs)
@@ -204,13 +202,19 @@ def frontier(
                 break
     budgets = np.linspace(min(spent) * n_images, 100, n_budgets) + 1e-9
     affordable = [[key for key, (_, cost) in tried.items() if cost <= budget] for budget in budgets]
-    return {max(keys, key=lambda key: tried[key]) for keys in affordable if keys}
+    return {max(keys, key=lambda key: (tried[key][0], -tried[key][1])) for keys in affordable if keys}
 
 
 def _grid(scores: np.ndarray) -> list[float]:
-    """Thresholds worth trying: 0, 1, and quantiles of the scores (N,), cut so that none lies above its score."""
+    """
+    Thresholds worth trying: 0, 1, and between quantiles of the scores (N,) and whatever score comes next below them.
+
+    Halfway, so that another precision's rounding changes no decision; cut so that none lies above its score.
+    """
+    distinct = np.unique(scores.astype(np.float64))
     quantiles = np.quantile(scores, np.linspace(0, 1, GRID), method="lower").astype(np.float64)
-    return sorted({0.0, 1.0, *(np.floor(quantiles * DIGITS) / DIGITS).tolist()})
+    below = np.concatenate([[0.0], distinct])[np.searchsorted(distinct, quantiles)]
+    return sorted({0.0, 1.0, *(np.floor((below + quantiles) / 2 * DIGITS) / DIGITS).tolist()})
 
 
 def _point(

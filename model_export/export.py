@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 
 from model_export.authors import read_published
 from model_export.bundle import (
+    MANIFEST,
     BundleError,
     Calibration,
     InputSpec,
@@ -30,20 +32,21 @@ from model_export.bundle import (
     write_manifest,
 )
 from model_export.calibrate import Costs, by_rule, calibrate, choose, spread_of_decisions
-from model_export.parity import compare, require, run_variant
+from model_export.parity import compare, count_unusable, require, run_variant
 from model_export.precision import write_graphs
 from model_export.risk import certify
-from training.checkpoint import Checkpoint
+from training.checkpoint import Checkpoint, CheckpointError
 from training.data.images import INTERPOLATION
 from training.data.longtail import FEW_BELOW, MANY_ABOVE
 from training.data.sets import Data, load_data
 from training.evaluate import Predictions, macs_of, predict, summarise
 from training.methods.method import Model
 from training.recipe import Recipe, RecipeError
-from training.train import PUBLISHED_THRESHOLD, trained_model
+from training.train import PUBLISHED_THRESHOLD, refuse_other_images, trained_model
 
 _Subject = tuple[Checkpoint, Model, Data, dict[str, Any]]  # the last: of its provenance, what a run does not have
 
+PATH_FIELDS = ("data", "image_root", "train_list", "val_list", "test_list", "pretrained", "teacher", "first_stage")
 SPREAD_IMAGES = 1000  # for the spread of the routers' decisions
 DEFAULT_ACCURACY_LOSS = 0.3
 
@@ -58,6 +61,9 @@ class Wish:
         max_mean_experts, max_accuracy_loss, max_risk: what the thresholds may cost: experts per image; percentage
             points of accuracy over all classes; percentage points with `risk_confidence`. At most one is given; with
             none, 0.3 points of accuracy, or for the routers of a published checkpoint 0.5 everywhere, as published.
+
+    Raises:
+        BundleError: for a number that cannot be.
     """
 
     rule: Rule | None = None
@@ -65,6 +71,18 @@ class Wish:
     max_accuracy_loss: float | None = None
     max_risk: float | None = None
     risk_confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        for name, least, most, what in (
+            ("max_mean_experts", 1, math.inf, "1 or more experts per image"),
+            ("max_accuracy_loss", 0, 100, "0 to 100 percentage points"),
+            ("max_risk", 0, 100, "0 to 100 percentage points"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:  # NaN is not
+                raise BundleError(f"{name} is {value}; it must be {what}")
+        if not 0 < self.risk_confidence < 1:
+            raise BundleError(f"risk_confidence is {self.risk_confidence}; it must be between 0 and 1, such as 0.95")
 
 
 def export(
@@ -93,51 +111,83 @@ def export(
         CheckpointError, DataError, RecipeError: for a run that is not finished or a file that is no checkpoint of the
             authors, images that are not there, settings that cannot be.
     """
+    if not run.exists():
+        raise CheckpointError(f"{run}: no such run directory or file")
+    target = target.resolve()  # a link stays, what it leads to is replaced
     _refuse_foreign(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+        directory = Path(scratch, "bundle")
+        directory.mkdir()
+        manifest = _write(
+            run, directory, name=name, version=version, wish=wish, precisions=precisions, data=data,
+            settings=settings or {},
+        )  # fmt: skip
+        _put_in_place(directory, target)
+    return manifest
+
+
+def _write(
+    run: Path, directory: Path, *, name: str | None, version: str, wish: Wish, precisions: Sequence[Precision],
+    data: str | None, settings: Mapping[str, str],
+) -> Manifest:  # fmt: skip
+    """The whole bundle, in an empty directory."""
     if run.is_file():
-        checkpoint, model, images, origin = _published(run, data, settings or {})
+        checkpoint, model, images, origin = _published(run, data, settings)
     else:
-        checkpoint, model, images, origin = _finished(run, data, settings or {})
+        checkpoint, model, images, origin = _finished(run, data, settings)
     recipe, rule = checkpoint.recipe, _rule_of(run, wish, model)
     macs = macs_of(model, recipe.image_size)
     if model.routers is not None:
         model.routers.temperature = spread_of_decisions(model, images.heldout.even_sample(SPREAD_IMAGES))
     heldout = predict(model, images.heldout)
+    if unusable := count_unusable(heldout):
+        raise CheckpointError(
+            f"{checkpoint.path}: NaN or infinity for {unusable} of {len(heldout.labels)} held-out images; its weights, "
+            "or the mean and std of its recipe, are damaged"
+        )
+    pixels, n_classes = images.heldout.pixels.numpy(), len(checkpoint.classes)
+    written = {graphs.precision: graphs for graphs in write_graphs(model, images.train, precisions, directory)}
+    found = {precision: run_variant(directory, graphs, pixels, n_classes) for precision, graphs in written.items()}
     published = (PUBLISHED_THRESHOLD,) * len(macs[2]) if origin and rule == "router" else None
-    calibration, thresholds = _operating_points(heldout, images, macs, wish, rule, published)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        directory = Path(scratch, "bundle")
-        directory.mkdir()
-        variants: dict[str, Variant] = {}
-        for graphs in write_graphs(model, images.train, precisions, directory):
-            found = run_variant(directory, graphs, images.heldout.pixels.numpy(), len(checkpoint.classes))
-            parity = compare(heldout, found, rule, thresholds, checkpoint.class_counts, graphs.precision)
-            if graphs.precision == "fp32":
-                require(parity, "fp32")
-            variants[graphs.precision] = Variant(graphs.precision, graphs.trunk, graphs.experts, graphs.routers, parity)
-        manifest = Manifest(
-            name=name or recipe.name, version=version,
-            classes=checkpoint.classes, class_counts=checkpoint.class_counts,
-            split_bounds=SplitBounds(many_above=MANY_ABOVE, few_below=FEW_BELOW),
-            input=InputSpec(
-                height=recipe.image_size, width=recipe.image_size, fit=recipe.test_fit, interpolation=INTERPOLATION,
-                mean=checkpoint.mean, std=checkpoint.std,
-            ),
-            macs=Macs(macs[0], tuple(macs[1]), tuple(macs[2])),
-            variants=variants, default_variant="fp32", rule=rule, thresholds=thresholds, calibration=calibration,
-            provenance={
-                "recipe": recipe.to_dict(), "seed": recipe.seed, "commit": checkpoint.commit,
-                "torch": torch.__version__,
-                "router_temperature": model.routers.temperature if model.routers is not None else None,
-                "data": {"name": recipe.data, "train": len(images.train), "test": len(images.test)},
-                "test": _test_figures(model, images, macs, rule, thresholds),
-            } | origin,
-        )  # fmt: skip
-        write_manifest(directory, manifest)
-        read_bundle(directory)
-        _put_in_place(directory, target)
+    calibration, thresholds = _operating_points(heldout, found, images, macs, wish, rule, published)
+    variants: dict[str, Variant] = {}
+    for precision, graphs in written.items():
+        parity = compare(heldout, found[precision], rule, thresholds, checkpoint.class_counts, precision)
+        if precision == "fp32":
+            require(parity, "fp32")
+        variants[precision] = Variant(precision, graphs.trunk, graphs.experts, graphs.routers, parity)
+    manifest = Manifest(
+        name=name or recipe.name, version=version,
+        classes=checkpoint.classes, class_counts=checkpoint.class_counts,
+        split_bounds=SplitBounds(many_above=MANY_ABOVE, few_below=FEW_BELOW),
+        input=InputSpec(
+            height=recipe.image_size, width=recipe.image_size, fit=recipe.test_fit, interpolation=INTERPOLATION,
+            mean=checkpoint.mean, std=checkpoint.std,
+        ),
+        macs=Macs(macs[0], tuple(macs[1]), tuple(macs[2])),
+        variants=variants, default_variant="fp32", rule=rule, thresholds=thresholds, calibration=calibration,
+        provenance={
+            "recipe": _without_directories(recipe), "seed": recipe.seed, "commit": checkpoint.commit,
+            "torch": torch.__version__,
+            "router_temperature": model.routers.temperature if model.routers is not None else None,
+            "data": {"name": Path(recipe.data).name, "train": len(images.train), "test": len(images.test)},
+            "test": _test_figures(model, images, macs, rule, thresholds),
+        } | origin,
+    )  # fmt: skip
+    write_manifest(directory, manifest)
+    read_bundle(directory)
     return manifest
+
+
+def _without_directories(recipe: Recipe) -> dict[str, Any]:
+    """The recipe, but of paths on the machine that trained only the last part: a service shows this to whoever asks."""
+
+    def last(value: str) -> str:
+        return ",".join(Path(part).name for part in value.split(","))
+
+    fields = recipe.to_dict()
+    return fields | {field: last(fields[field]) for field in PATH_FIELDS if fields[field]}
 
 
 def _finished(run: Path, data: str | None, settings: Mapping[str, str]) -> _Subject:
@@ -147,8 +197,7 @@ def _finished(run: Path, data: str | None, settings: Mapping[str, str]) -> _Subj
     checkpoint, model = trained_model(run)
     recipe = checkpoint.recipe
     images = load_data(recipe if data is None else recipe.override({"data": data}))
-    if (images.classes, images.counts) != (checkpoint.classes, checkpoint.class_counts):
-        raise BundleError(f"{data or recipe.data}: other classes or class counts than {checkpoint.path} was trained on")
+    refuse_other_images(checkpoint, images)
     return checkpoint, model, images, {}
 
 
@@ -200,11 +249,19 @@ def _rule_of(run: Path, wish: Wish, model: Model) -> Rule:
 
 
 def _operating_points(
-    heldout: Predictions, images: Data, macs: Costs, wish: Wish, rule: Rule, published: tuple[float, ...] | None
-) -> tuple[Calibration, tuple[float, ...]]:
-    """The calibration table and the default thresholds: as wished, else as `published`, else within 0.3 points."""
-    if wish.max_risk is not None:
-        thresholds, risk = certify(heldout, images.counts, macs, rule, wish.max_risk, wish.risk_confidence)
+    heldout: Predictions, found: Mapping[Precision, Predictions], images: Data, macs: Costs, wish: Wish, rule: Rule,
+    published: tuple[float, ...] | None,
+) -> tuple[Calibration, tuple[float, ...]]:  # fmt: skip
+    """
+    The calibration table and the default thresholds: as wished, else as `published`, else within 0.3 points.
+
+    Args:
+        heldout: by the checkpoint.
+        found: the same images, by each variant.
+    """
+    if wish.max_risk is not None and len(heldout.expert_logits) > 1:  # one expert cannot lose anything
+        others: dict[str, Predictions] = {name: each for name, each in found.items() if name != "fp32"}
+        thresholds, risk = certify(heldout, images.counts, macs, rule, wish.max_risk, wish.risk_confidence, others)
         return calibrate(heldout, images.counts, macs, images.heldout_note, (rule, thresholds), risk), thresholds
     if published is not None and wish.max_mean_experts is None and wish.max_accuracy_loss is None:
         return calibrate(heldout, images.counts, macs, images.heldout_note, (rule, published)), published
@@ -219,17 +276,47 @@ def _test_figures(model: Model, images: Data, macs: Costs, rule: Rule, threshold
 
 
 def _refuse_foreign(target: Path) -> None:
-    if target.exists() and not (target / "manifest.json").is_file() and (not target.is_dir() or any(target.iterdir())):
+    """
+    Only an empty directory, or one that holds a bundle and nothing else, may be replaced.
+
+    Raises:
+        BundleError: for anything else, with the first thing that does not belong to a bundle.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise BundleError(f"{target}: exists and is not a directory; give another one")
+    if os.path.ismount(target):
+        raise BundleError(f"{target}: is a mount point, which cannot be replaced; give a directory inside it")
+    there = sorted(entry.name for entry in target.iterdir())
+    strange = [name for name in there if name != MANIFEST and not name.endswith(".onnx")]
+    if there and not _is_manifest(target / MANIFEST):
         raise BundleError(f"{target}: exists and is not a bundle; give another directory")
+    if strange:
+        raise BundleError(f"{target}: holds {strange[0]}, which is not a bundle's and would be lost; move it away")
+
+
+def _is_manifest(file: Path) -> bool:
+    """Whether the file is a manifest of whatever version."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"schema_version", "classes", "thresholds"} <= content.keys()
 
 
 def _put_in_place(directory: Path, target: Path) -> None:
     """Whoever reads `target` finds the old bundle or the new one, but for the instant between two renames."""
-    os.chmod(directory, 0o755)
-    if target.exists():
-        old = directory.with_name("old")
-        target.rename(old)
+    directory.chmod(0o755)
+    for file in directory.iterdir():
+        file.chmod(0o644)
+    if not target.exists():
         directory.rename(target)
-        shutil.rmtree(old)
-    else:
+        return
+    old = directory.with_name("old")
+    target.rename(old)
+    try:
         directory.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise

@@ -69,8 +69,7 @@ def compare(
     Raises:
         BundleError: where a graph gives NaN or infinity.
     """
-    unusable = int((~np.isfinite(graphs.expert_logits).all(axis=(0, 2))).sum())
-    if unusable:
+    if unusable := count_unusable(graphs):
         raise BundleError(
             f"variant {name}: NaN or infinity for {unusable} of {graphs.expert_logits.shape[1]} images; "
             "nothing was written; leave it out of --variants"
@@ -85,7 +84,7 @@ def compare(
     sides = (checkpoint, graphs)
     scores = [rule_scores(rule, side.expert_logits, side.router_scores) for side in sides]
     theirs, ours = (route(values, thresholds) for values in scores)
-    near = (np.abs(scores[0] - np.asarray(thresholds, np.float32)[:, None]) < TIE).any(axis=0)
+    near = _parted_by_a_hair(scores[0], scores[1], thresholds)
     if rule == "agreement":  # whose scores jump where the best class of one expert or of several changes
         sums = np.cumsum(checkpoint.expert_logits, axis=0)
         near |= (_lead(checkpoint.expert_logits) < TIE).any(axis=0) | (_lead(sums) < TIE).any(axis=0)
@@ -101,6 +100,23 @@ def compare(
         accuracy=after, checkpoint_accuracy=before,
         mean_experts=round(float(ours.mean()), 5), checkpoint_mean_experts=round(float(theirs.mean()), 5),
     )  # fmt: skip
+
+
+def count_unusable(predictions: Predictions) -> int:
+    """Images for which a logit or a score is NaN or infinite."""
+    usable = np.isfinite(predictions.expert_logits).all(axis=(0, 2))
+    usable &= np.isfinite(predictions.router_scores).all(axis=0)
+    return int((~usable).sum())
+
+
+def _parted_by_a_hair(scores: np.ndarray, others: np.ndarray, thresholds: tuple[float, ...]) -> np.ndarray:
+    """(N,), bool: where the first different decision of the two (E - 1, N) is one that `scores` takes just so."""
+    limits = np.asarray(thresholds, np.float32)[:, None]
+    differ, close = (scores >= limits) != (others >= limits), np.abs(scores - limits) < TIE
+    parted = np.zeros(scores.shape[1], bool)
+    for router in reversed(range(len(limits))):
+        parted = np.where(differ[router], close[router], parted)
+    return parted
 
 
 def _lead(logits: np.ndarray) -> np.ndarray:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from model_export.bundle import SPLITS, BundleError, Risk, Rule
+from model_export.bundle import SPLITS, Risk, Rule
 from model_export.calibrate import ROUTER_BUDGETS, Costs, by_rule, frontier
 from training.data.longtail import split_of
 from training.evaluate import Predictions, mean_logits, mean_macs, route
 
 SEED = 0
+SAFE_STEPS = 20  # from all experts to the most accurate thresholds of the frontier, with which it begins
 LARGEST_BET = 0.9  # below 1, so that no single image can lose all
 DECIMALS = 10**4  # of percentage points, in what is written
 
@@ -24,9 +26,13 @@ def certify(
     rule: Rule,
     max_risk: float,
     confidence: float,
+    variants: Mapping[str, Predictions] | None = None,
 ) -> tuple[tuple[float, ...], Risk]:
     """
     The cheapest thresholds that lose, with `confidence`, at most `max_risk` percentage points against all experts.
+
+    That holds for the checkpoint and for each of `variants` which passes with all of its experts; the others do not
+    count, and have a bound above `max_risk`.
 
     One half of the held-out images makes a sequence of thresholds from the safest (all experts, where nothing can be
     lost) to the cheapest; the other half, which had no part in that, tests them in this order and stops at the first
@@ -37,35 +43,51 @@ def certify(
     Args:
         max_risk: percentage points of accuracy.
         confidence: in (0, 1).
-
-    Raises:
-        BundleError: for a risk or a confidence that cannot be.
+        variants: the same images as other precisions of the model see them, without labels; their loss counts against
+            all experts of the checkpoint.
 
     Source: Learn then Test, Angelopoulos et al., arXiv:2110.01052, fixed-sequence testing.
     """
-    if not 0 <= max_risk <= 100:
-        raise BundleError(f"max_risk is {max_risk}; it must be 0 to 100 percentage points")
-    if not 0 < confidence < 1:
-        raise BundleError(f"risk_confidence is {confidence}; it must be between 0 and 1, such as 0.95")
-    scored, macs = by_rule(predictions, macs, rule)
-    choosing, testing = (_part(scored, rows) for rows in halves(predictions.labels))
-    chosen, bound = (0.0,) * len(scored.router_scores), 0.0
-    for thresholds in _from_safest(choosing, class_counts, macs):
-        upper = upper_bound(_losses(testing, thresholds), 1 - confidence)
-        if 100 * upper > max_risk:
+    for_choosing, for_testing = halves(predictions.labels)
+    scored, paid = by_rule(predictions, macs, rule)
+    choosing, testing = (_part(scored, rows) for rows in (for_choosing, for_testing))
+    chosen = (0.0,) * len(scored.router_scores)
+    right = _right(testing, chosen)
+
+    def bound(part: Predictions, thresholds: tuple[float, ...]) -> float:
+        return 100 * upper_bound(right.astype(np.float64) - _right(part, thresholds), 1 - confidence)
+
+    parts = {
+        name: _part(by_rule(replace(found, labels=predictions.labels), macs, rule)[0], for_testing)
+        for name, found in (variants or {}).items()
+    }
+    of_variants = {name: bound(part, chosen) for name, part in parts.items()}
+    hopeless = {name: value for name, value in of_variants.items() if value > max_risk}
+    of_checkpoint = 0.0
+    for thresholds in _from_safest(choosing, class_counts, paid):
+        upper = bound(testing, thresholds)
+        others = {name: bound(part, thresholds) for name, part in parts.items() if name not in hopeless}
+        if max([upper, *others.values()]) > max_risk:
             break
-        chosen, bound = thresholds, upper
-    losses = 100 * _losses(testing, chosen)
+        chosen, of_checkpoint, of_variants = thresholds, upper, others | hopeless
+    losses = 100 * (right.astype(np.float64) - _right(testing, chosen))
     of_split = np.array([split_of(class_counts[label]) for label in testing.labels])
     risk = Risk(
         max_risk=max_risk, confidence=confidence, images=len(losses), loss=round(float(losses.mean()), 4),
-        upper_bound=min(math.ceil(100 * bound * DECIMALS) / DECIMALS, max_risk),
+        upper_bound=_rounded_up(of_checkpoint, max_risk),
         loss_by_split={
             name: round(float(losses[of_split == name].mean()), 4) if (of_split == name).any() else None
             for name in SPLITS
         },
+        variants={name: _rounded_up(value, max_risk) for name, value in of_variants.items()},
     )  # fmt: skip
     return chosen, risk
+
+
+def _rounded_up(bound: float, max_risk: float) -> float:
+    """To DECIMALS, but not beyond `max_risk` where it keeps that."""
+    rounded = math.ceil(bound * DECIMALS) / DECIMALS
+    return min(rounded, max_risk) if bound <= max_risk else rounded
 
 
 def upper_bound(losses: np.ndarray, error: float) -> float:
@@ -123,7 +145,12 @@ def _part(predictions: Predictions, rows: np.ndarray) -> Predictions:
 
 
 def _from_safest(predictions: Predictions, class_counts: Sequence[int], macs: Costs) -> list[tuple[float, ...]]:
-    """The frontier on these images, from the dearest thresholds to the cheapest, without those that never exit."""
+    """
+    From the dearest thresholds to the cheapest, without those that never exit.
+
+    The frontier on these images begins where accuracy is highest, which may be far below all experts; so it is led up
+    to in steps, each of which lets a larger share of the images stop at every router.
+    """
     n_experts, n_images, _ = predictions.expert_logits.shape
     if n_experts == 1:
         return []
@@ -134,14 +161,21 @@ def _from_safest(predictions: Predictions, class_counts: Sequence[int], macs: Co
 
     costs = {thresholds: cost(thresholds) for thresholds in frontier(predictions, class_counts, macs, ROUTER_BUDGETS)}
     full = cost((0.0,) * (n_experts - 1))
+    exits = [key for key in costs if costs[key] < full]
+    if exits:
+        first = max(exits, key=lambda key: (costs[key], key))
+        stops = [(scores < limit).mean() for scores, limit in zip(predictions.router_scores, first, strict=True)]
+        for step in range(1, SAFE_STEPS):
+            shares = [share * step / SAFE_STEPS for share in stops]
+            key = tuple(
+                float(np.quantile(scores, share, method="lower"))
+                for scores, share in zip(predictions.router_scores, shares, strict=True)
+            )
+            costs[key] = cost(key)
     return sorted((key for key in costs if costs[key] < full), key=lambda key: (-costs[key], key))
 
 
-def _losses(predictions: Predictions, thresholds: tuple[float, ...]) -> np.ndarray:
-    """(N,), 1 where all experts are right and early exit is wrong, -1 where it is the other way round, else 0."""
-    n_experts, n_images, _ = predictions.expert_logits.shape
-    early, full = (
-        mean_logits(predictions.expert_logits, used).argmax(axis=1) == predictions.labels
-        for used in (route(predictions.router_scores, thresholds), np.full(n_images, n_experts))
-    )
-    return full.astype(np.float64) - early
+def _right(predictions: Predictions, thresholds: tuple[float, ...]) -> np.ndarray:
+    """(N,), bool: whether the answer with early exit is right."""
+    used = route(predictions.router_scores, thresholds)
+    return np.asarray(mean_logits(predictions.expert_logits, used).argmax(axis=1) == predictions.labels)

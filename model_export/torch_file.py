@@ -26,6 +26,7 @@ from training.checkpoint import CheckpointError
 
 MOST_PICKLE_BYTES = 2**24  # 16 MiB; seven hundred tensors and their optimiser take less than half a megabyte
 LARGEST_KEY = 2**63  # of the whole numbers that a dictionary may have as keys
+MOST_AXES = 8
 ZIP_MAGIC = b"PK\x03\x04"
 STREAM_MAGIC, STREAM_VERSION = 0x1950A86A20F9469CFC6C, 1001
 OTHER_BYTE_ORDER = "was written on a big-endian machine; load and save it once on another"
@@ -309,8 +310,10 @@ def _tensor(arguments: Any) -> Stored:
             pass
         case _:
             raise TorchFileError("has a tensor without storage, offset, shape and strides")
-    if len(shape) != len(strides) or any(
-        type(value) is not int or not 0 <= value < LARGEST_KEY for value in (offset, *shape, *strides)
+    if (
+        len(shape) > MOST_AXES
+        or len(shape) != len(strides)
+        or any(type(value) is not int or not 0 <= value < LARGEST_KEY for value in (offset, *shape, *strides))
     ):
         raise TorchFileError(f"has a tensor in storage {storage.key[:50]!r} whose offset, shape or strides cannot be")
     if 0 not in shape:

@@ -258,7 +258,7 @@ def choose_variant(manifest: Manifest, provider: str, flags: Set[str] | None = N
         if (precision == "int8" and not INT8_FLAGS & flags) or (precision == "bf16" and not BF16_FLAGS & flags):
             continue
         for name, variant in sorted(manifest.variants.items()):
-            if variant.precision == precision and variant.faithful:
+            if variant.precision == precision and manifest.may_serve(name):
                 return name
     return manifest.default_variant
 

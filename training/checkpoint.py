@@ -45,6 +45,7 @@ class Checkpoint:
         commit: of the code.
         decoding: "resident" or "streamed": which of the two draws the augmentation.
         state: single numbers that a stage goes on with.
+        images_digest: of the training images; empty where an older version wrote the checkpoint.
     """
 
     path: Path
@@ -59,6 +60,7 @@ class Checkpoint:
     commit: str
     decoding: Decoding = "resident"
     state: dict[str, float] = field(default_factory=dict)
+    images_digest: str = ""
 
     def load_into(self, model: nn.Module, optimiser: torch.optim.Optimizer | None = None) -> None:
         """
@@ -153,6 +155,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             class_counts=tuple(content["class_counts"]), mean=_three(content["mean"]), std=_three(content["std"]),
             metrics=content["metrics"], commit=content["commit"],
             decoding=content.get("decoding", "resident"), state=content.get("state", {}),
+            images_digest=content.get("images_digest", ""),
         )  # fmt: skip
     except CheckpointError:
         raise

@@ -45,6 +45,8 @@ def take_over(source: Path, model: Model, stage: Stage, *, run: Path, info: dict
                 raise CheckpointError(
                     f"first_stage={source}: trained on other images: {key}[{index}] is {found}, here {wanted}"
                 )
+    if checkpoint.images_digest not in ("", info["images_digest"]):
+        raise CheckpointError(f"first_stage={source}: trained on other images: as many, but not the same")
     checkpoint.load_into(model if stage.network is None else Model(stage.network, None))
     line = {"stage": stage.name, "epoch": checkpoint.epochs_done, "from": str(source), "commit": checkpoint.commit}
     if rank() == 0:

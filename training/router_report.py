@@ -26,7 +26,7 @@ from training.evaluate import (
 from training.methods.method import Model
 from training.plots import plot_curve, plot_experts, plot_shares
 from training.tables import Cell, markdown, number, write_csv
-from training.train import PUBLISHED_THRESHOLD, trained_model, write_atomically
+from training.train import PUBLISHED_THRESHOLD, refuse_other_images, trained_model, write_atomically
 
 SCOPES = ("all", *SPLITS)
 NOBODY = 1.01  # a threshold that no score reaches
@@ -164,6 +164,7 @@ def report(run: Path, out: Path, max_mean_experts: float | None = None) -> str:
     if max_mean_experts is not None and max_mean_experts < 1:
         raise ReportError(f"--max-mean-experts {max_mean_experts:g}: every image uses one expert at least")
     data = load_data(recipe)
+    refuse_other_images(checkpoint, data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     temperature = _set_temperature(model, data.heldout.even_sample(TEMPERATURE_SAMPLE).to(device))

@@ -58,6 +58,8 @@ def _train(recipe: Recipe, run: Path, device: torch.device) -> dict[str, Any]:
         _refuse_other_recipe(checkpoint, recipe)
     decoding: Decoding = next((checkpoint.decoding for checkpoint in done.values()), recipe.decoding)
     data = load_data(dataclasses.replace(recipe, decoding=decoding), checked=bool(done))
+    for checkpoint in done.values():
+        refuse_other_images(checkpoint, data)
     if data.report.findings and rank() == 0:
         print(f"{recipe.data}: trained on as it is\n{data.report}", file=sys.stderr)
     mean, std = (recipe.mean, recipe.std) if recipe.mean and recipe.std else channel_statistics(data.train)
@@ -67,8 +69,8 @@ def _train(recipe: Recipe, run: Path, device: torch.device) -> dict[str, Any]:
     images, heldout, test = (part.to(device) for part in (data.train, data.heldout, data.test))
     info: dict[str, Any] = {
         "recipe": recipe.to_dict(), "classes": data.classes, "class_counts": data.counts, "mean": mean, "std": std,
-        "commit": current_commit(), "torch": torch.__version__, "device": device.type, "decoding": data.decoding,
-        "processes": world_size(),
+        "images_digest": data.digest, "commit": current_commit(), "torch": torch.__version__, "device": device.type,
+        "decoding": data.decoding, "processes": world_size(),
     }  # fmt: skip
     if recipe.pretrained is not None:
         info["pretrained"] = start_from(model.net, recipe)
@@ -139,6 +141,25 @@ def trained_model(run: Path) -> tuple[Checkpoint, Model]:
     if "routers" not in stages:  # there, but never trained
         model.routers = None
     return checkpoint, model.eval()
+
+
+def refuse_other_images(checkpoint: Checkpoint, data: Data) -> None:
+    """
+    Whatever was held out would else be drawn anew, and images that were trained on among it.
+
+    Raises:
+        CheckpointError: where the training images are not those of the checkpoint.
+    """
+    was = f"{checkpoint.path}: was trained on other images than are there now:"
+    restore = "restore them, or begin anew in another directory"
+    if checkpoint.classes != data.classes:
+        odd = sorted(set(checkpoint.classes) ^ set(data.classes))
+        raise CheckpointError(f"{was} other classes ({', '.join(odd[:5]) or 'in another order'}); {restore}")
+    for name, before, now in zip(data.classes, checkpoint.class_counts, data.counts, strict=True):
+        if before != now:
+            raise CheckpointError(f"{was} {before} of class {name!r}, {now} now; {restore}")
+    if checkpoint.images_digest not in ("", data.digest):
+        raise CheckpointError(f"{was} as many, but some have changed or go by other names; {restore}")
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -48,7 +48,7 @@ def make_run(folder, directory, **fields):
             model.routers.output.bias.sub_((asked / asked.std()).mean() - model.routers.output.bias)
     info = {
         "recipe": recipe.to_dict(), "classes": data.classes, "class_counts": data.counts, "mean": mean, "std": std,
-        "commit": "0" * 40, "metrics": {},
+        "commit": "0" * 40, "metrics": {}, "images_digest": data.digest,
     }  # fmt: skip
     for stage, part in (("experts", model.net), ("routers", model.routers)):
         if part is not None:

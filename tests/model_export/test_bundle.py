@@ -154,7 +154,7 @@ def test_a_missing_key_is_refused(bundle, key):
 
 
 RISK = {
-    "max_risk": 0.5, "confidence": 0.95, "images": 50, "loss": -0.1, "upper_bound": 0.4,
+    "max_risk": 0.5, "confidence": 0.95, "images": 50, "loss": -0.1, "upper_bound": 0.4, "variants": {"int8": 0.7},
     "loss_by_split": {"many": 0.0, "medium": None, "few": 1.2},
 }  # fmt: skip
 
@@ -252,7 +252,12 @@ def test_an_unknown_key_is_refused(bundle, key):
         ("calibration.points.1.experts_share.1", ..., "points[1].experts_share: has 2 entries; expected 3"),
         ("calibration.points.1.experts_share.1", 0.9, "expected shares that add up to 1"),
         ("calibration.points.1.experts_share", [1.5, -0.5, 0], "expected shares that add up to 1"),
-        ("calibration.points.3.mean_experts", 1.05, "calibration.points: is not in the order of mean_experts"),
+        ("calibration.points.3.mean_experts", 1.05, "points[3].mean_experts: is 1.05; the shares make it 1.9"),
+        ("calibration.points.1.mean_macs", -0.5, "points[1].mean_macs: is -0.5; expected more than 0"),
+        ("calibration.images", 0, "calibration.images: is 0; expected 1 or more"),
+        ("variants.fp32.parity.images", -9, "parity.images: is -9; expected 1 or more"),
+        ("variants.fp32.parity.max_abs_logit_difference", -0.5, "is -0.5; expected 0 or more"),
+        ("variants.fp32.parity.mean_experts", 0.5, "parity.mean_experts: is 0.5; expected 1 or more"),
         ("calibration.points.3.mean_experts", 3.5, "points[3].mean_experts: is 3.5; expected 1 to 3"),
         ("calibration.points.3.mean_experts", 0.5, "points[3].mean_experts: is 0.5; expected 1 to 3"),
         # tensors

@@ -118,5 +118,3 @@ def test_the_default_is_the_cheapest_point_within_the_allowed_loss(rule, predict
     )
     with pytest.raises(BundleError, match=r"max_mean_experts is 0\.5; the thriftiest point needs 1"):
         choose(table, rule, 0.5, 0.0)
-    with pytest.raises(BundleError, match="max_accuracy_loss is -1"):
-        choose(table, rule, None, -1)

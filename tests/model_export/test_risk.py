@@ -1,12 +1,13 @@
 """Risk control: the bound holds as often as it says and is not looser than it must be; what chooses does not test."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from model_export.bundle import BundleError
 from model_export.calibrate import RULES, rule_scores
 from model_export.risk import certify, halves, upper_bound
-from training.evaluate import mean_logits, route
+from training.evaluate import Predictions, mean_logits, route
 
 COUNTS = [500, 200, 50, 5]
 MACS = (100, [10, 10, 10], [1, 1])
@@ -154,10 +155,51 @@ def test_the_halves_share_no_image_and_hold_each_class_alike():
     assert [half.tolist() for half in halves(labels)] == [first.tolist(), second.tolist()]
 
 
-def test_wishes_that_cannot_be_are_refused(predictions):
-    """By name, with what would do."""
-    data = predictions(n_images=40)
-    with pytest.raises(BundleError, match="max_risk is -1; it must be 0 to 100 percentage points"):
-        certify(data, COUNTS, MACS, "router", -1, 0.95)
-    with pytest.raises(BundleError, match="risk_confidence is 95; it must be between 0 and 1"):
-        certify(data, COUNTS, MACS, "router", 1.0, 95)
+def coarser(data, spread, seed=0):
+    """The same images as a less exact precision sees them."""
+    noise = np.random.default_rng(seed).normal(0, spread, data.expert_logits.shape)
+    return dataclasses.replace(data, expert_logits=(data.expert_logits + noise).astype(np.float32))
+
+
+def test_what_is_certified_holds_for_every_variant_that_can(predictions):
+    """Each has its bound, against all experts of the checkpoint; thresholds are no bolder than the worst one allows."""
+    data = predictions(seed=5, n_images=4000)
+    alone, without = certify(data, COUNTS, MACS, "confidence", 3.0, 0.9)
+    together, risk = certify(data, COUNTS, MACS, "confidence", 3.0, 0.9, {"int8": coarser(data, 0.1)})
+
+    assert without.variants == {}
+    assert max(risk.upper_bound, risk.variants["int8"]) <= 3.0
+    assert sum(together) <= sum(alone)
+    testing = halves(data.labels)[1]
+    found = route(rule_scores("confidence", coarser(data, 0.1).expert_logits, data.router_scores), together)
+    early = mean_logits(coarser(data, 0.1).expert_logits, found).argmax(axis=1) == data.labels
+    full = data.expert_logits.mean(axis=0).argmax(axis=1) == data.labels
+    assert 100 * (full[testing].mean() - early[testing].mean()) <= risk.variants["int8"]
+
+
+def test_a_variant_that_fails_with_all_experts_does_not_count(predictions):
+    """Its bound says so; the others are certified as if it were not there."""
+    data = predictions(seed=5, n_images=4000)
+    alone = certify(data, COUNTS, MACS, "confidence", 3.0, 0.9)
+    thresholds, risk = certify(data, COUNTS, MACS, "confidence", 3.0, 0.9, {"int8": coarser(data, 5.0)})
+
+    assert (thresholds, risk.upper_bound) == (alone[0], alone[1].upper_bound)
+    assert risk.variants["int8"] > 3.0
+
+
+def test_thresholds_safer_than_the_frontier_s_are_tried_too():
+    """The second expert hardly helps, so the frontier begins far below all experts; small risks buy some exits."""
+    generator = np.random.default_rng(0)
+    n_images = 4000
+    labels = generator.integers(0, 4, n_images)
+    logits = generator.normal(0, 1, (2, n_images, 4)).astype(np.float32)
+    logits[0, np.arange(n_images), labels] += 1.0
+    logits[1, np.arange(n_images), labels] += 1.1
+    data = Predictions(logits, generator.uniform(0, 1, (1, n_images)).astype(np.float32), labels)
+    used = [
+        route(data.router_scores, certify(data, COUNTS, (100, [10, 10], [1]), "router", risk, 0.9)[0]).mean()
+        for risk in (0.5, 1.0, 2.0, 4.0)
+    ]
+
+    assert used == sorted(used, reverse=True)
+    assert 2 > used[1] > used[2] > used[3] > 1

@@ -24,6 +24,7 @@ Depth = Literal["bytes", "headers", "pixels"]
 EDGE = 4096  # bytes at each end of a file that tell it from others of the same size
 IN_PROCESS = 2000  # images that are looked at before worker processes would have started
 CHUNK = 64
+DIGEST_BYTES = 16
 
 
 def check_data(recipe: Recipe, *, decode: bool = True) -> Report:
@@ -46,9 +47,12 @@ def workers_for(recipe: Recipe) -> int:
     return len(os.sched_getaffinity(0)) if recipe.workers is None else recipe.workers
 
 
-def examine(image_set: ImageSet, depth: Depth, workers: int) -> None:
+def examine(image_set: ImageSet, depth: Depth, workers: int) -> dict[str, np.ndarray]:
     """
     Add to the report of `image_set` what is wrong with its images.
+
+    Returns:
+        Of each part, (N, 16), uint8: digests that equal images share, wherever they lie; 0 for those that are wrong.
 
     Args:
         depth: "bytes": is each there; "headers": is it an image by its first bytes; "pixels": decode it whole. Images
@@ -57,17 +61,21 @@ def examine(image_set: ImageSet, depth: Depth, workers: int) -> None:
     """
     report = image_set.report
     seen: dict[bytes, list[tuple[str, int]]] = defaultdict(list)
+    digests: dict[str, np.ndarray] = {}
     for part, source in image_set.parts().items():
+        digests[part] = np.zeros((len(source), DIGEST_BYTES), np.uint8)
         for position, finding in enumerate(_findings(source.images, depth, workers)):
             if finding.kind is not None:
                 report.add(finding.kind, finding.text)
             elif finding.digest:
                 seen[finding.digest].append((part, position))
+                digests[part][position] = np.frombuffer(finding.digest, np.uint8)
     lone = np.flatnonzero(np.bincount(image_set.train.labels.clip(-1, len(image_set.classes)) + 1)[1:-1] == 1)
     _tell_lone(image_set, lone)
     for group in seen.values():
         if len(group) > 1:
             _tell_twice(image_set, group)
+    return digests
 
 
 def _tell_lone(image_set: ImageSet, labels: np.ndarray) -> None:
@@ -151,6 +159,8 @@ class _Inspection(Dataset[_Finding]):
                     decode_image(content)
                 elif self.depth == "headers":
                     _look_at_header(io.BytesIO(content))
+            if isinstance(self.images, Files) and isinstance(content, bytes):
+                return _Finding(digest=_digest_of_ends(content[:EDGE], content[-EDGE:], len(content)))
             return _Finding(digest=_digest(content))
         except FileNotFoundError:
             return _Finding("missing", name)
@@ -175,11 +185,17 @@ def _look_at_file(path: str, depth: Depth) -> bytes:
         size = os.fstat(file.fileno()).st_size
         head = file.read(EDGE)
         file.seek(max(size - EDGE, 0))
-        return _digest(head + file.read(EDGE) + size.to_bytes(8, "little"))
+        return _digest_of_ends(head, file.read(EDGE), size)
+
+
+def _digest_of_ends(head: bytes, tail: bytes, size: int) -> bytes:
+    return _digest(head + tail + size.to_bytes(8, "little"))
 
 
 def _digest(content: bytes | np.ndarray) -> bytes:
-    return hashlib.blake2b(content if isinstance(content, bytes) else content.tobytes(), digest_size=16).digest()
+    return hashlib.blake2b(
+        content if isinstance(content, bytes) else content.tobytes(), digest_size=DIGEST_BYTES
+    ).digest()
 
 
 def _look_at_header(file: IO[bytes]) -> None:

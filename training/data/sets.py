@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -67,6 +68,7 @@ class Data:
         train, heldout, test: heldout is for choices such as thresholds, test for figures only.
         heldout_note: where the held-out images come from, to stand beside every figure made with them.
         report: what is odd about the set, none of it an error.
+        digest: of the training images, their labels and their order, wherever they lie.
     """
 
     classes: tuple[str, ...]
@@ -76,6 +78,7 @@ class Data:
     test: AnyImages
     heldout_note: str
     report: Report = field(default_factory=Report)
+    digest: str = ""
 
     @property
     def decoding(self) -> Decoding:
@@ -113,11 +116,12 @@ def load_data(recipe: Recipe, *, checked: bool = False) -> Data:
     streamed = recipe.decoding == "streamed" or (recipe.decoding == "auto" and not whole)
     depth: Depth = "bytes" if not streamed else "headers" if checked else "pixels"
 
-    def check() -> Report:
-        examine(image_set, depth, workers_for(recipe))
-        return check_data(recipe) if image_set.report.has_errors and depth != "pixels" else image_set.report
+    def check() -> tuple[Report, dict[str, np.ndarray]]:
+        digests = examine(image_set, depth, workers_for(recipe))
+        again = image_set.report.has_errors and depth != "pixels"
+        return check_data(recipe) if again else image_set.report, digests
 
-    report = from_first(check)
+    report, digests = from_first(check)
     report.raise_errors(image_set.name)
     split = _split(image_set, recipe)
     parts: dict[str, AnyImages] = {}
@@ -132,7 +136,7 @@ def load_data(recipe: Recipe, *, checked: bool = False) -> Data:
     counts = np.bincount(parts["train"].labels, minlength=len(image_set.classes))
     return Data(
         classes=tuple(image_set.classes), counts=tuple(counts.tolist()), heldout_note=split.heldout_note,
-        report=report, **parts,
+        report=report, digest=_digest(digests["train"], *split.train), **parts,
     )  # fmt: skip
 
 
@@ -175,6 +179,13 @@ def _split(image_set: ImageSet, recipe: Recipe) -> _Split:
     if not len(heldout):
         raise DataError(f"{image_set.name}: no images are left for the held-out set; every class needs three or more")
     return _Split((train, chosen), (aside, heldout), (train if test is None else test, all_tested), note)
+
+
+def _digest(digests: np.ndarray, source: Source, positions: np.ndarray) -> str:
+    """Of the chosen images of a source whose images have these `digests` (N, 16)."""
+    whole = hashlib.blake2b(digests[positions].tobytes(), digest_size=16)
+    whole.update(source.labels[positions].astype("<i8").tobytes())
+    return whole.hexdigest()
 
 
 def _decoded(source: Source, positions: np.ndarray, size: int, how: Fit, report: Report) -> Images:
