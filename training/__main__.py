@@ -127,14 +127,17 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from training.data.check import check_data
+    from training.data.check import check_data, summary_of
     from training.data.report import DataError
+    from training.data.sources import open_set
 
     try:
-        found = check_data(_recipe("ride-own", options), decode=not options.quick)
+        recipe = _recipe("ride-own", options)
+        found = check_data(recipe, decode=not options.quick)
+        print(f"{options.data}: {summary_of(open_set(recipe))}")
     except (DataError, RecipeError) as error:
         return _fail(error)
-    print(f"{options.data}: {found if found.findings else 'nothing is wrong with it'}")
+    print(found if found.findings else "nothing is wrong with it")
     return 2 if found.has_errors else 0
 
 
@@ -171,15 +174,12 @@ def _recipe(name: str, options: argparse.Namespace) -> Recipe:
     settings = _settings(options)
     recipe = RECIPES[name]
     if options.smoke:
-        natural = recipe.profile == "natural"
-        recipe = recipe.override(
-            {
-                key: text
-                for key, text in SMOKE.items()
-                if not (natural and key in ("n_max", "imbalance"))
-                and not (key == "retrain_epochs" and not recipe.retrain_epochs)
-            }
-        )
+        without = {
+            "imbalance": recipe.profile == "natural", "retrain_epochs": not recipe.retrain_epochs,
+            "router_epochs": recipe.n_experts == 1, "oltr_epochs": recipe.method != "oltr",
+            "lfme_epochs": recipe.method != "lfme", "m2m_from": recipe.method != "m2m",
+        }  # fmt: skip
+        recipe = recipe.override({key: text for key, text in SMOKE.items() if not without.get(key, False)})
     if options.data:
         recipe = dataclasses.replace(recipe, data=options.data)
     return recipe.override(settings)

@@ -132,7 +132,7 @@ def save_checkpoint(
     partial.rename(directory)
     _flush(directory.parent)
     for older in directory.parent.glob(f"{stage}-*"):
-        if older.name < directory.name:
+        if _epochs_of(older) < epochs_done:
             shutil.rmtree(older)
     return directory
 
@@ -165,7 +165,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def checkpoints_of(run: Path) -> dict[str, Checkpoint]:
     """The newest checkpoint of each stage of a run, by stage; empty for a run that has none."""
-    directories = sorted(path for path in (run / "checkpoints").glob("*-[0-9]*") if path.suffix != ".partial")
+    directories = [path for path in (run / "checkpoints").glob("*-[0-9]*") if path.suffix != ".partial"]
+    directories.sort(key=_epochs_of)
     return {checkpoint.stage: checkpoint for checkpoint in map(read_checkpoint, directories)}
 
 
@@ -182,6 +183,12 @@ def current_commit() -> str:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return "version " + metadata.version("ride-serving")
+
+
+def _epochs_of(directory: Path) -> int:
+    """Of a checkpoint's directory by its name; 0 where it is none."""
+    digits = directory.name.rpartition("-")[2]
+    return int(digits) if digits.isdecimal() else 0
 
 
 def _three(values: list[float]) -> tuple[float, float, float]:

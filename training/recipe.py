@@ -42,7 +42,8 @@ class Recipe:
         workers: processes that decode; None: one for each processor.
         profile: how the training set is thinned: "exp" or "step" (a subset of a balanced set), "natural" (not).
         imbalance: largest over smallest class size under "exp" and "step".
-        n_max: size of the largest class under "exp" and "step"; None: the size of class 0.
+        n_max: size of the largest class under "exp" and "step"; None: the size of class 0. Under "natural": at most
+            so many images of each class count, the set's own test images apart; None: all.
         subset_order: which images a class keeps: "shuffled" by `subset_seed` (LDAM, RIDE) or the "first" ones (SHIKE).
         subset_seed: of the draw; also of the held-out share of a natural set.
         holdout_per_class: at most so many images per class, of those the subset leaves out, are kept for calibration.

@@ -63,6 +63,8 @@ def _train(recipe: Recipe, run: Path, device: torch.device) -> dict[str, Any]:
     if data.report.findings and rank() == 0:
         print(f"{recipe.data}: trained on as it is\n{data.report}", file=sys.stderr)
     mean, std = (recipe.mean, recipe.std) if recipe.mean and recipe.std else channel_statistics(data.train)
+    if rank() == 0:
+        print(f"{recipe.data}: {_sizes(data)}", file=sys.stderr)
     torch.manual_seed(recipe.seed)
     model, stages = METHODS[recipe.method](recipe, data.counts, mean, std)
     model.to(device)
@@ -181,6 +183,13 @@ def _refuse_other_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
     different = [f"{key}={theirs[key]} (now {ours[key]})" for key in ours if theirs[key] != ours[key]]
     if different:
         raise CheckpointError(f"{checkpoint.path}: made with {', '.join(different)}; give another --out directory")
+
+
+def _sizes(data: Data) -> str:
+    return (
+        f"{len(data.classes)} classes of {max(data.counts):,} to {min(data.counts):,} images, {len(data.train):,} to "
+        f"train on; {len(data.heldout):,} held out, {len(data.test):,} to test"
+    )
 
 
 def _describe(data: Data) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 const REQUESTS_AT_ONCE = 4; // of one file each: limits on a request then meet single files, and first answers come early
 const REASONS = {
-  confident: "a router was confident",
+  confident: "the score fell below its threshold",
   last: "every expert was needed",
   budget: "stopped at the limit on experts",
 };
@@ -49,13 +49,13 @@ function describeModel(model) {
   for (let n = 1; n < model.max_experts; n++) byId("max-experts").append(make("option", { value: n, textContent: n }));
   if (model.max_experts < model.experts) byId("max-experts").options[0].textContent = model.max_experts;
   if (model.thresholds.length) byId("threshold").value = model.thresholds[0];
-  else byId("own-threshold").disabled = true; // one expert: no router to ask
+  else byId("own-threshold").disabled = true; // one expert: nothing to decide
   const calibrated = model.calibration.points.find(
     ({ rule, thresholds }) => rule === model.rule && `${thresholds}` === `${model.thresholds}`,
   );
   byId("threshold-says").textContent =
     `From this score of the rule "${model.rule}" the next expert runs. The model's: ${model.thresholds.map((t) => t.toFixed(2)).join(", ") || "none"}` +
-    (calibrated ? ` (${calibrated.mean_experts.toFixed(2)} experts per image).` : ".");
+    (calibrated && model.max_experts === model.experts ? ` (${calibrated.mean_experts.toFixed(2)} experts per image).` : ".");
   showThreshold();
 }
 
@@ -170,7 +170,7 @@ function classTable(result) {
 
 function routerTable(result) {
   const reason = REASONS[result.exit_reason] ?? result.exit_reason;
-  if (!result.router_scores.length) return make("p", { className: "label", textContent: `Stopped: ${reason}. No router was asked.` });
+  if (!result.router_scores.length) return make("p", { className: "label", textContent: `Stopped: ${reason}. There was nothing to decide.` });
   const rows = result.router_scores.map((score, router) => {
     const threshold = result.thresholds[router];
     const goesOn = score >= threshold;
@@ -191,7 +191,7 @@ function routerTable(result) {
       make("td", { textContent: `${score.toFixed(2)} ${goesOn ? "≥" : "<"} ${threshold.toFixed(2)} ${goesOn ? "next" : "stop"}` }),
     );
   });
-  return make("table", { className: "routers" }, make("caption", { textContent: `Router scores: ${reason}` }), ...rows);
+  return make("table", { className: "routers" }, make("caption", { textContent: `Scores: ${reason}` }), ...rows);
 }
 
 function timeBar(latency) {

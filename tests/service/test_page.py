@@ -149,7 +149,7 @@ def test_a_browser_shows_answers_and_errors(tmp_path):
         "pets 7: 2 classes, 3 experts", "The model's: 0.50, 0.40 (1.52 experts per image).",
         "1 image this session: 2 experts 100 %",
         "tiger.png tiger few: 9 training images 2 of 3 experts", "<b>cat</b> 39.0 %",
-        "Router scores: a router was confident",
+        "Scores: the score fell below its threshold",
         "after expert 1 0.73 ≥ 0.50 next after expert 2 0.21 < 0.40 stop", "Time: 6.6 ms", "other 1.2 ms",
         "notes.txt image_unsupported : 5 bytes are no known image (request r2)",
     ):  # fmt: skip

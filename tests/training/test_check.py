@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from training.__main__ import main
-from training.data.check import check_data
+from training.data.check import check_data, summary_of
 from training.data.report import ERRORS, WARNINGS, DataError, Report
 from training.data.sets import load_data
+from training.data.sources import open_set
 from training.recipe import Recipe
 
 
@@ -146,27 +147,28 @@ EXPECTED = {
     "malformed": "line 20: 'no label' is not a path, a space, a whole number",
     "label out of range": "images/c1/2.png has label -1, there are 8 classes",
     "empty class": "no training images of label 3",
-    "file in two classes": "images/c0/6.png: label 0 (train), label 1 (train)",
-    "file in two parts": "test/c0/1.png: label 0 (train), label 0 (test)",
+    "file in two classes": "images/c0/6.png: class 'class 0' (train), class 'class 1' (train)",
+    "file in two parts": "test/c0/1.png: class 'class 0' (train), class 'class 0' (test)",
     "class with one image": "images/c2/0.png",
-    "image in two classes": "images/c1/9.png: label 1 (train)",
-    "image in two parts": "test/c2/0.png: label 2 (test)",
-    "image twice": "images/c0/9.png: label 0 (train)",
+    "image in two classes": "images/c1/9.png: class 'class 1' (train)",
+    "image in two parts": "test/c2/0.png: class 'class 2' (test)",
+    "image twice": "images/c0/9.png: class 'class 0' (train)",
 }
 
 
 def test_everything_wrong_is_told_at_once(listed, tmp_path, capsys):
     """Every kind there is, in one message on standard error, and no run directory: nothing was trained."""
     spoil(listed)
-    assert EXPECTED.keys() == ERRORS.keys() | WARNINGS.keys()
+    of_folders = {"class without such images", "not taken for an image"}
+    assert EXPECTED.keys() | of_folders == ERRORS.keys() | WARNINGS.keys()
 
     assert main(["ride-own", "--data", str(listed), "--set", "workers=0", "--out", str(tmp_path / "run")]) == 2
 
     told = capsys.readouterr().err
     for kind, what in EXPECTED.items():
-        assert f": {kind}: " in told
+        assert f": {kind} (" in told
         assert what in told
-    assert "unreadable: 2 images" in told
+    assert "unreadable (2): images" in told
     assert not (tmp_path / "run").exists()
 
 
@@ -209,9 +211,9 @@ def test_a_report_shows_twenty_of_each_kind():
     report.add_all("image twice", ["a, b"])
 
     lines = str(report).splitlines()
-    assert lines[0].startswith("error: missing: 33 images are not there")
+    assert lines[0].startswith("error: missing (33): images are not there")
     assert lines[20:22] == ["  file 19", "  and 13 more"]
-    assert lines[22].startswith("warning: image twice: 1 ")
+    assert lines[22].startswith("warning: image twice (1): ")
 
 
 def test_warnings_do_not_stop_a_training_and_are_recorded(listed, tmp_path, capsys):
@@ -222,7 +224,7 @@ def test_warnings_do_not_stop_a_training_and_are_recorded(listed, tmp_path, caps
 
     assert main(["ride-own", "--data", str(listed), *overrides, "--out", str(tmp_path / "run")]) == 0
 
-    assert "warning: image twice: 1 images are there twice" in capsys.readouterr().err
+    assert "warning: image twice (1): images are there twice" in capsys.readouterr().err
     assert '"findings": {\n   "image twice": 1' in (tmp_path / "run" / "results.json").read_text()
 
 
@@ -256,3 +258,73 @@ def test_a_folder_with_validation_images_keeps_them_for_holding_out(tmp_path):
     tested = load_data(recipe_for(tmp_path))
     assert [len(part) for part in (tested.train, tested.heldout, tested.test)] == [4, 2, 6]
     assert tested.test.pixels.equal(whole.heldout.pixels)
+
+
+def fill(root: Path, files: dict[str, str]) -> Path:
+    """Images of these names in these directories, no two alike."""
+    seed = 0
+    for where, names in files.items():
+        (root / where).mkdir(parents=True, exist_ok=True)
+        for name in names.split():
+            (root / where / name).write_bytes(image(seed := seed + 1))
+    return root
+
+
+def test_files_beside_the_images_are_told_and_hidden_ones_are_none(tmp_path):
+    """What systems leave between one's images is no image; what may be one by mistake is counted by its ending."""
+    root = fill(tmp_path, {
+        "a": "0.png 1.JFIF 2.heic 3.heic 4 .5.png", "b": "0.png 1.jpe 2.png", "b/deeper": "0.webp",
+        "b/.ipynb_checkpoints": "7.png", "__MACOSX/a": "0.png", ".": "stray.png",
+    })  # fmt: skip
+
+    found = open_set(recipe_for(root))
+
+    assert found.classes == ["a", "b"]
+    assert np.bincount(found.train.labels).tolist() == [2, 4]
+    assert found.report.findings["not taken for an image"] == [f"{root}: 1 *.png", f"{root}/a: 2 *.heic, 1 no ending"]
+    assert summary_of(found) == (
+        "2 classes; 6 training images; from 4 (b) to 2 (a) training images, 0 classes many, 0 classes medium, "
+        "2 classes few"
+    )
+
+
+def test_rare_classes_may_have_no_test_images(tmp_path):
+    """Labels stay those of training; a class that was not trained is refused."""
+    train = {f"train/{name}": "0.png 1.png" for name in "abc"}
+    root = fill(tmp_path, train | {"test/a": "5.png", "test/c": "6.png"})
+    found = open_set(recipe_for(root))
+
+    assert found.test.labels.tolist() == [0, 2]
+    assert found.report.counts() == {"class without such images": 1}
+    (root / "test" / "d").mkdir()
+    with pytest.raises(DataError, match="test: classes without training images: d"):
+        open_set(recipe_for(root))
+
+
+def test_a_smoke_run_takes_few_images_of_a_natural_set_too(tmp_path):
+    """At most n_max of each class, held-out and test images among them; the same ones every time."""
+    root = fill(tmp_path, {"a": " ".join(f"{n}.png" for n in range(60)), "b": " ".join(f"{n}.png" for n in range(8))})
+    data, again = (load_data(recipe_for(root, n_max=20, holdout_share=0.25, test_share=0.25)) for _ in range(2))
+
+    assert (len(data.train) + len(data.heldout) + len(data.test), data.counts) == (28, (11, 4))
+    assert data.digest == again.digest != load_data(recipe_for(root, n_max=21)).digest
+
+
+def test_the_digest_is_of_the_images_wherever_they_lie(tmp_path):
+    """And however deeply they were looked at; another order or another image is another set."""
+    root = fill(tmp_path / "one", {"a": "0.png 1.png 2.png 3.png", "b": "0.png 1.png 2.png 3.png"})
+    digest = load_data(recipe_for(root)).digest
+    (tmp_path / "other").mkdir()
+    moved = root.rename(tmp_path / "other" / "place")
+
+    assert load_data(recipe_for(moved, decoding="streamed")).digest == digest
+    assert load_data(recipe_for(moved, decoding="streamed"), checked=True).digest == digest
+    trained_on = sorted(moved.rglob("*.png"))[0:8]
+    digests = set()
+    for file in trained_on:  # some are held out or tested, and no training image
+        before = file.read_bytes()
+        file.write_bytes(image(100))
+        digests.add(load_data(recipe_for(moved)).digest)
+        file.write_bytes(before)
+    assert len(digests) == 5
+    assert digest in digests

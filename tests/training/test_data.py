@@ -219,7 +219,7 @@ def test_unreadable_images_are_named_all_at_once(colours):
     (colours / "red" / "0.png").write_bytes(b"no image")
     (colours / "green" / "1.png").write_bytes(png((0, 0, 0))[:40])
 
-    with pytest.raises(DataError, match=r"(?s)2 images cannot be read.*(0|1)\.png.*(0|1)\.png"):
+    with pytest.raises(DataError, match=r"(?s)unreadable \(2\): images cannot be read.*(0|1)\.png.*(0|1)\.png"):
         load_data(recipe_for(colours))
 
 
@@ -231,7 +231,7 @@ def test_unreadable_images_are_named_all_at_once(colours):
         (lambda root: (root / "one" / "a").mkdir(parents=True) or root / "one", "1 class directories"),
         (
             lambda root: [(root / "void" / n).mkdir(parents=True) for n in "ab"] and root / "void",
-            r"(?s)2 classes have no images.*no images in .*void/a\n.*void/b",
+            r"(?s)empty class \(2\): classes have no images.*no images in .*void/a\n.*void/b",
         ),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from training.__main__ import main
-from training.checkpoint import CheckpointError, checkpoints_of
+from training.checkpoint import CheckpointError, checkpoints_of, save_checkpoint
+from training.recipes import RECIPES
 from training.train import trained_model
 
 
@@ -100,6 +103,39 @@ def test_resuming_under_another_recipe_is_refused(finished_run, tiny_arguments, 
     """The message says which field differs."""
     assert main([*tiny_arguments, "--out", str(finished_run), "--resume", "--set", "lr=0.2"]) == 2
     assert "made with lr=0.1 (now 0.2)" in capsys.readouterr().err
+
+
+def test_resuming_on_other_images_is_refused(folder, finished_run, tiny_arguments, tmp_path, capsys):
+    """A renamed class, a lost image, or names that sort otherwise: what was trained on would be tested on."""
+    copy = Path(shutil.copytree(folder, tmp_path / "images"))
+    arguments = [str(copy) if part == str(folder) else part for part in tiny_arguments]
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    for file in run.glob("checkpoints/*/checkpoint.json"):
+        file.write_text(file.read_text().replace(str(folder), str(copy)))
+    assert main([*arguments, "--out", str(run), "--resume"]) == 0
+
+    for change, message in (
+        (lambda: (copy / "class 3").rename(copy / "zebra"), "other classes (class 3, zebra); restore them"),
+        (lambda: (copy / "zebra").rename(copy / "class 3"), ""),
+        (lambda: (copy / "class 0" / "0.png").rename(copy / "class 0" / "zzz.png"), "as many, but some have changed"),
+        (lambda: [(copy / "class 1" / f"{n}.png").unlink() for n in range(6)], "of class 'class 1', "),
+    ):
+        change()
+        assert main([*arguments, "--out", str(run), "--resume"]) == (2 if message else 0)
+        assert message in capsys.readouterr().err
+
+
+def test_checkpoints_are_ordered_by_their_epochs(tmp_path):
+    """Ten thousand is after nine thousand, although its text is not; older ones go."""
+    model, info = torch.nn.Linear(1, 1), {
+        "recipe": RECIPES["ce-cifar100"].to_dict(), "classes": ["a"], "class_counts": [1], "mean": [0, 0, 0],
+        "std": [1, 1, 1], "metrics": {}, "commit": "",
+    }  # fmt: skip
+    for epochs in (9999, 10_000):
+        save_checkpoint(tmp_path, "experts", epochs, model, None, info)
+    assert checkpoints_of(tmp_path)["experts"].epochs_done == 10_000
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
 
 
 @pytest.mark.parametrize(

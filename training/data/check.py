@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Literal
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from training.data.images import FORMATS
 from training.data.images import decode as decode_image
+from training.data.longtail import SPLITS, split_of
 from training.data.report import Report
 from training.data.sources import Encoded, Files, ImageSet, open_set
 from training.recipe import Recipe
@@ -25,6 +26,7 @@ EDGE = 4096  # bytes at each end of a file that tell it from others of the same 
 IN_PROCESS = 2000  # images that are looked at before worker processes would have started
 CHUNK = 64
 DIGEST_BYTES = 16
+_PARTS = {"train": "training images", "heldout": "validation images", "test": "test images"}
 
 
 def check_data(recipe: Recipe, *, decode: bool = True) -> Report:
@@ -40,6 +42,19 @@ def check_data(recipe: Recipe, *, decode: bool = True) -> Report:
     image_set = open_set(recipe)
     examine(image_set, "pixels" if decode else "headers", workers_for(recipe))
     return image_set.report
+
+
+def summary_of(image_set: ImageSet) -> str:
+    """How many classes and images there are, and how unevenly."""
+    counts = np.bincount(image_set.train.labels.clip(0), minlength=len(image_set.classes))
+    splits = Counter(split_of(count) for count in counts.tolist())
+    largest, smallest = int(counts.argmax()), int(counts.argmin())
+    parts = ", ".join(f"{len(source):,} {_PARTS[name]}" for name, source in image_set.parts().items())
+    return (
+        f"{len(counts)} classes; {parts}; from {counts[largest]:,} ({image_set.classes[largest]}) to "
+        f"{counts[smallest]:,} ({image_set.classes[smallest]}) training images, "
+        + ", ".join(f"{splits[name]} classes {name}" for name in SPLITS)
+    )
 
 
 def workers_for(recipe: Recipe) -> int:
@@ -115,7 +130,7 @@ def _tell_same(image_set: ImageSet, members: list[tuple[str, int]], listed: bool
     labels = [int(sources[part].labels[position]) for part, position in members]
     names = [sources[part].images.name(position) for part, position in members]
     told = ", ".join(
-        f"{'' if listed else name + ': '}label {label} ({part})"
+        f"{'' if listed else name + ': '}{_class_of(image_set, label)} ({part})"
         for name, label, (part, _) in zip(names, labels, members, strict=True)
     )
     told = f"{names[0]}: {told}" if listed else told
@@ -126,6 +141,10 @@ def _tell_same(image_set: ImageSet, members: list[tuple[str, int]], listed: bool
         image_set.report.add("file in two parts" if listed else "image in two parts", told)
     elif len(set(labels)) == 1:
         image_set.report.add("image twice", told)
+
+
+def _class_of(image_set: ImageSet, label: int) -> str:
+    return f"class {image_set.classes[label]!r}" if 0 <= label < len(image_set.classes) else f"label {label}"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ WARNINGS = {
     "image in two classes": "images are there under two classes, equal to the byte; one of the labels is wrong",
     "image in two parts": "images are there in two parts, equal to the byte; figures on them flatter",
     "image twice": "images are there twice in a class, equal to the byte; a share taken from it may hold the copy",
+    "class without such images": "classes have none in a part; the figures on that part leave them out",
+    "not taken for an image": "files are left out for what their names end in; rename them, if they are images",
 }
 
 
@@ -75,7 +77,7 @@ class Report:
         for kind, meaning in kinds.items():
             found = self.findings.get(kind, [])
             if found:
-                yield f"{level}: {kind}: {len(found)} {meaning}"
+                yield f"{level}: {kind} ({len(found)}): {meaning}"
                 yield from (f"  {what}" for what in found[:MOST_SHOWN])
                 if len(found) > MOST_SHOWN:
                     yield f"  and {len(found) - MOST_SHOWN} more"

@@ -149,9 +149,12 @@ def _split(image_set: ImageSet, recipe: Recipe) -> _Split:
     labels = train.labels
     all_tested = np.arange(len(test)) if test is not None else np.empty(0, np.int64)
     if recipe.profile == "natural":
+        left = np.arange(len(labels))
+        if recipe.n_max is not None:
+            left = _at_most(labels, recipe.n_max, len(classes), recipe.subset_seed)
         if test is None:
-            all_tested = _share(labels, recipe.test_share, len(classes), recipe.subset_seed + 1)
-        left = np.arange(len(labels)) if test is not None else np.setdiff1d(np.arange(len(labels)), all_tested)
+            all_tested = left[_share(labels[left], recipe.test_share, len(classes), recipe.subset_seed + 1)]
+            left = np.setdiff1d(left, all_tested)
         if image_set.heldout is not None:
             heldout, chosen, note = np.arange(len(image_set.heldout)), left, "the set's own validation images"
         else:
@@ -161,7 +164,10 @@ def _split(image_set: ImageSet, recipe: Recipe) -> _Split:
         aside = image_set.heldout or train
     else:
         if test is None:
-            raise DataError(f"{image_set.name}: profile={recipe.profile} needs a set with test images of its own")
+            raise DataError(
+                f"{image_set.name}: profile={recipe.profile} thins a set that has test images of its own, and this one "
+                "has none; --set profile=natural --set mean=none --set std=none takes its images as they are"
+            )
         sizes = np.bincount(labels, minlength=len(classes))
         try:
             counts = class_counts(recipe.n_max or int(sizes[0]), recipe.imbalance, len(classes), recipe.profile)
@@ -219,6 +225,13 @@ def channel_statistics(images: AnyImages) -> tuple[tuple[float, ...], tuple[floa
     variance = (histogram * (values - mean.unsqueeze(1)).square()).sum(dim=1) / (total - 1)
     rounded = [tuple(round(float(value), 4) for value in numbers) for numbers in (mean, variance.sqrt())]
     return rounded[0], rounded[1]
+
+
+def _at_most(labels: np.ndarray, most: int, n_classes: int, seed: int) -> np.ndarray:
+    """Positions of at most so many images of each class, in their order."""
+    generator = np.random.default_rng(seed)
+    parts = [generator.permutation(np.flatnonzero(labels == label))[:most] for label in range(n_classes)]
+    return np.sort(np.concatenate(parts))
 
 
 def _share(labels: np.ndarray, share: float, n_classes: int, seed: int) -> np.ndarray:

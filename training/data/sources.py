@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from training.data.lists import ListFile, image_root_of, lists_of, read_list
 from training.data.report import DataError, Report
 from training.recipe import Recipe
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
 HELDOUT_NAMES = ("val", "validation", "heldout")
@@ -194,26 +195,44 @@ def _open_folders(name: str, directory: Path) -> ImageSet:
 
 def _open_folder(directory: Path, report: Report, wanted: Sequence[str] | None = None) -> tuple[list[str], Source]:
     """
-    Every sub-directory is a class, in alphabetical order; images may lie deeper.
+    Every sub-directory is a class, in alphabetical order; images may lie deeper. What is hidden does not count.
 
     Args:
-        wanted: the classes of the training images, where these are others.
+        wanted: the classes of the training images, where these are others; some may be missing here.
     """
-    classes = sorted(entry.name for entry in directory.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    classes = sorted(entry.name for entry in directory.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
     if len(classes) < 2 and wanted is None:
         raise DataError(f"{directory}: {len(classes)} class directories; a classifier needs two or more")
-    if wanted is not None and classes != list(wanted):
-        odd = sorted(set(classes) ^ set(wanted))
-        raise DataError(f"{directory}: other classes than the training images: {', '.join(odd[:MOST_NAMES])}")
+    if wanted is not None:
+        if odd := sorted(set(classes) - set(wanted)):
+            raise DataError(f"{directory}: classes without training images: {', '.join(odd[:MOST_NAMES])}")
+        classes = list(wanted)
     files: list[str] = []
     labels: list[int] = []
+    left_out = {directory: [entry for entry in directory.iterdir() if entry.is_file() and not _is_hidden(entry.name)]}
     for label, name in enumerate(classes):
-        found = sorted(path for path in (directory / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        home = directory / name
+        inside = [
+            path for path in sorted(home.rglob("*"))
+            if not any(map(_is_hidden, path.relative_to(home).parts)) and not path.is_dir()
+        ]  # fmt: skip
+        found = [path for path in inside if path.suffix.lower() in IMAGE_SUFFIXES]
+        left_out[home] = [path for path in inside if path.suffix.lower() not in IMAGE_SUFFIXES]
         if not found:
-            report.add("empty class", f"no images in {directory / name}")
+            kind = "empty class" if wanted is None else "class without such images"
+            report.add(kind, f"no images in {home}")
         files += map(str, found)
         labels += [label] * len(found)
+    for home, paths in left_out.items():
+        endings = Counter(f"*{path.suffix}" if path.suffix else "no ending" for path in paths)
+        if endings and (home != directory or wanted is None):
+            report.add("not taken for an image", f"{home}: {', '.join(f'{n} {end}' for end, n in endings.items())}")
     return classes, Source(np.array(labels, np.int64), Files(files))
+
+
+def _is_hidden(name: str) -> bool:
+    """What systems and tools put between one's files: .DS_Store, ._copies, .ipynb_checkpoints, __MACOSX."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _open_lists(name: str, directory: Path, lists: dict[str, Path], image_root: str | None) -> ImageSet:
