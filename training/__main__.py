@@ -173,16 +173,17 @@ def _recipe(name: str, options: argparse.Namespace) -> Recipe:
         raise RecipeError(f"{name}: no such recipe; there are {', '.join(RECIPES)}")
     settings = _settings(options)
     recipe = RECIPES[name]
+    if options.data:
+        recipe = dataclasses.replace(recipe, data=options.data)
+    recipe = recipe.override(settings)
     if options.smoke:
         without = {
             "imbalance": recipe.profile == "natural", "retrain_epochs": not recipe.retrain_epochs,
             "router_epochs": recipe.n_experts == 1, "oltr_epochs": recipe.method != "oltr",
             "lfme_epochs": recipe.method != "lfme", "m2m_from": recipe.method != "m2m",
-        }  # fmt: skip
+        } | dict.fromkeys(settings, True)  # fmt: skip
         recipe = recipe.override({key: text for key, text in SMOKE.items() if not without.get(key, False)})
-    if options.data:
-        recipe = dataclasses.replace(recipe, data=options.data)
-    return recipe.override(settings)
+    return recipe
 
 
 def _settings(options: argparse.Namespace) -> dict[str, str]:

@@ -23,6 +23,7 @@ ACCURACIES = ("all", *SPLITS)
 FIGURES = (*ACCURACIES, "ece", "mean_experts", "macs")
 LEGEND = """Percent on the test images after the last epoch, means of per-class accuracies; ± is the sample standard
 deviation over seeds. Routed: thresholds of 0.5, as published."""
+OF_THE_IMAGES = ("data", "profile", "imbalance", "n_max")
 NOT_A_SETTING = (
     "seed",
     "evaluate_every",
@@ -204,11 +205,17 @@ def _row(label: str, results: tuple[dict[str, Any], ...], routed: bool) -> Row:
     return Row(
         label=label, routed=routed, seeds=tuple(result["recipe"].seed for result in results),
         figures={key: _figure([figures[key] for figures in measured]) for key in FIGURES},
-        published=tuple(
-            entry for entry in PUBLISHED.get(results[0]["recipe"].name, ()) if entry.routed == routed
-        ),
+        published=tuple(entry for entry in _published_of(results[0]["recipe"]) if entry.routed == routed),
         results=results,
     )  # fmt: skip
+
+
+def _published_of(recipe: Recipe) -> tuple[Published, ...]:
+    """What the papers report for the recipe of this name, if the images are theirs."""
+    named = RECIPES.get(recipe.name)
+    if named is None or any(getattr(recipe, field) != getattr(named, field) for field in OF_THE_IMAGES):
+        return ()
+    return tuple(PUBLISHED.get(recipe.name, ()))
 
 
 def _figure(values: Sequence[float | None]) -> Figure | None:
