@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from socket import socket
 from types import FrameType
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import uvicorn
 from prometheus_client import CollectorRegistry
@@ -28,7 +28,7 @@ from service.remote import EngineLink, open_link
 from service.settings import Settings, SettingsError, read_settings, unknown_variables
 from service.shares import choose_shared_engine, choose_workers, engine_share_of, share_of
 from service.sockets import BACKLOG, open_sockets, refuse_connections
-from service.supervisor import HANGUP, START_FAILED, Supervisor, let_signals_in
+from service.supervisor import HANGUP, START_FAILED, STOP_SIGNALS, Supervisor, let_signals_in
 
 KEEP_ALIVE_S = 30
 QUEUE_EMPTY_S = 0.2  # after which whoever was connecting when the service stopped to listen has been let in
@@ -118,6 +118,8 @@ class DrainingServer(uvicorn.Server):
 
 def main(arguments: list[str] | None = None) -> int:
     """Serve until told to stop. Returns 0, 1 where work was lost or the engine failed, 2 for the caller's mistakes."""
+    for sig in STOP_SIGNALS:  # until others handle them; the kernel keeps SIGTERM from a container's first process
+        signal.signal(sig, _stop_early)
     try:
         settings = read_settings(arguments)
         set_up(settings.log_level)
@@ -162,6 +164,11 @@ def main(arguments: list[str] | None = None) -> int:
     if link is not None:
         groups.append([link.listening])
     return Supervisor(work, groups, counters, settings.drain_s).run()
+
+
+def _stop_early(sig: int, frame: FrameType | None) -> NoReturn:
+    """Nothing has been accepted yet, so that nothing is lost."""
+    sys.exit(0)
 
 
 def _run_engine(bundle: Bundle, settings: Settings, link: EngineLink, counters: Counters) -> int:

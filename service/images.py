@@ -32,6 +32,7 @@ MAX_SCANS: Final = 100
 SMALL_SCANS: Final = 16
 TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_TILE_WIDTH, TIFF_TILE_LENGTH = 258, 262, 322, 323
 WHITE_IS_ZERO: Final = 0
+STRIP_ROWS: Final = 64
 SCALED_MARGIN: Final = 7  # times the input size; below 6, accuracy moved by more than 0.1 points
 EXIF_MARK: Final = b"Exif\0\0"
 EXIF_WITHIN: Final = 64 * 1024  # it comes among the first segments, of 64 KiB at most
@@ -212,11 +213,12 @@ def to_rgb(image: Image.Image, *, bits: int = 16, negative: bool = False) -> Ima
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16"):
-        grey, white = np.asarray(image).astype(np.uint32), 2**bits - 1
+        shades, white = np.arange(2**16, dtype=np.uint32), 2**bits - 1
         if "transparency" in image.info:  # the one shade that is; Pillow's own conversion would forget it
-            grey[grey == image.info["transparency"]] = white
-        grey = (255 * np.minimum(grey, white) + white // 2) // white
-        return Image.fromarray((255 - grey if negative else grey).astype(np.uint8)).convert("RGB")
+            shades[shades == image.info["transparency"]] = white
+        shades = (255 * np.minimum(shades, white) + white // 2) // white
+        table = (255 - shades if negative else shades).astype(np.uint8)
+        return Image.fromarray(table[np.asarray(image)]).convert("RGB")
     if image.mode in ("I", "F", "LAB"):
         raise ServiceError(
             "image_unsupported",
@@ -224,10 +226,17 @@ def to_rgb(image: Image.Image, *, bits: int = 16, negative: bool = False) -> Ima
             "send 8 or 16 bits per channel, grey, RGB or CMYK",
         )
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        return _on_white(image if image.mode == "RGBA" else image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """RGBA to RGB, strip by strip: the copies that it takes would be as large as the image, each."""
+    opaque = Image.new("RGB", image.size)
+    for top in range(0, image.height, STRIP_ROWS):
+        strip = image.crop((0, top, image.width, min(top + STRIP_ROWS, image.height)))
+        opaque.paste(Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip).convert("RGB"), (0, top))
+    return opaque
 
 
 def fit(image: Image.Image, spec: InputSpec) -> Image.Image:

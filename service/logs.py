@@ -1,5 +1,7 @@
 """Logging: one JSON object per line, on stderr."""
 
+import datetime
+import json
 import logging
 import sys
 from typing import Any
@@ -15,8 +17,9 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, without its end."""
+        time = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
         line = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "time": time.isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "event": record.getMessage(),
             **COMMON,
@@ -24,7 +27,10 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(line, default=str).decode()
+        try:
+            return orjson.dumps(line, default=str).decode()
+        except TypeError:  # half a surrogate pair, or an integer beyond 64 bits
+            return json.dumps(line, default=str)
 
 
 def set_up(level: str) -> None:

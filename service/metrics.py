@@ -21,8 +21,9 @@ from service.operating_point import Operation
 from service.processes import process_families
 
 CLIENT_GONE: Final = 499  # nginx's number for a client that hung up before its answer
-REQUEST_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+REQUEST_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 12, 30)
 STAGE_BUCKETS: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+QUEUE_BUCKETS: Final = (*STAGE_BUCKETS, 5, 10)
 BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SCORE_BUCKETS: Final = tuple(tenth / 10 for tenth in range(1, 11))
 
@@ -95,7 +96,9 @@ class Layout:
             sorted({"200", str(CLIENT_GONE), *map(str, STATUS.values())} - {"404", "405"}),
         )
         self.request_seconds = self._histogram(
-            "request_seconds", "From a request's first byte to its answer, refusals included.", REQUEST_BUCKETS
+            "request_seconds",
+            "From when a request is looked at to its answer, refusals included; an upload that comes in pieces counts.",
+            REQUEST_BUCKETS,
         )
         self.images = self._counter(
             "images",
@@ -122,7 +125,7 @@ class Layout:
             "batch_images", "Images in one run of trunk or expert_i.", BATCH_BUCKETS, "stage", stages
         )
         self.queue_seconds = self._histogram(
-            "queue_seconds", "From an image's arrival in the queue until its batch closes.", REQUEST_BUCKETS
+            "queue_seconds", "From an image's arrival in the queue until its batch closes.", QUEUE_BUCKETS
         )
         self.refused = self._counter(
             "refused",
@@ -308,6 +311,7 @@ class Metrics:
             ("queue_limit_images", "Images that may wait (RIDE_MAX_QUEUE).", self._limit * counters.workers),
             ("ready", "Workers that take work; 0 while the service starts or drains.", self.ready_workers()),
             ("workers", "Worker processes that are alive.", alive),
+            ("workers_configured", "Worker processes that there should be (RIDE_WORKERS).", counters.workers),
         ):
             yield GaugeMetricFamily(f"ride_{name}", text, value=value)
         yield CounterMetricFamily(

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from service.batcher import BatcherStoppedError
 from service.cascade import Job, NotFiniteError, Outcome
 from service.classifier import Choice, Classified, Classifier, not_finite
-from service.errors import ClientGoneError, ServiceError
+from service.errors import STATUS, ClientGoneError, ServiceError
 from service.headers import Headers, common_headers, request_id_of
 from service.logs import log
 from service.metrics import CLIENT_GONE, image_macs
@@ -57,6 +57,9 @@ class ClassifyRoute:
             await self._send(send, status, _refusal(request_id, error), body, request_id, error)
         except ClientGoneError:
             log(logging.INFO, "client_gone", request_id=request_id)
+        except Exception:
+            status = STATUS["internal"]
+            raise
         finally:
             self._classifier.metrics.request_done(status, time.perf_counter() - started)
 

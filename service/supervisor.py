@@ -25,6 +25,7 @@ from service.logs import log, set_worker
 START_FAILED: Final = 3  # a worker's exit code: it cannot start, and its successor could not either
 SHORT_LIFE_S: Final = 60.0  # a worker that dies sooner makes its successor wait ...
 RESTART_PAUSES_S: Final = (0.0, 0.5, 1.0, 2.0, 4.0)  # ... so long; after the last of them the service gives up
+STARTING_S: Final = 1800.0  # one that is not ready by then is killed as well; TensorRT's engines take minutes to build
 STUCK_S: Final = 30.0  # a worker whose event loop has stood still for so long is killed, ...
 LOOK_EVERY_S: Final = 5.0  # ... which is looked for so often
 PAUSE_S: Final = 2 * LOOK_EVERY_S  # longer between two looks: everything stood still
@@ -237,7 +238,7 @@ class Supervisor:
 
     def _kill_the_stuck(self) -> None:
         """
-        End those that do not end by themselves in time, and those that are ready but do nothing any more.
+        End those that do not end by themselves in time, are ready but do nothing any more, or never get ready.
 
         Where this process, too, stood still (the container was paused), the workers get the whole time once more.
         """
@@ -250,11 +251,14 @@ class Supervisor:
             self._kill_at = math.inf
         for worker in self._workers:
             row = self._counters.row(worker.slot)
-            stuck = row[READY] and now - max(row[BEAT], self._went_on) > STUCK_S
+            stuck = now - max(row[BEAT], self._went_on) > STUCK_S if row[READY] else self._is_late(worker, now)
             if worker.pid and worker.killed != worker.pid and (overdue or stuck):
                 log(logging.ERROR, "worker_killed", worker=worker.name, pid=worker.pid)
                 os.kill(worker.pid, signal.SIGKILL)
                 worker.killed = worker.pid
+
+    def _is_late(self, worker: Worker, now: float) -> bool:
+        return not self._stopping and now - max(worker.started, self._went_on) > STARTING_S
 
 
 def let_signals_in() -> None:

@@ -44,7 +44,8 @@ class Recipe:
         imbalance: largest over smallest class size under "exp" and "step".
         n_max: size of the largest class under "exp" and "step"; None: the size of class 0. Under "natural": at most
             so many images of each class count, the set's own test images apart; None: all.
-        subset_order: which images a class keeps: "shuffled" by `subset_seed` (LDAM, RIDE) or the "first" ones (SHIKE).
+        subset_order: which images a class keeps: "shuffled" by `subset_seed` (LDAM, RIDE) or the "first" in the file
+            (SHIKE), where its order says nothing about them.
         subset_seed: of the draw; also of the held-out share of a natural set.
         holdout_per_class: at most so many images per class, of those the subset leaves out, are kept for calibration.
         holdout_share, test_share: of each class of a "natural" set; the latter only where the set has no test images.

@@ -5,6 +5,7 @@ Asks a running Prometheus for every query of the dashboard; while the service is
     python docker/grafana/check_queries.py http://prometheus:9090
 
 Exit code 0 when every query returned at least one finite number and every alert rule was loaded and healthy, else 1.
+What calibration expects may be NaN: thresholds of one's own were not measured.
 Needs nothing but Python.
 """
 
@@ -70,7 +71,7 @@ def main(prometheus: str) -> int:
             continue
         finite = [value for value in (float(one["value"][1]) for one in series) if math.isfinite(value)]
         found = " ".join(f"{value:.4g}" for value in finite[:8]) or f"no data for {expr}"
-        report(bool(finite), title, found)
+        report(bool(finite or (series and "ride_calibrated" in expr)), title, found)
     print(f"{failed} failed" if failed else "all good")
     return 1 if failed else 0
 

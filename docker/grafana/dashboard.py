@@ -82,6 +82,11 @@ def query(expr: str, legend: str = "") -> Dataquery:
     return Dataquery().expr(expr).legend_format(legend).datasource(PROMETHEUS).range()
 
 
+def latest(expr: str, legend: str = "") -> Dataquery:
+    """A query for now alone: over a range, a number would stay for as long as its last value is on the page."""
+    return Dataquery().expr(expr).legend_format(legend).datasource(PROMETHEUS).instant()
+
+
 def switching(panel: stat.Panel, below_one: str, from_one: str) -> stat.Panel:
     """Gives a number one colour below 1 and another from 1 on."""
     steps = [Threshold(value=None, color=below_one), Threshold(value=1, color=from_one)]
@@ -162,13 +167,11 @@ def experts_row(page: Page) -> None:
     by_experts = "{{experts}} used"
 
     panel = page.add(
-        number("percentunit", 1)
-        .text_mode(options.BigValueTextMode.VALUE_AND_NAME)
-        .graph_mode(options.BigValueGraphMode.AREA),
+        number("percentunit", 1).text_mode(options.BigValueTextMode.VALUE_AND_NAME),
         "Images by number of experts used",
         "Of the images answered in the last 5 minutes, the share that one, two, three ... experts answered.",
         10, 5,
-        query(share("ride_images_total", "experts", LATELY), by_experts),
+        latest(share("ride_images_total", "experts", LATELY), by_experts),
     )  # fmt: skip
     coloured(panel, EXPERT_COLOURS)
     page.add(
@@ -177,15 +180,15 @@ def experts_row(page: Page) -> None:
         "The mean of the last 5 minutes, and what the calibration table expects at the thresholds in force. An alert "
         "(RideExpertUsageDrift) watches the distance between the two.",
         5, 5,
-        query(experts_per_image(LATELY), "now"),
-        query("avg (ride_calibrated_mean_experts)", "calibrated"),
+        latest(experts_per_image(LATELY), "now"),
+        latest("avg (ride_calibrated_mean_experts)", "calibrated"),
     )  # fmt: skip
     page.add(
         number("percentunit", 0, "green"),
         "Compute saved",
         "Multiply-accumulates that early exit saved in the last 5 minutes, against running all experts on every image.",
         3, 5,
-        query(compute_saved(LATELY)),
+        latest(compute_saved(LATELY)),
     )  # fmt: skip
     page.add(
         number(IMAGES_PER_SECOND, 1).graph_mode(options.BigValueGraphMode.AREA),
@@ -199,7 +202,7 @@ def experts_row(page: Page) -> None:
         "Alerts firing",
         "Rules of docker/alerts.yml that are firing; Prometheus lists them under /alerts.",
         3, 5,
-        query('count (ALERTS{alertstate="firing"}) or vector(0)'),
+        latest('count (ALERTS{alertstate="firing"}) or vector(0)'),
     )  # fmt: skip
     panel = page.add(
         stacked("percentunit", options.StackingMode.PERCENT),
@@ -327,7 +330,7 @@ def queue_row(page: Page) -> None:
     panel = page.add(
         lines("suffix: images").fill_opacity(20),
         "Images waiting",
-        "At the limit (RIDE_MAX_QUEUE) further images are refused with 429.",
+        "At the limit (RIDE_MAX_QUEUE) further images are refused with 429; each worker refuses at its own equal part.",
         8, 8,
         query("sum (ride_queue_images)", "waiting"),
         query("sum (ride_queue_limit_images)", "limit"),
@@ -368,21 +371,21 @@ def service_row(page: Page) -> None:
         "State",
         "Ready once every graph has been run; not while it drains.",
         4, 4,
-        query("min (ride_ready)"),
+        latest("min (ride_ready)"),
     )  # fmt: skip
     page.add(
-        number("none", 0).text_mode(options.BigValueTextMode.NAME),
+        number("none", 0).text_mode(options.BigValueTextMode.NAME).no_value("down"),
         "Model",
         "Name, version, variant and execution provider of the bundle that is being served.",
         10, 4,
-        query("ride_model_info", "{{name}} {{version}}, {{variant}} on {{provider}}"),
+        latest("ride_model_info", "{{name}} {{version}}, {{variant}} on {{provider}}"),
     )  # fmt: skip
     page.add(
-        number("none", 0).text_mode(options.BigValueTextMode.NAME),
+        number("none", 0).text_mode(options.BigValueTextMode.NAME).no_value("down"),
         "Software",
         "Versions of ride-serving, Python and onnxruntime.",
         10, 4,
-        query("ride_build_info", "ride-serving {{version}}, Python {{python}}, onnxruntime {{onnxruntime}}"),
+        latest("ride_build_info", "ride-serving {{version}}, Python {{python}}, onnxruntime {{onnxruntime}}"),
     )  # fmt: skip
     page.add(
         lines("none").decimals(0),

@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 
@@ -11,7 +13,7 @@ from PIL import Image, ImageOps
 
 from model_export.bundle import InputSpec
 from service.errors import ServiceError
-from service.images import decode, fit, is_small
+from service.images import STRIP_ROWS, decode, fit, is_small, to_rgb
 from tests.service.conftest import encode
 from tests.tiny import SIZE, noise
 
@@ -229,6 +231,50 @@ def test_libjpeg_turbo_gives_the_pixels_that_training_saw(mode, options):
         expected = fit(image.convert("RGB"), SPEC)
 
     np.testing.assert_array_equal(decode(data, SPEC, 10_000), np.asarray(expected))
+
+
+@pytest.mark.parametrize("height", [1, STRIP_ROWS, 2 * STRIP_ROWS + 7])
+def test_transparency_is_laid_on_white_strip_by_strip(height):
+    """With the same pixels as all at once, whichever strip they fall into."""
+    pixels = np.random.default_rng(0).integers(0, 256, (height, 9, 4), np.uint8)
+    image = Image.fromarray(pixels, "RGBA")
+    expected = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+    np.testing.assert_array_equal(np.asarray(to_rgb(image)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "CMYK", "P", "I;16"])
+def test_decoding_takes_no_more_memory_than_its_setting_says(mode):
+    """Twelve bytes a pixel of the largest image, whatever its mode, beside what the process has."""
+    script = DECODE_LARGEST.format(mode=mode, kind="TIFF" if mode == "CMYK" else "PNG")
+    before, after = map(
+        int, subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout.split()
+    )
+
+    assert (after - before) * 1024 < 12 * 4000 * 2500
+
+
+DECODE_LARGEST = """
+import io, resource
+import numpy as np
+from PIL import Image
+from service.images import decode
+from model_export.bundle import InputSpec
+file, spec = io.BytesIO(), InputSpec(32, 32, "crop", "bilinear", (0.5,) * 3, (0.5,) * 3)
+Image.new("{mode}", (100, 100)).save(file, "{kind}")
+decode(file.getvalue(), spec, 10**7)
+image = Image.new("{mode}", (4000, 2500))
+if "{mode}" == "P":
+    image.info["transparency"] = 0
+file = io.BytesIO()
+image.save(file, "{kind}")
+del image
+open("/proc/self/clear_refs", "w").write("5")
+peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(peak())
+decode(file.getvalue(), spec, 10**7)
+print(peak())
+"""
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

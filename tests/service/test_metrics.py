@@ -48,6 +48,7 @@ TABLE = [
     ("ride_build_info", "gauge", "onnxruntime", None),
     ("ride_ready", "gauge", None, None),
     ("ride_workers", "gauge", None, None),
+    ("ride_workers_configured", "gauge", None, None),
     ("ride_worker_restarts", "counter", None, None),
 ]  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Settings, the operating point that follows from them, and the cores there are."""
 
+import datetime
 import json
 import logging
 import os
@@ -249,12 +250,15 @@ def test_log_lines_are_json_with_the_stack_trace_inside(capsys):
             raise ValueError("two\nlines")
         except ValueError as error:
             log(logging.ERROR, "failed", error=error, request_id="a", path=DEFAULT_BUNDLE)
+        log(logging.ERROR, "odd", path="\udc80", number=10**30)
     finally:
         logging.captureWarnings(False)
         logging.root.handlers[:] = handlers
         logging.root.setLevel(level)
-    (line,) = capsys.readouterr().err.splitlines()
+    line, odd = capsys.readouterr().err.splitlines()
     found = json.loads(line)
+    assert (json.loads(odd)["path"], json.loads(odd)["number"]) == ("\udc80", 10**30)
+    assert datetime.datetime.fromisoformat(found["time"]).tzinfo is not None
 
     assert (found["level"], found["event"], found["request_id"], found["path"]) == (
         "error",

@@ -314,6 +314,20 @@ def test_a_worker_whose_event_loop_stands_still_is_replaced():
     assert code == 1
 
 
+def test_a_worker_that_never_gets_ready_is_replaced():
+    """It would keep its share of the connections waiting for ever; in its first start or in a later one."""
+    script = SUPERVISED.format(life="counters.own[READY] = 1 - number; counters.own[WAS_READY] = 1 - number")
+    script = script.replace("set_up(", "supervisor.STARTING_S, supervisor.STUCK_S = 0.3, 60; set_up(")
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+    lines = [json.loads(line) for line in run.stderr.splitlines()]
+
+    assert {line["worker"] for line in lines if line["event"] == "worker_killed" and "SIGKILL" not in line} == {1}
+    assert [line["cause"] for line in lines if line["event"] == "worker_died"] == ["SIGKILL"] * 3
+    assert run.returncode == 1
+
+
 def test_a_worker_that_cannot_start_is_not_tried_again():
     """Another one would fail as well."""
     code, lines = supervise("counters.own[WAS_READY] = 0; os._exit(supervisor.START_FAILED)")

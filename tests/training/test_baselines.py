@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tests.training.test_losses import COUNTS, EXACT, LABELS, golden_logits
 from training.data.sets import DataError, Images
 from training.evaluate import macs_of
-from training.methods import bbn, lfme, m2m, oltr
+from training.methods import bbn, lfme, m2m, oltr, ride
 from training.methods.decoupled import (
     NearestMeanClassifier,
     ScaledClassifier,
@@ -24,7 +24,7 @@ from training.methods.individual import IndividualLoss
 from training.methods.losses import effective_number_weights, focal_loss
 from training.methods.method import Model, build_model, scheduled_lr
 from training.models.classifiers import LinearClassifier
-from training.models.multi_expert import Expert, MultiExpertNet, Trunk
+from training.models.multi_expert import Expert, MultiExpertNet, Outputs, Trunk
 from training.optimiser import parameter_groups
 from training.recipe import RecipeError
 from training.recipes import RECIPES
@@ -589,3 +589,16 @@ def test_a_model_carries_its_teachers_in_its_checkpoint():
 
     assert {name.split(".")[0] for name in names} == {"net", "teachers"}
     assert {name.split(".")[0] for name in Model(nets[0], None).state_dict()} == {"net"}
+
+
+def test_retrained_classifiers_are_not_balanced_twice():
+    """Class weights deferred to the experts' last epochs would come on top of the prior."""
+    counts = (9, 7, 5, 3, 1)
+    recipe = tiny("ride-cifar100", retrain_epochs=20)
+    _, stages = ride.build(recipe, counts, *MEAN_STD)
+    stage = next(stage for stage in stages if stage.name == "classifiers")
+    logits, labels = torch.randn(3, 4, 5), torch.tensor([0, 1, 2, 4])
+    plain = IndividualLoss("balanced_softmax", dataclasses.replace(recipe, deferred_from=None), counts)
+
+    expected = sum(plain(each, labels, 0) for each in logits)
+    torch.testing.assert_close(stage.losses(Outputs(logits, torch.zeros(3, 4, 2)), labels, 0)["loss"], expected)

@@ -1,5 +1,6 @@
 """What is wrong with a set is found before the first epoch and told all at once; sets of list files."""
 
+import dataclasses
 import io
 import zlib
 from pathlib import Path
@@ -159,8 +160,8 @@ EXPECTED = {
 def test_everything_wrong_is_told_at_once(listed, tmp_path, capsys):
     """Every kind there is, in one message on standard error, and no run directory: nothing was trained."""
     spoil(listed)
-    of_folders = {"class without such images", "not taken for an image"}
-    assert EXPECTED.keys() | of_folders == ERRORS.keys() | WARNINGS.keys()
+    of_others = {"class without such images", "not taken for an image", "sorted"}
+    assert EXPECTED.keys() | of_others == ERRORS.keys() | WARNINGS.keys()
 
     assert main(["ride-own", "--data", str(listed), "--set", "workers=0", "--out", str(tmp_path / "run")]) == 2
 
@@ -328,3 +329,21 @@ def test_the_digest_is_of_the_images_wherever_they_lie(tmp_path):
         file.write_bytes(before)
     assert len(digests) == 5
     assert digest in digests
+
+
+def test_the_first_images_of_a_sorted_set_are_told(tmp_path):
+    """They may be all of a kind; drawn ones are not."""
+    train = {f"train/{name}": "0.png 1.png 2.png 3.png" for name in "ab"}
+    root = fill(tmp_path, train | {"test/a": "0.png", "test/b": "0.png"})
+    of = {order: load_data(dataclasses.replace(
+        recipe_for(root, n_max=2, imbalance=1.0, subset_order=order), profile="exp",
+    )).report.counts() for order in ("first", "shuffled")}  # fmt: skip
+
+    assert of == {"first": {"sorted": 1}, "shuffled": {}}
+
+
+def test_random_crops_need_the_images_in_their_own_size(tmp_path):
+    """Resident ones have lost their borders."""
+    root = fill(tmp_path, {"a": "0.png 1.png 2.png", "b": "0.png 1.png 2.png"})
+    with pytest.raises(DataError, match="decoding=resident: keeps images in the input's size, crop=resized needs"):
+        load_data(recipe_for(root, crop="resized", decoding="resident"))

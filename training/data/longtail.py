@@ -44,7 +44,8 @@ def draw_subset(
     The positions of a long-tailed subset, class by class.
 
     "shuffled" is the draw of LDAM, RIDE and BBN: a legacy Mersenne Twister, one permutation per class in increasing
-    label order over the class's positions in file order. "first" is SHIKE's and M2m's: the first in file order.
+    label order over the class's positions in file order. "first" is SHIKE's and M2m's: the first in file order,
+    which must say nothing about the images: sorted by name, the first whales may be of one kind alone.
 
     Args:
         labels: (N,), integers from 0.

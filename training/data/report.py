@@ -21,6 +21,7 @@ WARNINGS = {
     "image in two classes": "images are there under two classes, equal to the byte; one of the labels is wrong",
     "image in two parts": "images are there in two parts, equal to the byte; figures on them flatter",
     "image twice": "images are there twice in a class, equal to the byte; a share taken from it may hold the copy",
+    "sorted": "sets lie sorted by class, their first images may be all of a kind; subset_order=shuffled draws from all",
     "class without such images": "classes have none in a part; the figures on that part leave them out",
     "not taken for an image": "files are left out for what their names end in; rename them, if they are images",
 }

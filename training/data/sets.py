@@ -114,6 +114,10 @@ def load_data(recipe: Recipe, *, checked: bool = False) -> Data:
     total = sum(len(source) for source in image_set.parts().values())
     whole = recipe.crop == "padded" and fits_in_memory(total, recipe)  # other crops need the image in its own size
     streamed = recipe.decoding == "streamed" or (recipe.decoding == "auto" and not whole)
+    if recipe.decoding == "resident" and recipe.crop == "resized":
+        raise DataError(
+            "decoding=resident: keeps images in the input's size, crop=resized needs their own; auto or streamed"
+        )
     depth: Depth = "bytes" if not streamed else "headers" if checked else "pixels"
 
     def check() -> tuple[Report, dict[str, np.ndarray]]:
@@ -124,6 +128,8 @@ def load_data(recipe: Recipe, *, checked: bool = False) -> Data:
     report, digests = from_first(check)
     report.raise_errors(image_set.name)
     split = _split(image_set, recipe)
+    if recipe.profile != "natural" and recipe.subset_order == "first" and (np.diff(image_set.train.labels) >= 0).all():
+        report.add("sorted", image_set.name)
     parts: dict[str, AnyImages] = {}
     for name, (source, positions) in split.parts().items():
         if streamed:

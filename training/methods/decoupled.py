@@ -11,6 +11,7 @@ arXiv:2304.01279.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
@@ -176,7 +177,8 @@ def retrain_stage(recipe: Recipe, model: Model, class_counts: Sequence[int]) -> 
 
         return FitStage("classifiers", partial(fit_nearest_means, model.net, recipe.ncm_features), nearest_means)
 
-    individual = IndividualLoss(recipe.retrain_loss, recipe, class_counts)
+    # Class weights that were deferred to the experts' last epochs would balance a second time here.
+    individual = IndividualLoss(recipe.retrain_loss, dataclasses.replace(recipe, deferred_from=None), class_counts)
     classifiers = nn.ModuleList(expert.classifier for expert in experts)
 
     def losses(outputs: Outputs, labels: Tensor, epoch: int) -> Losses:

@@ -82,7 +82,7 @@ class FusionLayers(nn.Module):
             self.shallow = nn.Sequential(
                 nn.Conv2d(HIGH_WIDTH, width, 3, 2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
             )
-        _initialise(self)
+        _initialise(self.deep)  # the shallow branch begins as torch has it, as in the public code
 
     def forward(self, levels: Tensor) -> Tensor:
         """(B, 16·S² + 32·⌈S/2⌉²) -> (B, D)."""
