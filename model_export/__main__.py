@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.risk_confidence is not None and options.max_risk is None:
         parser.error("--risk-confidence: says how sure --max-risk must be, which is not given")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half written goes
     from model_export.export import Wish, export
     from model_export.precision import obstacle, parse_precisions
     from training.checkpoint import CheckpointError

@@ -4,8 +4,8 @@ from training.recipe import Recipe
 
 RIDE_RETRAINED_CIFAR100 = Recipe(
     # Our own, not a published row: RIDE's three experts of reduced width and its routers, but features learnt by plain
-    # cross-entropy under AutoAugment and Cutout in three cosine cycles, then fresh classifiers under balanced softmax, as
-    # SHIKE (arXiv:2304.01279) trains its own.
+    # cross-entropy under AutoAugment and Cutout in three cosine cycles, then fresh classifiers under balanced softmax,
+    # as SHIKE (arXiv:2304.01279) trains its own.
     # Run:   ride-train ride-retrained-cifar100        Ours: training/RESULTS.md
     name="ride-retrained-cifar100", method="ride", n_experts=3, reduced=True,
     nesterov=True, weight_decay=5e-4, epochs=300, schedule="cosine", cycles=3,
