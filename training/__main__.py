@@ -26,6 +26,7 @@ SMOKE = {
     "oltr_epochs": "1",
     "lfme_epochs": "1",
     "m2m_from": "0.5",
+    "cycles": "1",
 }
 BIAS_VARIANCE_RECIPES = ["ce-cifar100", "crt-cifar100", "tau-norm-cifar100", "ldam-drw-cifar100", "ride-cifar100"]
 
@@ -181,6 +182,7 @@ def _recipe(name: str, options: argparse.Namespace) -> Recipe:
             "imbalance": recipe.profile == "natural", "retrain_epochs": not recipe.retrain_epochs,
             "router_epochs": recipe.n_experts == 1, "oltr_epochs": recipe.method != "oltr",
             "lfme_epochs": recipe.method != "lfme", "m2m_from": recipe.method != "m2m",
+            "cycles": recipe.cycles == 1,
         } | dict.fromkeys(settings, True)  # fmt: skip
         recipe = recipe.override({key: text for key, text in SMOKE.items() if not without.get(key, False)})
     return recipe

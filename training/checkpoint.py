@@ -166,7 +166,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def checkpoints_of(run: Path) -> dict[str, Checkpoint]:
     """The newest checkpoint of each stage of a run, by stage; empty for a run that has none."""
     directories = [path for path in (run / "checkpoints").glob("*-[0-9]*") if path.suffix != ".partial"]
-    directories.sort(key=_epochs_of)
+    directories.sort(key=lambda path: (path.name.rpartition("-")[0], _epochs_of(path)))
     return {checkpoint.stage: checkpoint for checkpoint in map(read_checkpoint, directories)}
 
 

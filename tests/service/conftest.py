@@ -3,6 +3,7 @@
 import asyncio
 import io
 import os
+import signal
 import threading
 from contextlib import asynccontextmanager, contextmanager
 
@@ -28,6 +29,14 @@ def _no_settings_from_outside():
             if name.startswith("RIDE_") and name != "RIDE_DATA":  # no setting: tests of real images need it
                 patch.delenv(name)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _heed_hangups():
+    """Services that the tests start do so, although the tests may run under nohup, which they would inherit."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="session")
