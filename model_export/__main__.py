@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
-from model_export.bundle import SPLITS, Accuracy, BundleError, Manifest, OperatingPoint, Risk, Rule
+from model_export.bundle import RISK_CONFIDENCE, SPLITS, Accuracy, BundleError, Manifest, OperatingPoint, Risk, Rule
 
-RISK_CONFIDENCE = 0.95
 COMPARED_COSTS = (0.6, 0.75, 0.9)  # of all experts, at which the rules are compared
 
 

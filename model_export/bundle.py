@@ -22,6 +22,7 @@ MANIFEST = "manifest.json"
 SPLITS = ("many", "medium", "few")
 LARGEST_INTEGER = 2**53  # that every reader of JSON can hold
 
+RISK_CONFIDENCE = 0.95  # of --max-risk, unless told otherwise
 MAX_VARIANT_LOSS = 0.3  # percentage points in any split; a variant that loses more is not used unless it is asked for
 
 Split = Literal["many", "medium", "few"]

@@ -18,6 +18,7 @@ import torch
 from model_export.authors import read_published
 from model_export.bundle import (
     MANIFEST,
+    RISK_CONFIDENCE,
     BundleError,
     Calibration,
     InputSpec,
@@ -70,7 +71,7 @@ class Wish:
     max_mean_experts: float | None = None
     max_accuracy_loss: float | None = None
     max_risk: float | None = None
-    risk_confidence: float = 0.95
+    risk_confidence: float = RISK_CONFIDENCE
 
     def __post_init__(self) -> None:
         for name, least, most, what in (

@@ -52,6 +52,7 @@ class Worker:
         started, due: time.monotonic() of its start, or of its successor's.
         killed: the pid that was killed for being stuck or late.
         short_lives: how many of its processes, one after another, died soon.
+        ready: whether this process has been; one that drains is ready no more, and is not late for that.
     """
 
     slot: int
@@ -62,6 +63,7 @@ class Worker:
     due: float = 0.0
     short_lives: int = 0
     killed: int = 0
+    ready: bool = False
 
 
 class Supervisor:
@@ -140,7 +142,7 @@ class Supervisor:
 
     def _start(self, worker: Worker) -> None:
         supervisor = os.getpid()
-        worker.started = time.monotonic()
+        worker.started, worker.ready = time.monotonic(), False
         signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED_SIGNALS)  # the worker's are not for the supervisor's pipe
         worker.pid = os.fork()
         if not worker.pid:
@@ -251,14 +253,13 @@ class Supervisor:
             self._kill_at = math.inf
         for worker in self._workers:
             row = self._counters.row(worker.slot)
-            stuck = now - max(row[BEAT], self._went_on) > STUCK_S if row[READY] else self._is_late(worker, now)
-            if worker.pid and worker.killed != worker.pid and (overdue or stuck):
+            worker.ready = worker.ready or bool(row[READY])
+            stuck = row[READY] and now - max(row[BEAT], self._went_on) > STUCK_S
+            late = not worker.ready and now - max(worker.started, self._went_on) > STARTING_S
+            if worker.pid and worker.killed != worker.pid and (overdue or stuck or late):
                 log(logging.ERROR, "worker_killed", worker=worker.name, pid=worker.pid)
                 os.kill(worker.pid, signal.SIGKILL)
                 worker.killed = worker.pid
-
-    def _is_late(self, worker: Worker, now: float) -> bool:
-        return not self._stopping and now - max(worker.started, self._went_on) > STARTING_S
 
 
 def let_signals_in() -> None:

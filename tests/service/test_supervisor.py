@@ -328,6 +328,18 @@ def test_a_worker_that_never_gets_ready_is_replaced():
     assert run.returncode == 1
 
 
+def test_a_worker_that_drains_is_not_late():
+    """Told to stop by itself, long after its start, it is ready no more but still has work to answer."""
+    life = "counters.own[READY] = 1; time.sleep(0.3); counters.own[READY] = 0; time.sleep(1); os.kill(os.getppid(), 15)"
+    script = SUPERVISED.format(life=life + "; sys.exit(0)")
+    script = script.replace("set_up(", "supervisor.STARTING_S, supervisor.STUCK_S = 0.5, 60; set_up(")
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+
+    assert "worker_killed" not in run.stderr
+
+
 def test_a_worker_that_cannot_start_is_not_tried_again():
     """Another one would fail as well."""
     code, lines = supervise("counters.own[WAS_READY] = 0; os._exit(supervisor.START_FAILED)")

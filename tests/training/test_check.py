@@ -289,6 +289,18 @@ def test_files_beside_the_images_are_told_and_hidden_ones_are_none(tmp_path):
     )
 
 
+def test_the_summary_leaves_out_labels_that_are_no_class(tmp_path, capsys):
+    """They are told as errors below it."""
+    table = pyarrow.table({"image": [image(n) for n in range(5)], "label": [0, 0, 1, -1, 9]})
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+
+    assert main(["check", str(tmp_path)]) == 2
+    told = capsys.readouterr().out
+    assert "2 classes; 5 training images; from 2 (a) to 1 (b) training images" in told
+    assert "label out of range (2)" in told
+
+
 def test_rare_classes_may_have_no_test_images(tmp_path):
     """Labels stay those of training; a class that was not trained is refused."""
     train = {f"train/{name}": "0.png 1.png" for name in "abc"}

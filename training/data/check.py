@@ -46,7 +46,8 @@ def check_data(recipe: Recipe, *, decode: bool = True) -> Report:
 
 def summary_of(image_set: ImageSet) -> str:
     """How many classes and images there are, and how unevenly."""
-    counts = np.bincount(image_set.train.labels.clip(0), minlength=len(image_set.classes))
+    labels, n_classes = image_set.train.labels, len(image_set.classes)
+    counts = np.bincount(labels[(labels >= 0) & (labels < n_classes)], minlength=n_classes)
     splits = Counter(split_of(count) for count in counts.tolist())
     largest, smallest = int(counts.argmax()), int(counts.argmin())
     parts = ", ".join(f"{len(source):,} {_PARTS[name]}" for name, source in image_set.parts().items())
