@@ -25,7 +25,7 @@ function make(tag, properties = {}, ...children) {
 }
 
 const session = new Map(); // experts used -> images
-let classes = []; // of the model: label, training_images, split
+let model = null; // as GET /model describes it
 let cards = 0;
 
 // The model ---------------------------------------------------------------------------------------------------------
@@ -33,36 +33,44 @@ let cards = 0;
 async function showModel() {
   try {
     const answer = await fetch("model");
-    const model = await answer.json();
-    if (!answer.ok) throw new Error(model.error?.message ?? `the service answered ${answer.status}`);
-    describeModel(model);
+    const told = await answer.json();
+    if (!answer.ok) throw new Error(told.error?.message ?? `the service answered ${answer.status}`);
+    model = told;
+    describeModel();
   } catch (error) {
     byId("model").textContent = `No model: ${error.message}`;
     byId("model").className = "bad";
   }
 }
 
-function describeModel(model) {
-  classes = model.classes;
+function describeModel() {
   byId("model").textContent =
     `${model.name} ${model.version}: ${model.classes.length} classes, ${model.experts} ${model.experts === 1 ? "expert" : "experts"}`;
   for (let n = 1; n < model.max_experts; n++) byId("max-experts").append(make("option", { value: n, textContent: n }));
   if (model.max_experts < model.experts) byId("max-experts").options[0].textContent = model.max_experts;
   if (model.thresholds.length) byId("threshold").value = model.thresholds[0];
-  else byId("own-threshold").disabled = true; // one expert: nothing to decide
-  const calibrated = model.calibration.points.find(
-    ({ rule, thresholds }) => rule === model.rule && `${thresholds}` === `${model.thresholds}`,
-  );
-  byId("threshold-says").textContent =
-    `From this score of the rule "${model.rule}" the next expert runs. The model's: ${model.thresholds.map((t) => t.toFixed(2)).join(", ") || "none"}` +
-    (calibrated && model.max_experts === model.experts ? ` (${calibrated.mean_experts.toFixed(2)} experts per image).` : ".");
-  showThreshold();
+  else byId("mode").disabled = true; // one expert: nothing to decide
+  for (const mode of Object.keys(model.modes)) {
+    if (mode === "balanced") continue; // the model's own
+    byId("mode").add(make("option", { value: mode, textContent: mode }), byId("mode").options.length - 1);
+  }
+  showThresholds();
 }
 
-function showThreshold() {
-  const own = byId("own-threshold").checked;
-  byId("threshold").disabled = !own;
-  byId("threshold-value").textContent = own ? Number(byId("threshold").value).toFixed(2) : "";
+/** The thresholds in force for the next images, and what calibration measured with them on held-out images. */
+function showThresholds() {
+  if (!model) return;
+  const mode = byId("mode").value;
+  byId("threshold").hidden = mode !== "own";
+  byId("threshold-value").textContent = mode === "own" ? Number(byId("threshold").value).toFixed(2) : "";
+  const thresholds = mode === "own" ? null : (model.modes[mode] ?? model.thresholds);
+  const calibrated = model.calibration.points.find(
+    ({ rule, thresholds: measured }) => rule === model.rule && `${measured}` === `${thresholds}`,
+  );
+  byId("threshold-says").textContent =
+    `From this score of the rule "${model.rule}" the next expert runs` +
+    (thresholds ? `: ${thresholds.map((t) => t.toFixed(2)).join(", ") || "none"}` : "") +
+    (calibrated && model.max_experts === model.experts ? ` (${calibrated.mean_experts.toFixed(2)} experts per image).` : ".");
 }
 
 // Sending -----------------------------------------------------------------------------------------------------------
@@ -72,7 +80,9 @@ async function classify(files) {
   if (!images.length) return;
   const options = new URLSearchParams();
   if (byId("max-experts").value) options.set("max_experts", byId("max-experts").value);
-  if (byId("own-threshold").checked) options.set("threshold", byId("threshold").value);
+  const mode = byId("mode").value;
+  if (mode === "own") options.set("threshold", byId("threshold").value);
+  else if (mode) options.set("mode", mode);
 
   const waiting = images.map((file) => ({ file, card: newCard(file) }));
   byId("results").prepend(...waiting.map(({ card }) => card));
@@ -150,7 +160,7 @@ function showResult(card, result) {
 
 /** A class's split, with the number of its training images where the model is known. */
 function trainedOn({ index, split }) {
-  const trained = classes[index]?.training_images;
+  const trained = model?.classes[index]?.training_images;
   return trained === undefined ? split : `${split}: ${trained} training ${trained === 1 ? "image" : "images"}`;
 }
 
@@ -253,7 +263,7 @@ document.addEventListener("drop", (event) => {
   classify(event.dataTransfer.files);
 });
 document.addEventListener("paste", (event) => classify(event.clipboardData.files));
-byId("own-threshold").addEventListener("change", showThreshold);
-byId("threshold").addEventListener("input", showThreshold);
+byId("mode").addEventListener("change", showThresholds);
+byId("threshold").addEventListener("input", showThresholds);
 
 showModel();

@@ -53,9 +53,12 @@ MODEL = {
         {"label": "tiger", "training_images": 9, "split": "few"},
         {"label": "<b>cat</b>", "training_images": 500, "split": "many"},
     ],
-    "rule": "router", "thresholds": [0.5, 0.4], "modes": {"full": [0, 0]},
+    "rule": "router", "thresholds": [0.5, 0.4], "modes": {"fast": [0.9, 0.8], "balanced": [0.5, 0.4], "full": [0, 0]},
     "input": {}, "macs": {}, "parity": {}, "provenance": {},
-    "calibration": {"points": [{"rule": "router", "thresholds": [0.5, 0.4], "mean_experts": 1.52}]},
+    "calibration": {"points": [
+        {"rule": "router", "thresholds": [0.9, 0.8], "mean_experts": 1.2},
+        {"rule": "router", "thresholds": [0.5, 0.4], "mean_experts": 1.52},
+    ]},
 }  # fmt: skip
 ANSWERED = {
     "filename": "tiger.png",
@@ -72,18 +75,28 @@ ANSWERS = {
     "tiger.png": {"request_id": "r1", "model": {"name": "pets", "version": "7"}, "results": [ANSWERED]},
     "notes.txt": {"request_id": "r2", "error": FAILED["error"], "results": [FAILED]},
 }
-# What a person would do: set a threshold, then paste two files.
+ASKED = {"tiger.png": "mode=fast", "notes.txt": "threshold=0.5"}
+# What a person would do: choose a mode, paste a picture, choose a threshold, paste something else.
 DRIVER = """
 const until = async (done) => { while (!done()) await new Promise((next) => setTimeout(next, 20)); };
+const choose = (mode) => {
+  document.body.append(document.getElementById("threshold-says").textContent);
+  document.getElementById("mode").value = mode;
+  document.getElementById("mode").dispatchEvent(new Event("change"));
+};
+const paste = async (file, cards) => {
+  const clipboardData = new DataTransfer();
+  clipboardData.items.add(file);
+  document.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true }));
+  await until(() => document.querySelectorAll("article:not(.waiting)").length === cards);
+};
 await until(() => document.getElementById("model").textContent.startsWith("pets"));
-document.getElementById("own-threshold").click();
+choose("fast");
 const canvas = Object.assign(document.createElement("canvas"), { width: 8, height: 8 });
 const picture = await new Promise((done) => canvas.toBlob(done));
-const clipboardData = new DataTransfer();
-clipboardData.items.add(new File([picture], "tiger.png", { type: "image/png" }));
-clipboardData.items.add(new File(["hello"], "notes.txt", { type: "text/plain" }));
-document.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true }));
-await until(() => document.querySelectorAll("article:not(.waiting)").length === 2);
+await paste(new File([picture], "tiger.png", { type: "image/png" }), 1);
+choose("own");
+await paste(new File(["hello"], "notes.txt", { type: "text/plain" }), 2);
 document.body.dataset.driven = "yes";
 """
 
@@ -107,8 +120,8 @@ class PageServer(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """The fixed answer for the file, once the question was looked at: every file has a request of its own."""
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        assert self.path == "/classify?threshold=0.5"
         (name,) = re.findall(rb'name="file"; filename="(.*?)"', body)
+        assert self.path == f"/classify?{ASKED[name.decode()]}"
         self._send(json.dumps(ANSWERS[name.decode()]), "application/json")
 
     def _send(self, text: str, kind: str) -> None:
@@ -132,7 +145,7 @@ def test_the_answers_below_are_of_the_service_s_shapes():
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_a_browser_shows_answers_and_errors(tmp_path):
-    """In a real browser: two pasted files become a card with the answer and a card with the error."""
+    """In a real browser: a pasted picture becomes a card with the answer, a pasted text a card with the error."""
     with ThreadingHTTPServer(("127.0.0.1", 0), PageServer) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         dom = subprocess.run(
@@ -146,7 +159,10 @@ def test_a_browser_shows_answers_and_errors(tmp_path):
     assert 'data-driven="yes"' in dom
     words = re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", dom)))
     for said in (
-        "pets 7: 2 classes, 3 experts", "The model's: 0.50, 0.40 (1.52 experts per image).",
+        "pets 7: 2 classes, 3 experts",
+        "the model's fast full my own 0.50 From this score of the rule \"router\" the next expert runs.",
+        "the next expert runs: 0.50, 0.40 (1.52 experts per image).",
+        "the next expert runs: 0.90, 0.80 (1.20 experts per image).",
         "1 image this session: 2 experts 100 %",
         "tiger.png tiger few: 9 training images 2 of 3 experts", "<b>cat</b> 39.0 %",
         "Scores: the score fell below its threshold",
