@@ -70,9 +70,11 @@ def zero_one(predicted: np.ndarray, labels: np.ndarray) -> Parts:
     """
     The 0/1 loss: bias says whether the main prediction is wrong, variance how often a model departs from it.
 
-    The main prediction is the most frequent one; of several, the lowest class. error = bias + κ·variance, with κ = 1
-    where the main prediction is right and κ = −P(model is right | it departs) where it is wrong; κ·variance is the net
-    variance.
+    The main prediction is the most frequent one. error = bias + κ·variance, with κ = 1 where the main prediction is
+    right and κ = −P(model is right | it departs) where it is wrong; κ·variance is the net variance. Where several
+    classes are the most frequent, each is the main prediction with the same probability, and the parts are the
+    expected ones: always taking the lowest would let the common classes, which come first, win. With two models bias
+    and error are the same.
 
     Args:
         predicted: (M, N), classes.
@@ -85,15 +87,16 @@ def zero_one(predicted: np.ndarray, labels: np.ndarray) -> Parts:
     votes = np.zeros((predicted.shape[1], n_classes), np.int64)
     for model in predicted:
         votes[images, model] += 1
-    main = votes.argmax(axis=1)
-    biased = main != labels
-    variance = (predicted != main).mean(axis=0)
-    departs_to_right = ((predicted != main) & (predicted == labels)).mean(axis=0)
+    most = votes.max(axis=1)
+    main = votes == most[:, None]  # (N, C)
+    right = main[images, labels] / main.sum(axis=1)  # probability that the main prediction is
+    variance = 1 - most / len(predicted)
+    departs_to_right = (predicted == labels).mean(axis=0)  # from a main prediction that is wrong
     return Parts(
         error=(predicted != labels).mean(axis=0),
-        bias=biased.astype(np.float64),
+        bias=1 - right,
         variance=variance,
-        net_variance=np.where(biased, -departs_to_right, variance),
+        net_variance=right * variance - (1 - right) * departs_to_right,
     )
 
 
@@ -101,8 +104,8 @@ def squared(probabilities: np.ndarray, labels: np.ndarray) -> Parts:
     """
     The squared distance of probability vectors to the true one-hot vector.
 
-    bias = ‖mean − one-hot‖²; variance = Σ ‖vector − mean‖² / (M − 1), unbiased. The net variance has M in place of
-    M − 1: with it the identity is exact.
+    bias = ‖mean − one-hot‖², of which variance / M is expected from the mean of M models alone; variance =
+    Σ ‖vector − mean‖² / (M − 1), unbiased. The net variance has M in place of M − 1: with it the identity is exact.
 
     Args:
         probabilities: (M, N, C); M at least 2.

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from training.data.views import train_views
 from training.distributed import gather_outputs, own_rows, rank, share_gradients, with_shared_norms, world_size
 from training.in_parts import InParts
 from training.methods.method import FitStage, Model, Stage
+from training.models.multi_expert import MultiExpertNet
 from training.optimiser import optimiser_of
 from training.recipe import Recipe, RecipeError
 
@@ -133,8 +134,7 @@ def run_stage(
         line: dict[str, Any] = {"stage": stage.name, "epoch": epoch + 1, "lr": stage.lr(epoch), **means}
         line |= {"seconds": round(seconds, 3), "images_per_second": round(len(order) / seconds, 1)}
         if (epoch + 1) % recipe.evaluate_every == 0 and epoch + 1 < stage.epochs:
-            judged = model if average is None else average.model
-            line["test"] = evaluate(judged if stage.network is None else Model(stage.network, None))
+            line["test"] = evaluate(judged_in(model, stage, average))
         log.write(line)
         if rank() == 0:
             state = {"updates": 0 if average is None else average.updates} | scaler.state_dict()
@@ -147,6 +147,15 @@ def run_stage(
     progress.close()
     if average is not None:
         model.load_state_dict(average.model.state_dict())
+
+
+def judged_in(model: Model, stage: Stage, average: WeightAverage | None) -> Model:
+    """What an evaluation during a stage looks at: the network that learns there, or its average."""
+    judged = model if average is None else average.model
+    if stage.network is None:
+        return judged
+    name = next(name for name, part in model.named_modules() if part is stage.network)
+    return Model(cast(MultiExpertNet, judged.get_submodule(name)), None)
 
 
 def _resume(start: Checkpoint, average: WeightAverage | None, scaler: torch.amp.GradScaler) -> None:

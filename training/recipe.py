@@ -59,7 +59,7 @@ class Recipe:
         n_experts: 1 to 6.
         reduced: 3/4 of the width in the experts, as in RIDE's tables.
         classifier: "cosine" (scale `cosine_scale`, no bias) or "linear" (with bias).
-        warmup_epochs: lr·(1 + e)/warmup_epochs while e < warmup_epochs.
+        warmup_epochs: lr·(1 + e)/warmup_epochs while e < warmup_epochs; half of a stage (or cycle) at most.
         warmup_start: share of lr at e = 0, from which it grows evenly to lr at e = warmup_epochs; None: as above.
         schedule: what follows the warm-up: "step", or "cosine" to `lr_min` after the last epoch.
         lr_min: under "cosine", where it ends.
@@ -121,7 +121,8 @@ class Recipe:
             form, with retrain_epochs=1, "tau_norm" normalises the weights and "ncm" takes the nearest class mean.
         retrain_loss: of that stage under "crt" and "lws", one of those of `loss`.
         retrain_lr, retrain_sampler: of that stage; after its warm-up it follows the cosine to 0.
-        retrain_warmup_epochs, retrain_batch_size, retrain_weight_decay: of that stage; None: as before it.
+        retrain_warmup_epochs, retrain_batch_size, retrain_weight_decay: of that stage, which has SGD; None: as before
+            it, but a weight decay of 5e-4 after AdamW.
         tau: exponent of "tau_norm"; None: the best of 0, 0.1 .. 2 on the held-out images.
         ncm_features: of "ncm": as they are ("un"), of unit length ("l2n"), less their mean and of unit length ("cl2n"),
             or what is "best" on the held-out images.
@@ -348,8 +349,15 @@ class Recipe:
             raise RecipeError(f"teacher={self.teacher!r}: only method 'ride' distils")
         if self.distill_each and not self.teacher:
             raise RecipeError("distill_each=True: there is no teacher to learn from; name a run, or take false")
-        if self.method in ("shike", "sade", "ace") and (self.diversity_weight or self.collaborative):
-            raise RecipeError(f"diversity_weight and collaborative: only for method 'ride', this is {self.method!r}")
+        if self.method != "ride" and (self.diversity_weight or self.collaborative or self.loss_times_experts):
+            raise RecipeError(
+                "diversity_weight, collaborative and loss_times_experts: only for method 'ride', "
+                f"this is {self.method!r}; take 0 and false"
+            )
+        if self.n_experts == 1 and self.diversity_weight:
+            raise RecipeError(f"diversity_weight={self.diversity_weight:g}: one expert cannot disagree; take 0")
+        if self.method in ("bbn", "oltr", "lfme") and self.deferred_from is not None:
+            raise RecipeError(f"deferred_from={self.deferred_from:g}: method {self.method!r} has no such epoch; none")
         self._check_groups()
         if self.loss == "ldam" and self.classifier != "cosine":
             raise RecipeError("classifier='linear': the margins of LDAM need the cosine classifier")
@@ -360,6 +368,10 @@ class Recipe:
         """What a method's own network or loss cannot be combined with."""
         if (self.method == "shike" or self.depth_fusion) and self.backbone != "resnet32_cifar":
             raise RecipeError(f"backbone={self.backbone!r}: depth fusion is built for resnet32_cifar")
+        if self.method == "ace" and self.backbone.startswith("swin"):
+            raise RecipeError(
+                f"backbone={self.backbone!r}: its experts share a norm, those of 'ace' train no one else's"
+            )
         if self.method in ("bbn", "oltr") and not self.backbone.endswith("_cifar"):
             raise RecipeError(f"backbone={self.backbone!r}: method {self.method!r} is built for the CIFAR ResNets")
         for field in ("mixup", "cutmix", "label_smoothing"):

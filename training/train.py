@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from training.evaluate import macs_of, predict, summarise
 from training.first_stage import take_over
 from training.loop import Log, autocast_dtype, fit_stage, run_stage
 from training.methods import ace, bbn, lfme, m2m, oltr, ride, sade, shike, single
-from training.methods.method import FitStage, Method, Model
+from training.methods.method import FitStage, Method, Model, Stage
 from training.pretrained import start_from
 from training.recipe import ONE_PROCESS, Decoding, Recipe, RecipeError
 
@@ -66,7 +67,7 @@ def _train(recipe: Recipe, run: Path, device: torch.device) -> dict[str, Any]:
     if rank() == 0:
         print(f"{recipe.data}: {_sizes(data)}", file=sys.stderr)
     torch.manual_seed(recipe.seed)
-    model, stages = METHODS[recipe.method](recipe, data.counts, mean, std)
+    model, stages = _built(recipe, data.counts, mean, std, done)
     model.to(device)
     images, heldout, test = (part.to(device) for part in (data.train, data.heldout, data.test))
     info: dict[str, Any] = {
@@ -135,7 +136,7 @@ def trained_model(run: Path) -> tuple[Checkpoint, Model]:
                 f"{run}: stage {name} has {reached} of {epochs} epochs; finish it with ride-train --resume"
             )
     checkpoint = done[list(stages)[-1]]
-    model, built = METHODS[recipe.method](recipe, checkpoint.class_counts, checkpoint.mean, checkpoint.std)
+    model, built = _built(recipe, checkpoint.class_counts, checkpoint.mean, checkpoint.std, done)
     for stage in built:
         if stage.arrange is not None:
             stage.arrange()
@@ -143,6 +144,20 @@ def trained_model(run: Path) -> tuple[Checkpoint, Model]:
     if "routers" not in stages:  # there, but never trained
         model.routers = None
     return checkpoint, model.eval()
+
+
+def _built(
+    recipe: Recipe,
+    class_counts: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    done: Mapping[str, Checkpoint],
+) -> tuple[Model, Sequence[Stage | FitStage]]:
+    """A fresh model and its stages; whoever has learnt all that there is from a teacher does without it."""
+    experts = done.get("experts")
+    if experts is not None and experts.epochs_done == recipe.epochs:
+        recipe = dataclasses.replace(recipe, teacher="", distill_each=False)
+    return METHODS[recipe.method](recipe, class_counts, mean, std)
 
 
 def refuse_other_images(checkpoint: Checkpoint, data: Data) -> None:

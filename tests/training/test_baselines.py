@@ -9,8 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.training.test_losses import COUNTS, EXACT, LABELS, golden_logits
+from training.average import WeightAverage
 from training.data.sets import DataError, Images
 from training.evaluate import macs_of
+from training.loop import judged_in
 from training.methods import bbn, lfme, m2m, oltr, ride
 from training.methods.decoupled import (
     NearestMeanClassifier,
@@ -59,6 +61,17 @@ def test_focal_loss_has_its_golden_value():
 
     assert focal_loss(logits, LABELS, 1.0).item() == pytest.approx(7.546944, **EXACT)
     assert focal_loss(logits, LABELS, 0.0).item() == pytest.approx(7.572661, **EXACT)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+def test_an_image_that_is_certain_gives_the_focal_loss_no_gradient(gamma):
+    """Its cross-entropy is exactly 0 in fp32, where a power below 1 has an infinite slope."""
+    logits = torch.tensor([[200.0, 0.0], [1.0, 0.0]], requires_grad=True)
+    focal_loss(logits, torch.tensor([0, 0]), gamma).backward()
+
+    assert logits.grad[0].tolist() == [0, 0]
+    assert logits.grad[1].isfinite().all()
+    assert logits.grad[1, 0] < 0
 
 
 def test_class_balanced_focal_loss_weighs_images_but_not_their_probability():
@@ -580,6 +593,18 @@ def test_impossible_baselines_are_refused(name, settings, message):
         RECIPES[name].override(settings)
 
 
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_stage_with_its_own_network_is_judged_by_that_one(averaged):
+    """Or by its average, where weights are averaged."""
+    recipe = tiny("m2m-cifar100")
+    model, stages = m2m.build(recipe, [9, 4, 2], *MEAN_STD)
+    average = WeightAverage(model, 0.9) if averaged else None
+    holder = average.model if averaged else model
+
+    assert judged_in(model, stages[0], average).net is holder.teachers["generator"]
+    assert judged_in(model, stages[1], average) is holder
+
+
 def test_a_model_carries_its_teachers_in_its_checkpoint():
     """So that a resumed training has them."""
     recipe = tiny("ce-cifar100")
@@ -589,6 +614,16 @@ def test_a_model_carries_its_teachers_in_its_checkpoint():
 
     assert {name.split(".")[0] for name in names} == {"net", "teachers"}
     assert {name.split(".")[0] for name in Model(nets[0], None).state_dict()} == {"net"}
+
+
+def test_classifiers_retrained_by_sgd_do_not_take_over_adamws_weight_decay():
+    """0.2 at a learning rate of 0.1 would turn the weights of a class by degrees a step."""
+    swin, resnet = (
+        ride.build(tiny(name, retrain_epochs=2, weight_decay=0.1), (3, 2, 1), *MEAN_STD)[1][1]
+        for name in ("ride-swin-t", "ride-cifar100")
+    )
+    assert (swin.optimiser, swin.weight_decay) == ("sgd", 5e-4)
+    assert resnet.weight_decay == 0.1
 
 
 def test_retrained_classifiers_are_not_balanced_twice():

@@ -76,14 +76,36 @@ def test_the_0_1_error_is_bias_plus_net_variance_exactly(n_classes):
 
 
 def test_hand_worked_0_1_cases():
-    """Unbiased: variance adds. Biased: only departures to the true class help. Ties: the lowest class."""
-    predicted = np.array([[1, 2, 0], [1, 2, 0], [1, 1, 3], [0, 0, 3]])
-    parts = zero_one(predicted, np.array([1, 1, 3]))
+    """Unbiased: variance adds. Biased: only departures to the true class help."""
+    predicted = np.array([[1, 2], [1, 2], [1, 1], [0, 0]])
+    parts = zero_one(predicted, np.array([1, 1]))
 
-    assert parts.bias.tolist() == [0, 1, 1]
-    assert parts.variance.tolist() == [0.25, 0.5, 0.5]
-    assert parts.net_variance.tolist() == [0.25, -0.25, -0.5]
-    assert parts.error.tolist() == [0.25, 0.75, 0.5]
+    assert parts.bias.tolist() == [0, 1]
+    assert parts.variance.tolist() == [0.25, 0.5]
+    assert parts.net_variance.tolist() == [0.25, -0.25]
+    assert parts.error.tolist() == [0.25, 0.75]
+
+
+def test_of_several_most_frequent_classes_each_is_the_main_prediction_as_often():
+    """The parts are the means over the choices, so no class gains by its number; two models have nothing but error."""
+    generator = np.random.default_rng(0)
+    predicted, labels = generator.integers(0, 4, (4, 300)), generator.integers(0, 4, 300)
+    parts = zero_one(predicted, labels)
+
+    for image, (votes, label) in enumerate(zip(predicted.T, labels, strict=True)):
+        counts = np.bincount(votes, minlength=4)
+        choices = np.flatnonzero(counts == counts.max())
+        departing = np.mean([(votes != main).mean() for main in choices])
+        helped = [-((votes != main) & (votes == label)).mean() for main in choices if main != label]
+        hurt = [(votes != main).mean() for main in choices if main == label]
+        assert parts.bias[image] == pytest.approx(np.mean(choices != label))
+        assert parts.variance[image] == pytest.approx(departing)
+        assert parts.net_variance[image] == pytest.approx(sum(helped + hurt) / len(choices), abs=1e-12)
+
+    turned = zero_one(3 - predicted, 3 - labels)
+    assert turned.bias.tolist() == parts.bias.tolist()
+    pair = zero_one(predicted[:2], labels)
+    np.testing.assert_allclose(pair.bias, pair.error)
 
 
 def test_figures_are_means_of_classes():

@@ -2,6 +2,7 @@
 
 import pytest
 
+from training.methods.method import scheduled_lr
 from training.recipe import Recipe, RecipeError
 from training.recipes import RECIPES
 
@@ -43,7 +44,24 @@ def test_overrides_take_the_type_of_the_field():
         ({"mean": "0.5"}, "must be three numbers"),
         ({"std": "0,1,1"}, "must be positive"),
         ({"method": "single"}, "method 'single' trains one expert"),
-        ({"loss": "ldam", "n_experts": "1", "classifier": "linear"}, "need the cosine classifier"),
+        ({"n_experts": "1"}, "diversity_weight=-0.45: one expert cannot disagree; take 0"),
+        ({"method": "single", "n_experts": "1"}, "only for method 'ride', this is 'single'; take 0 and false"),
+        (
+            {"method": "bbn", "n_experts": "1", "diversity_weight": "0", "deferred_from": "0.5"},
+            "deferred_from=0.5: method 'bbn' has no such epoch; none",
+        ),
+        (
+            {
+                "method": "ace",
+                "group_shares": "0.6,0.3",
+                "backbone": "swin_t",
+                "diversity_weight": "0",
+                "classifier": "linear",
+                "loss": "ce",
+            },
+            "backbone='swin_t': its experts share a norm",
+        ),
+        ({"loss": "ldam", "classifier": "linear"}, "need the cosine classifier"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
@@ -109,6 +127,28 @@ def test_a_cosine_of_two_cycles_begins_with_that_of_one():
     second = [scheduled_lr(twice, epoch) for epoch in range(20, 40)]
     assert second[:1] + second[10:11] == pytest.approx([0.1, 0.05])
     assert second == sorted(second, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "rates"),
+    [
+        ("ride-distilled-cifar100", 20, {0: 0.01, 9: 0.1, 10: 0.1, 15: 0.1, 16: 1e-3, 18: 1e-5, 19: 1e-5}),
+        ("ce-cifar100", 2, {0: 0.1, 1: 0.1}),
+        ("ce-cifar100", 1, {0: 0.1}),
+        ("ride-swin-t", 20, {0: 1e-4, 9: 1e-3, 10: 1e-3}),
+    ],
+)
+def test_a_short_training_leaves_its_warm_up(name, epochs, rates):
+    """Half of the epochs at most, so that what comes after it, comes."""
+    recipe = RECIPES[name].override({"epochs": str(epochs)})
+    assert {epoch: scheduled_lr(recipe, epoch) for epoch in rates} == pytest.approx(rates)
+    assert scheduled_lr(recipe, epochs - 1) <= recipe.lr
+
+
+def test_a_drop_within_the_warm_up_is_a_drop():
+    """Both factors apply, as in RIDE's code."""
+    recipe = RECIPES["ride-cifar100"].override({"epochs": "20", "lr_drops": "0.1,0.9"})
+    assert [scheduled_lr(recipe, epoch) for epoch in (1, 2, 5)] == pytest.approx([0.04, 0.0006, 0.001])
 
 
 def test_swin_recipes_are_the_published_ones():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -105,7 +106,7 @@ def test_each_expert_may_have_a_prior_of_its_own():
         ({"expert_taus": (0.0, 1.0, 2.0)}, "only for loss='logit_adjusted'"),
         ({"distill_each": True}, "there is no teacher to learn from"),
         ({"teacher": "runs/x", "method": "shike", "diversity_weight": 0.0}, "only method 'ride' distils"),
-        ({"method": "shike"}, "diversity_weight and collaborative: only for method 'ride', this is 'shike'"),
+        ({"method": "shike"}, "loss_times_experts: only for method 'ride', this is 'shike'"),
     ],
 )
 def test_switches_that_would_do_nothing_are_refused(fields, message):
@@ -187,6 +188,22 @@ def test_every_expert_can_learn_from_the_teacher_on_its_own():
 
     assert each.item() == pytest.approx(2 * sum(distillation_loss(own, taught, 1.5).item() for own in logits), **EXACT)
     assert mean.item() == pytest.approx(2 * 3.590634, **EXACT)
+
+
+def test_a_finished_student_needs_its_teacher_no_more(teacher, tmp_path):
+    """Its model is there without the teacher's run, and its routers can still be trained."""
+    run, recipe = teacher
+    moved = tmp_path / "teacher"
+    shutil.copytree(run, moved)
+    recipe = dataclasses.replace(recipe, teacher=str(moved), router_epochs=1)
+    student = tmp_path / "student"
+    train(recipe, student)
+    shutil.rmtree(moved)
+    assert trained_model(student)[0].epochs_done == 1
+
+    shutil.rmtree(student / "checkpoints" / "routers-0001")
+    train(recipe, student)
+    assert trained_model(student)[1].routers is not None
 
 
 def test_a_distilled_training_logs_what_it_learns_from_its_teacher(teacher, tmp_path):

@@ -26,7 +26,7 @@ def class_counts(n_max: int, imbalance: float, n_classes: int, profile: Literal[
     """
     if profile == "exp":
         last = max(n_classes - 1, 1)
-        counts = [int(n_max * (1.0 / imbalance) ** (c / last)) for c in range(n_classes)]
+        counts = [int(n_max * (1.0 / imbalance) ** (c / last) + 1e-9) for c in range(n_classes)]  # 49/49 is 1
     else:
         counts = [n_max] * (n_classes // 2) + [int(n_max / imbalance)] * (n_classes - n_classes // 2)
     if min(counts) < 1:

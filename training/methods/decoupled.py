@@ -29,6 +29,7 @@ from training.models.multi_expert import Expert, MultiExpertNet, Outputs
 from training.recipe import Recipe
 
 FEATURE_BATCH = 250
+SGD_WEIGHT_DECAY = 5e-4  # of a stage that comes after AdamW
 TAUS = tuple(step / 10 for step in range(21))
 
 
@@ -197,7 +198,9 @@ def retrain_stage(recipe: Recipe, model: Model, class_counts: Sequence[int]) -> 
             expert.classifier = classifier
 
     warmup = recipe.warmup_epochs if recipe.retrain_warmup_epochs is None else recipe.retrain_warmup_epochs
-    decay = recipe.weight_decay if recipe.retrain_weight_decay is None else recipe.retrain_weight_decay
+    decay = recipe.retrain_weight_decay
+    if decay is None:  # AdamW's is another quantity, hundreds of times as large
+        decay = recipe.weight_decay if recipe.optimiser == "sgd" else SGD_WEIGHT_DECAY
     return Stage(
         name="classifiers", epochs=recipe.retrain_epochs, batch_size=recipe.retrain_batch_size or recipe.batch_size,
         part=nn.ModuleList(each.scales for each in scaled_classifiers) if scaled else classifiers,

@@ -116,7 +116,8 @@ def focal_loss(logits: Tensor, labels: Tensor, gamma: float, class_weights: Tens
     Source: arXiv:1708.02002, as a softmax loss like LDAM's code has it; with weights CB-Focal, arXiv:1901.05555.
     """
     entropy = F.cross_entropy(logits, labels, reduction="none")
-    losses = (1 - torch.exp(-entropy)) ** gamma * entropy
+    missing = -torch.expm1(-entropy)  # 1 - p; where it is 0, powers below 1 have no slope
+    losses = missing.clamp_min(torch.finfo(missing.dtype).tiny) ** gamma * entropy
     if class_weights is None:
         return losses.mean()
     return (class_weights[labels].to(losses.dtype) * losses).mean()

@@ -174,16 +174,24 @@ def scheduled_lr(recipe: Recipe, epoch: int) -> float:
         length = recipe.epochs // recipe.cycles
         warmup = recipe.warmup_epochs if epoch < length else 0
         return warm_cosine_lr(recipe.lr, length, warmup, epoch % length, recipe.lr_min)
-    if epoch < recipe.warmup_epochs:
-        if recipe.warmup_start is not None:
-            return recipe.lr * (recipe.warmup_start + (1 - recipe.warmup_start) * epoch / recipe.warmup_epochs)
-        return recipe.lr * (1 + epoch) / recipe.warmup_epochs
     drops = sum(epoch >= recipe.epoch_of(share) for share in recipe.lr_drops)
-    return recipe.lr * recipe.lr_drop_factor**drops
+    lr = recipe.lr * recipe.lr_drop_factor**drops
+    warmup = shortened(recipe.warmup_epochs, recipe.epochs)
+    if epoch >= warmup:
+        return lr
+    if recipe.warmup_start is not None:
+        return lr * (recipe.warmup_start + (1 - recipe.warmup_start) * epoch / warmup)
+    return lr * (1 + epoch) / warmup
+
+
+def shortened(warmup: int, epochs: int) -> int:
+    """The epochs of a warm-up in a stage of `epochs`: half of them at most, so that a short training arrives, too."""
+    return min(warmup, epochs // 2)
 
 
 def warm_cosine_lr(base: float, epochs: int, warmup: int, epoch: int, lowest: float = 0.0) -> float:
-    """Linear up to `base` over `warmup` epochs, then the cosine over those that are left, towards `lowest`."""
+    """Linear up to `base` over the (`shortened`) warm-up, then the cosine over the epochs left, towards `lowest`."""
+    warmup = shortened(warmup, epochs)
     if epoch < warmup:
         return base * (1 + epoch) / warmup
     return lowest + cosine_lr(base - lowest, epochs - warmup, epoch - warmup)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.methods.individual import ExpertLosses
-from training.methods.method import FitStage, Losses, Model, Stage, build_model, cosine_lr, experts_stage
+from training.methods.method import FitStage, Losses, Model, Stage, build_model, cosine_lr, experts_stage, shortened
 from training.methods.ride import later_stages
 from training.models.multi_expert import Outputs
 from training.recipe import Recipe
@@ -91,6 +91,7 @@ def peak_lr(peak: float, begins_at: float, epochs: int, warmup: int, epoch: int)
     Args:
         begins_at: share of `peak` that lies one step before epoch 0.
     """
+    warmup = shortened(warmup, epochs)
     if epoch < warmup:
         return peak * (begins_at + (1 - begins_at) * (1 + epoch) / (warmup + 1))
     return cosine_lr(peak, epochs - warmup, epoch - warmup)
