@@ -321,7 +321,10 @@ def _tables(analyses: Mapping[str, Analysis], draws: int, n_max: int, splits_n_m
         f"# Bias and variance over {draws} draws\n\nThe largest class has {n_max} images in a draw; many, medium "
         f"and few are the classes\nthat would be if it had {splits_n_max}. "
         "Shares, means of classes; error = bias + net variance.\n"
+        f"Of a squared bias, variance / {draws} is there because there are no more draws.\n"
     )
+    if draws == FEWEST_DRAWS:
+        text += "Two models have no majority: their 0/1 bias is their error.\n"
     heads = ("method", "classes", "error", "bias", "variance", "net variance")
     for kind, title in TITLES.items():
         rows = [
