@@ -144,14 +144,16 @@ def main(arguments: list[str] | None = None) -> int:
     log(logging.INFO, "starting", workers=workers, settings=settings.model_dump(mode="json"))
     try:
         groups = open_sockets(settings.host, settings.port, workers)
-    except OSError as error:
-        log(logging.ERROR, "cannot_listen", reason=error.strerror)
+    except (OSError, UnicodeError) as error:  # the latter of a name that is none
+        log(logging.ERROR, "cannot_listen", reason=getattr(error, "strerror", None) or str(error))
         return 1
     for listening in groups[0]:
         host, port = listening.getsockname()[:2]
         log(logging.INFO, "listening", url=f"http://{host}:{port}")
     if alone:
-        return 1 if DrainingServer(classifier, groups[0]).serve_until_told() else 0
+        code = 1 if DrainingServer(classifier, groups[0]).serve_until_told() else 0
+        logging.shutdown()
+        os._exit(code)  # an orderly exit would wait for a decoding thread whose client is long gone
 
     def work(number: int, sockets: Sequence[socket]) -> int:
         if link is not None:

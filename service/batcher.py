@@ -58,7 +58,7 @@ class Batcher(Generic[Item, Result]):
 
     Places are taken all at once or not at all. So that a refused request for many is not overtaken by small ones for
     ever, its places are saved up from then on, while anybody waits, until someone who asks for at least as many gets
-    them or stays away.
+    them or stays away. Half of all places at most: the others are never shut out.
 
     Steps run in the event loop, which between two of them serves whoever else is ready; or in a thread of their own,
     where a step takes so long that the loop cannot wait for it. Everything else is for the event loop's thread only.
@@ -117,7 +117,7 @@ class Batcher(Generic[Item, Result]):
         if self.waiting + count + saved > self._max_queue:
             retry_after = self._retry_after()
             if not saved:
-                self._saved, self._saved_until = count, now + retry_after + 1
+                self._saved, self._saved_until = min(count, self._max_queue // 2), now + retry_after + 1
             raise QueueFullError(self.waiting, saved, retry_after)
         if count >= self._saved:
             self._saved = 0

@@ -36,6 +36,7 @@ LONG_STEP_S: Final = 0.025  # for which the event loop shall not stand still
 PROFILE_RUNS: Final = 5
 CPU_BATCH: Final = 16  # its features still fit into the cache
 GPU_BATCH: Final = 64
+DECODING_S: Final = 0.005  # of one request after the other in the event loop, before it looks at others
 
 
 class RunningEngine(Engine, Protocol):
@@ -116,6 +117,7 @@ class Classifier:
             registry, manifest, self.operation, lambda: self._batcher.waiting, settings.max_queue, counters
         )
         self._decoders = ThreadPoolExecutor(self.threads, thread_name_prefix="ride-decode")
+        self._decoded_s = 0.0  # in this turn of the event loop, by requests of several images
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -220,6 +222,8 @@ class Classifier:
 
         async def one(upload: Upload) -> Classified | ServiceError:
             nonlocal begun
+            while self._decoded_s > DECODING_S:  # noqa: ASYNC110, the next turn of the loop is the event
+                await asyncio.sleep(0)
             begun += 1  # from here on it sees to its place itself
             return await self._classify_one(upload, choice)
 
@@ -243,6 +247,7 @@ class Classifier:
         try:
             if is_small(upload.data):
                 pixels, seconds = self._decode(upload.data)
+                self._count_decoding(seconds)
             else:
                 loop = asyncio.get_running_loop()
                 pixels, seconds = await loop.run_in_executor(self._decoders, self._decode, upload.data)
@@ -260,6 +265,16 @@ class Classifier:
             raise
         except NotFiniteError as error:
             return not_finite(error)
+
+    def _count_decoding(self, seconds: float) -> None:
+        """Of this turn of the event loop; what waits for the next turn is begun after the count is back at 0."""
+
+        def reset() -> None:
+            self._decoded_s = 0.0
+
+        if not self._decoded_s:
+            asyncio.get_running_loop().call_soon(reset)
+        self._decoded_s += seconds
 
     def begin(self, data: bytes, choice: Choice) -> tuple[Job, "asyncio.Future[Outcome]", float] | None:
         """

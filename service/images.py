@@ -24,6 +24,11 @@ INNER_SHARE: Final = 7 / 8  # of the shorter side, in "inner_crop": 224 of 256
 SMALL_JPEG: Final = 640 * 480  # pixels that take about a millisecond
 SMALL_PNG: Final = 200 * 200
 SMALL_BYTES: Final = 256 * 1024
+SMALL_CHUNKS: Final = 32
+# Those of a PNG that cost nothing; others may hold compressed text, or a TIFF's worth of tags.
+PLAIN_CHUNKS: Final = frozenset(
+    (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"bKGD", b"pHYs", b"tIME")
+)
 # A progressive JPEG is painted over once for each scan; real ones have about 10, a hostile one as many as fit.
 SCAN_MARK: Final = b"\xff\xda"
 JPEG_END: Final = b"\xff\xd9"
@@ -32,10 +37,17 @@ MAX_SCANS: Final = 100
 SMALL_SCANS: Final = 16
 TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_TILE_WIDTH, TIFF_TILE_LENGTH = 258, 262, 322, 323
 WHITE_IS_ZERO: Final = 0
-STRIP_ROWS: Final = 64
+STRIP_PIXELS: Final = 2**18
+BMP_COMPRESSION_AT: Final = 30
+BMP_RUN_LENGTHS: Final = (1, 2)
+SCARCE: Final = {
+    "WEBP": (0.6, "three fifths of ")
+}  # of the limit: it takes 18 bytes per pixel and more, others up to 12
 SCALED_MARGIN: Final = 7  # times the input size; below 6, accuracy moved by more than 0.1 points
 EXIF_MARK: Final = b"Exif\0\0"
+EXIF_SEGMENT: Final = re.compile(rb"\xff\xe1(..)Exif\0\0", re.DOTALL)
 EXIF_WITHIN: Final = 64 * 1024  # it comes among the first segments, of 64 KiB at most
+MAX_EXIF: Final = 64  # Pillow joins them one by one, in a time that grows with the square of their number
 ORIENTATION_TAG: Final = 0x0112
 # What undoes each EXIF orientation; 1 is upright.
 UPRIGHT: Final = {
@@ -71,11 +83,7 @@ def decode(data: bytes, spec: InputSpec, max_pixels: int, *, scaled: bool = Fals
     if kind is None:
         raise _no_image(data)
     try:
-        if kind == "JPEG" and data.count(SCAN_MARK) > MAX_SCANS and _has_too_many_scans(data):
-            raise ServiceError(
-                "image_unsupported",
-                f"JPEG has more than {MAX_SCANS} scans, each of which paints it anew; save it in fewer",
-            )
+        _refuse_costly(kind, data)
         pixels = _decode_jpeg(data, spec, max_pixels, scaled) if kind == "JPEG" else None
         if pixels is None:
             pixels = np.asarray(_decode_any(kind, data, max_pixels))
@@ -102,8 +110,33 @@ def is_small(data: bytes) -> bool:
         return bool(height * width <= SMALL_JPEG)
     if data.startswith(PNG_START) and data[12:16] == b"IHDR" and len(data) >= 24:
         width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
-        return width * height <= SMALL_PNG
+        return width * height <= SMALL_PNG and _has_plain_chunks(data)
     return False
+
+
+def _has_plain_chunks(png: bytes) -> bool:
+    """Whether a PNG consists of few chunks, all of kinds that take no time beyond that of its pixels."""
+    at = len(PNG_START)
+    for _ in range(SMALL_CHUNKS):
+        if png[at + 4 : at + 8] not in PLAIN_CHUNKS:
+            return False
+        at += 12 + int.from_bytes(png[at : at + 4])  # length, kind, what it holds, checksum
+        if at >= len(png):
+            return True
+    return False
+
+
+def _refuse_costly(kind: str, data: bytes) -> None:
+    """Raise ServiceError image_unsupported for a file that takes far longer than its pixels and bytes let expect."""
+    if kind == "JPEG" and data.count(SCAN_MARK) > MAX_SCANS and _has_too_many_scans(data):
+        raise ServiceError(
+            "image_unsupported",
+            f"JPEG has more than {MAX_SCANS} scans, each of which paints it anew; save it in fewer",
+        )
+    if kind == "JPEG" and data.count(EXIF_MARK) > MAX_EXIF:
+        raise ServiceError("image_unsupported", f"JPEG has more than {MAX_EXIF} EXIF segments; save it without them")
+    if kind == "BMP" and int.from_bytes(data[BMP_COMPRESSION_AT : BMP_COMPRESSION_AT + 4], "little") in BMP_RUN_LENGTHS:
+        raise ServiceError("image_unsupported", "BMP of run lengths; save it without compression, or as PNG")
 
 
 def _has_too_many_scans(data: bytes) -> bool:
@@ -134,9 +167,10 @@ def _decode_jpeg(data: bytes, spec: InputSpec, max_pixels: int, scaled: bool) ->
         )
     except ValueError:  # damaged; Pillow decides how badly
         return None
-    if EXIF_MARK in data[:EXIF_WITHIN]:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            return np.asarray(_turn(Image.fromarray(pixels), _orientation(image)))
+    if segment := EXIF_SEGMENT.search(data[:EXIF_WITHIN]):
+        end = segment.start(1) + int.from_bytes(segment[1])
+        turned = _turn(Image.fromarray(pixels), _orientation(data[segment.end(1) : end]))
+        return np.asarray(turned)
     return pixels
 
 
@@ -173,11 +207,12 @@ def _widen_transparency(image: Image.Image, depth: int) -> None:
 
 
 def _check_size(kind: str, width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
+    share, said = SCARCE.get(kind, (1, ""))
+    if width * height > share * max_pixels:
         raise ServiceError(
             "image_too_large",
             f"{kind} of {width}x{height} has {width * height:,} pixels, "
-            f"the limit is {max_pixels:,} (RIDE_MAX_PIXELS); send a smaller one",
+            f"the limit is {int(share * max_pixels):,} ({said}RIDE_MAX_PIXELS); send a smaller one",
         )
 
 
@@ -233,8 +268,9 @@ def to_rgb(image: Image.Image, *, bits: int = 16, negative: bool = False) -> Ima
 def _on_white(image: Image.Image) -> Image.Image:
     """RGBA to RGB, strip by strip: the copies that it takes would be as large as the image, each."""
     opaque = Image.new("RGB", image.size)
-    for top in range(0, image.height, STRIP_ROWS):
-        strip = image.crop((0, top, image.width, min(top + STRIP_ROWS, image.height)))
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
         opaque.paste(Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip).convert("RGB"), (0, top))
     return opaque
 
@@ -249,10 +285,15 @@ def fit(image: Image.Image, spec: InputSpec) -> Image.Image:
     return image.resize((spec.width, spec.height), FILTERS[spec.interpolation], box=box)
 
 
-def _orientation(image: Image.Image) -> int:
-    """EXIF orientation; 1, upright, where the EXIF block is absent or damaged: the pixels are still good."""
+def _orientation(image: Image.Image | bytes) -> int:
+    """Of an image or an EXIF block; 1, upright, where the block is absent or damaged: the pixels are still good."""
     try:
-        found: Any = image.getexif().get(ORIENTATION_TAG, 1)
+        if isinstance(image, bytes):
+            exif = Image.Exif()
+            exif.load(image)
+        else:
+            exif = image.getexif()
+        found: Any = exif.get(ORIENTATION_TAG, 1)
     except Exception:  # EXIF is a TIFF of its own, with as many ways to be broken
         return 1
     return found if isinstance(found, int) else 1

@@ -4,6 +4,7 @@ import datetime
 import json
 import logging
 import sys
+import warnings
 from typing import Any
 
 import orjson
@@ -39,6 +40,7 @@ def set_up(level: str) -> None:
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of what is odd in an image: thousands of lines, if it wishes
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, LOGGER.getEffectiveLevel()))
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # warns of what we refuse, without a request id
 

@@ -17,6 +17,7 @@ from service.headers import Headers
 MAX_HEAD_BYTES: Final = 64 * 1024
 OFFERS: Final = (b"upgrade", b"http2-settings")  # headers, and what they are called in "connection"
 HEAD_S: Final = 10.0  # from a connection's, or a request's, first byte to the end of its headers
+SEND_S: Final = 30.0  # for which a client that does not read its answers is waited for
 FRAMING_PER_BODY_BYTE: Final = 8  # chunks of one byte each cost five more
 SHORT_BYTES: Final = 64 * 1024  # of body; larger ones hardly ever come in one piece
 INVALID: Final = "Invalid HTTP request received."
@@ -95,6 +96,7 @@ class GuardedProtocol(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle | None = None
     _idle_since = 0.0
     _idle_timer: asyncio.TimerHandle | None = None
+    _send_timer: asyncio.TimerHandle | None = None
 
     @property
     def expecting(self) -> bool:
@@ -109,8 +111,9 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
         self._cancel_head_timer()
-        if self._idle_timer is not None:
-            self._idle_timer.cancel()
+        for timer in (self._idle_timer, self._send_timer):
+            if timer is not None:
+                timer.cancel()
         running = self._running
         if isinstance(self.cycle, Exchange):
             self.cycle = None
@@ -121,6 +124,27 @@ class GuardedProtocol(HttpToolsProtocol):
         elif running is not None and not running.response_complete:
             running.disconnected = True
             running.message_event.set()
+
+    def pause_writing(self) -> None:
+        """The client reads too slowly: what we had to say is piling up here."""
+        super().pause_writing()
+        self._limit_sending()
+
+    def resume_writing(self) -> None:
+        """It has read on."""
+        super().resume_writing()
+        if self._send_timer is not None and not self.transport.is_closing():
+            self._send_timer.cancel()
+            self._send_timer = None
+
+    def _limit_sending(self) -> None:
+        if self._send_timer is None:
+            self._send_timer = self.loop.call_later(SEND_S, self.transport.abort)
+
+    def _limit_closing(self) -> None:
+        """A closed connection waits until the client has read all."""
+        if self.transport.get_write_buffer_size():
+            self._limit_sending()
 
     def data_received(self, data: bytes) -> None:
         """Parse, then see how much of it was not body; one read is small enough to be let through."""
@@ -151,9 +175,17 @@ class GuardedProtocol(HttpToolsProtocol):
                 self._hand_on()
         except httptools.HttpParserError:
             self._held_back = None
-            if not self.transport.is_closing():
-                self.logger.warning(INVALID)
+            if self.transport.is_closing():
+                return
+            self.logger.warning(INVALID)
+            if not self._answering():
                 self.send_400_response(INVALID)
+            elif self._phase != "body":  # whatever follows a good request: that one is answered, and nothing behind it
+                self.cycle.keep_alive = False
+            elif self._running is self.cycle:
+                self.send_400_response(INVALID)
+            else:  # the broken one is not the one that is being answered
+                self.transport.abort()
 
     def _head_without_offer(self) -> bytes:
         """The head that the parser has just read, without its offer; the parser takes it for the last of HTTP."""
@@ -216,6 +248,8 @@ class GuardedProtocol(HttpToolsProtocol):
             return False
         if self.url.partition(b"?")[0] != self._short_path or self._answering() or self.pipeline:
             return False
+        if self.flow.write_paused:  # the client does not read; on the long way it is waited for
+            return False
         for name, value in self.headers:
             if name == b"content-length":
                 length = int(value)  # the parser lets nothing else pass
@@ -252,6 +286,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """
         self.server_state.total_requests += 1
         if self.transport.is_closing():
+            self._limit_closing()
             return
         self.flow.resume_reading()
         if self.pipeline:
@@ -269,6 +304,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._idle_timer = self.loop.call_later(wait, self._close_if_idle)
         else:
             self.transport.close()
+            self._limit_closing()
 
     def _refuse_head(self) -> None:
         if self._answering():

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, cast
@@ -24,6 +25,7 @@ from service.uploads import Body, MemoryLease, Upload, read_uploads
 from service.watch import Watch
 
 MAX_PARAMETERS: Final = 16
+NUMBER: Final = re.compile(r"[0-9]{1,20}(\.[0-9]{0,40})?(e-?[0-9]{1,3})?|\.[0-9]{1,40}", re.ASCII | re.IGNORECASE)
 PARAMETERS: Final = ("top_k", "max_experts", "threshold", "min_confidence", "mode")
 
 
@@ -48,7 +50,7 @@ class ClassifyRoute:
         try:
             with self._classifier.accept():
                 status, answer = await self._answer(scope["query_string"], body, request_id, started)
-                await self._send(send, status, answer, body, request_id)
+            await self._send(send, status, answer, body, request_id)
         except ServiceError as error:  # refused, before its images were looked at
             status = error.status
             self._note(request_id, error)
@@ -323,10 +325,7 @@ def _whole(name: str, text: str, limit: int, what: str) -> int:
 
 
 def _share(name: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = float(text) if NUMBER.fullmatch(text) else math.nan
     if not 0 <= value <= 1:
         raise ServiceError("parameter_invalid", f"{name} is {text[:40]!r}; must be a number from 0 to 1")
     return value

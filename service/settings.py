@@ -142,8 +142,8 @@ class Settings(BaseSettings):
     max_pixels: int = Field(
         40_000_000,
         ge=1,
-        description="Width x height of one image by its header. More is refused with 413, before decoding: a small "
-        "file can hold a huge picture.",
+        description="Width x height of one image by its header, of a WebP three fifths of it. More is refused with "
+        "413, before decoding: a small file can hold a huge picture.",
     )
     timeout_s: float = Field(
         10.0, gt=0, le=3600, description="Seconds from a request's first byte to its answer, upload included. Then 504."

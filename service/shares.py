@@ -5,8 +5,9 @@ import sys
 from service.cores import available_cores, has_cuda
 from service.settings import Settings, SettingsError
 
-# A limit of the whole service, and what one request may take of it, which each worker must be able to grant.
-LIMITS = (("max_queue", "max_images"), ("max_inflight_bytes", "max_bytes"))
+# A limit of the whole service, what one request may take of it, which each worker must be able to grant, and for how
+# many such requests there should be room: beside a queue's largest one others need places.
+LIMITS = (("max_queue", "max_images", 2), ("max_inflight_bytes", "max_bytes", 1))
 
 
 def choose_workers(settings: Settings) -> int:
@@ -31,7 +32,7 @@ def share_of(settings: Settings, workers: int) -> Settings:
         SettingsError: where a limit that somebody set is too small to be divided.
     """
     parts: dict[str, int] = {"threads": settings.threads or max(1, available_cores() // workers)}
-    for limit, request in LIMITS:
+    for limit, request, times in LIMITS:
         whole, least = getattr(settings, limit), getattr(settings, request)
         part = -(-whole // workers)
         if part < least and limit in settings.model_fields_set:
@@ -40,7 +41,7 @@ def share_of(settings: Settings, workers: int) -> Settings:
                 f"{least}: a request that large would never be let in; raise the first, lower the second, or set "
                 "RIDE_WORKERS to fewer"
             )
-        parts[limit] = max(part, least)
+        parts[limit] = part if limit in settings.model_fields_set else max(part, times * least)
     return settings.model_copy(update=parts)
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import threading
+from collections import Counter
 from contextlib import nullcontext
 
 import numpy as np
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 
 from service.batcher import Batcher, BatcherStoppedError, QueueFullError
 from service.cascade import top_classes
+from service.classifier import DECODING_S, Choice
+from service.uploads import Upload
 from tests.service.conftest import encode, start, until
 from tests.tiny import TinyModel, noise
 
@@ -391,3 +394,29 @@ def test_places_are_taken_all_at_once_or_not_at_all():
     assert batcher.waiting == 3
     with pytest.raises(QueueFullError):
         batcher.check()
+
+
+@pytest.mark.anyio
+async def test_many_images_of_a_request_are_not_decoded_in_one_go(service, monkeypatch):
+    """After a few milliseconds the event loop looks at others; but not after every image, so that batches form."""
+    classifier, turn, turns = service.classifier, 0, []
+    decode = classifier._decode
+
+    def slowly(data):
+        turns.append(turn)
+        return decode(data)[0], 0.6 * DECODING_S
+
+    async def count():
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(classifier, "_decode", slowly)
+    counting = asyncio.create_task(count())
+    choice = Choice(classifier.operation.thresholds, 3, 0.0, 1)
+    outcomes = await classifier.classify([Upload(None, FILES[0])] * 8, choice)
+    counting.cancel()
+
+    assert len(outcomes) == 8
+    assert sorted(Counter(turns).values()) == [2, 2, 2, 2]

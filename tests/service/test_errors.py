@@ -48,6 +48,10 @@ def refused(response, code, *words):
         ("threshold=nan", ["threshold is 'nan'"]),
         ("threshold=inf", ["threshold is 'inf'"]),
         ("threshold=half", ["threshold is 'half'"]),
+        ("threshold=%D9%A0.%D9%A5", ["threshold is '٠.٥'"]),
+        ("threshold=0_1", ["threshold is '0_1'"]),
+        ("threshold=-0", ["threshold is '-0'"]),
+        ("min_confidence=+0.5", ["min_confidence is ' 0.5'", "from 0 to 1"]),
         ("treshold=0.5", ["'treshold' is no parameter", "top_k, max_experts, threshold"]),
         ("top_k=1&top_k=1", ["top_k is given twice"]),
         ("%FF=1", ["query is no list of"]),
@@ -182,24 +186,35 @@ async def test_a_full_queue_refuses_at_once_with_429(tiny_bundle):
 
 @asynccontextmanager
 async def refused_large_request(service):
-    """In the block a request for 4 images has just been refused, because of one that runs and one that waits."""
+    """In the block a request for 4 images has just been refused, as one runs and so many wait that 3 could come."""
     with service.engine.hold():
         running = asyncio.create_task(service.post(IMAGE))
         await until(lambda: service.engine.held)
-        waiting = asyncio.create_task(service.post(IMAGE))
-        await until(lambda: service.metric("queue_images") == 1)
+        taken = service.classifier.settings.max_queue - 3
+        waiting = [asyncio.create_task(service.post(IMAGE)) for _ in range(taken)]
+        await until(lambda: service.metric("queue_images") == taken)
         refused(await service.post(*[IMAGE] * 4), "overloaded", "this request has 4")
         yield
-    assert [(await task).status_code for task in (running, waiting)] == [200, 200]
+    assert {(await task).status_code for task in (running, *waiting)} == {200}
 
 
 async def test_a_large_request_is_not_starved_by_small_ones(tiny_bundle):
     """Once refused for want of places, those that come free are kept for it; it gets them when it comes again."""
-    async with start(tiny_bundle, max_queue=4, max_images=4, max_batch=1) as service:
+    async with start(tiny_bundle, max_queue=8, max_images=4, max_batch=1) as service:
         async with refused_large_request(service):
             refused(await service.post(IMAGE), "overloaded", "4 places are kept for an earlier request", "has 1")
         assert (await service.post(*[IMAGE] * 4)).status_code == 200
         assert (await service.post(IMAGE)).status_code == 200
+
+
+async def test_small_requests_are_not_shut_out_by_a_large_one(tiny_bundle):
+    """However large it is, half of the places are never kept for it."""
+    async with start(tiny_bundle, max_queue=4, max_images=4, max_batch=1) as service:
+        async with refused_large_request(service):
+            small = asyncio.create_task(service.post(IMAGE))
+            await until(lambda: service.metric("queue_images") == 2)
+            refused(await service.post(IMAGE), "overloaded", "2 places are kept for an earlier request", "has 1")
+        assert (await small).status_code == 200
 
 
 async def test_places_are_not_kept_while_nobody_waits(tiny_bundle):

@@ -1,7 +1,7 @@
 """What reaches the application of a connection that sends more, or more slowly, than a request's head should."""
 
 import asyncio
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 
 import pytest
@@ -209,6 +209,67 @@ async def test_what_cannot_be_a_request_is_refused(connect, request_head):
     async with connect() as (reader, writer):
         writer.write(request_head + b" HTTP/1.1\r\nContent-Length: 5\r\n\r\n")
         assert (await reader.read()).startswith(b"HTTP/1.1 400")
+
+
+async def test_what_follows_a_good_request_does_not_spoil_its_answer(connect):
+    """Both good ones are answered, in order; then the connection is closed, not answered for what made no sense."""
+    async with connect() as (reader, writer):
+        for body in (b"a", b"bb"):
+            writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        writer.write(b"no HTTP\r\n\r\n")
+        answers = await reader.read()
+    assert answers.count(ANSWER) == 2
+    assert b" 400 " not in answers
+    assert answers.index(b"\r\n\r\n1HTTP") < answers.index(b"\r\n\r\n2")
+
+
+async def test_a_body_that_breaks_off_into_nonsense_is_refused(connect):
+    """Its request is the one that is being answered."""
+    async with connect() as (reader, writer):
+        writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n")
+        await asyncio.sleep(0.02)
+        writer.write(b"no size\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 400")
+
+
+async def test_nonsense_behind_an_unanswered_request_leaves_its_body_alone(connect):
+    """The second request's chunks make no sense; nobody takes a 400 for the first one's answer."""
+    go_on = asyncio.Event()
+
+    async def wait(scope, receive, send):
+        await go_on.wait()
+        await count_body(scope, receive, send)
+
+    async with connect(wait) as (reader, writer):
+        writer.write(b"GET /first HTTP/1.1\r\nHost: a\r\n\r\n")
+        writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nno size\r\n")
+        await asyncio.sleep(0.05)
+        go_on.set()
+        with suppress(ConnectionResetError):
+            assert b" 400 " not in await reader.read()
+
+
+@pytest.mark.parametrize("headers", [b"", b"Connection: close\r\n"])
+async def test_a_client_that_does_not_read_is_given_up(connect, monkeypatch, headers):
+    """The application is not held for ever, nor what it had to say."""
+    monkeypatch.setattr(protocol, "SEND_S", 0.1)
+    said, size = asyncio.Event(), 32 * 1024**2
+
+    async def talk(scope, receive, send):
+        head = [(b"content-length", b"%d" % (2 * size))]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        for more in (True, False):
+            await send({"type": "http.response.body", "body": bytes(size), "more_body": more})
+        said.set()
+
+    async with connect(talk) as (reader, writer):
+        reader._transport.pause_reading()
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n" + headers + b"\r\n")
+        await said.wait()
+        await asyncio.sleep(0.3)
+        reader._transport.resume_reading()
+        with suppress(ConnectionResetError):
+            assert len(await reader.read()) < size
 
 
 async def test_a_body_that_never_comes_does_not_keep_an_answered_connection(connect, monkeypatch):

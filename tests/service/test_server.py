@@ -246,6 +246,17 @@ def test_a_wrong_start_is_exit_code_2_with_one_clear_line(tiny_bundle, options, 
     assert "Traceback" not in run.stderr
 
 
+def test_a_host_that_is_no_name_is_exit_code_1(tiny_bundle):
+    """With the reason in the log, and no stack trace."""
+    run = subprocess.run(
+        [*COMMAND, "--bundle", str(tiny_bundle), "--port", "0", "--host", ".."],
+        capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert json.loads(run.stderr.splitlines()[-1])["event"] == "cannot_listen"
+    assert "Traceback" not in run.stderr
+
+
 def test_a_port_in_use_is_exit_code_1(tiny_bundle):
     """With the address in the log."""
     with socket.create_server(("127.0.0.1", 0)) as taken:

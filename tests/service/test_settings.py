@@ -4,6 +4,7 @@ import datetime
 import json
 import logging
 import os
+import warnings
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -242,7 +243,7 @@ def test_the_warm_up_covers_all_orders_of_batch_size(limit, sizes):
 
 def test_log_lines_are_json_with_the_stack_trace_inside(capsys):
     """One line per event, whatever is in it."""
-    handlers, level = logging.root.handlers[:], logging.root.level
+    handlers, level, filters = logging.root.handlers[:], logging.root.level, warnings.filters[:]
     set_up("info")
     try:
         log(logging.DEBUG, "unseen")
@@ -251,8 +252,10 @@ def test_log_lines_are_json_with_the_stack_trace_inside(capsys):
         except ValueError as error:
             log(logging.ERROR, "failed", error=error, request_id="a", path=DEFAULT_BUNDLE)
         log(logging.ERROR, "odd", path="\udc80", number=10**30)
+        warnings.warn_explicit("tag is odd", UserWarning, "TiffImagePlugin.py", 1, module="PIL.TiffImagePlugin")
     finally:
         logging.captureWarnings(False)
+        warnings.filters[:] = filters
         logging.root.handlers[:] = handlers
         logging.root.setLevel(level)
     line, odd = capsys.readouterr().err.splitlines()

@@ -45,14 +45,15 @@ def test_there_is_a_worker_for_each_core_and_one_for_a_gpu(machine, given, cores
     [
         ({}, 1, 8, 256, 512 * 2**20),
         ({}, 2, 4, 128, 256 * 2**20),
-        ({}, 3, 2, 86, -(-512 * 2**20 // 3)),
-        ({}, 8, 1, 64, 64 * 2**20),
-        ({}, 32, 1, 64, 32 * 2**20),
+        ({}, 3, 2, 128, -(-512 * 2**20 // 3)),
+        ({"max_queue": 256}, 3, 2, 86, -(-512 * 2**20 // 3)),
+        ({}, 8, 1, 128, 64 * 2**20),
+        ({}, 32, 1, 128, 32 * 2**20),
         ({"threads": 5, "max_queue": 800}, 8, 5, 100, 64 * 2**20),
     ],
 )
 def test_limits_are_divided_among_the_workers(machine, given, workers, threads, queue, inflight):
-    """Rounded up; where nobody set them, at least what the largest request needs."""
+    """Rounded up; where nobody set them, at least what the largest request needs, of the queue twice that."""
     machine(8, cuda=False)
     share = share_of(Settings(**given), workers)
 

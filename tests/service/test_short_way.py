@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import re
+import socket
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -20,8 +21,8 @@ pytestmark = pytest.mark.anyio
 
 
 @asynccontextmanager
-async def listening(running, **options):
-    """A socket in front of a service that runs here; connect to it."""
+async def listening(running, *, send_buffer=None, **options):
+    """A socket in front of a service that runs here; connect to it. What is not read yet fits into `send_buffer`."""
     protocol = partial(GuardedProtocol, short_path=b"/classify", short_way=running.app.classify.at_once)
     config = uvicorn.Config(
         running.app, port=0, http=protocol, ws="none", lifespan="off", log_config=None, server_header=False, **options
@@ -30,6 +31,8 @@ async def listening(running, **options):
     server = uvicorn.Server(config)
     server.lifespan = config.lifespan_class(config)
     await server.startup()
+    if send_buffer is not None:
+        server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
 
     @asynccontextmanager
     async def connect():
@@ -252,3 +255,24 @@ async def test_a_large_image_goes_the_long_way(served, taken):
     _, connect = served
     status, _, _ = await ask(connect, request(encode(noise(1, seed=3)[0].repeat(64, 0).repeat(64, 1))))
     assert (status, taken) == (200, [False])
+
+
+async def test_a_client_that_does_not_read_its_answers_goes_the_long_way(service, taken):
+    """Which waits for it, so that they do not pile up here; none is lost."""
+    loop, sent, received = asyncio.get_running_loop(), 0, b""
+    async with listening(service, send_buffer=4096) as connect:
+        async with connect() as (_, writer):
+            address = writer.get_extra_info("peername")[:2]
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.setblocking(False)
+            await loop.sock_connect(client, address)
+            while len(taken) == sent and sent < 2000:
+                await loop.sock_sendall(client, request(FILES[0]))
+                sent += 1
+                for _ in range(500):
+                    if len(taken) < sent:
+                        await asyncio.sleep(0.001)
+            assert len(taken) == sent - 1
+            while received.count(b"HTTP/1.1 200 OK") < sent:
+                received += await asyncio.wait_for(loop.sock_recv(client, 65_536), 10)
