@@ -49,7 +49,7 @@ def test_all_workers_answer_and_any_of_them_tells_the_sum(serve):
     for lines in scraped:
         assert f'ride_requests_total{{code="200"}} {total:.1f}' in lines
         assert {"ride_workers 3.0", "ride_ready 3.0", "ride_worker_restarts_total 0.0"} <= set(lines)
-        assert "ride_queue_limit_images 384.0" in lines  # in three equal parts, room for two of the largest requests each
+        assert "ride_queue_limit_images 384.0" in lines  # in three equal parts, two of the largest requests each
         assert sum(line.startswith("ride_model_info{") for line in lines) == 1
     assert all(cpu_seconds(pid) > 0.05 for pid in server.children())
     assert sorted(line["worker"] for line in server.log() if line["event"] == "worker_ready") == [0, 1, 2]
