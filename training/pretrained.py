@@ -1,4 +1,4 @@
-"""Weights that others trained on more images, as the beginning of a training."""
+"""The weights of an earlier training, ours or of others on more images, as the beginning of a training."""
 
 from __future__ import annotations
 
@@ -17,26 +17,32 @@ from training.models.multi_expert import MultiExpertNet
 from training.recipe import Recipe
 
 HEADS = ("fc.", "head.")  # classifiers, of other classes than ours
+LAYERS = ".layers."  # in the names of all that is no classifier
 COUNTERS = "num_batches_tracked"  # which older files lack
 
 
-def start_from(net: MultiExpertNet, recipe: Recipe) -> dict[str, Any]:
+def start_from(net: MultiExpertNet, recipe: Recipe, images_digest: str = "") -> dict[str, Any]:
     """
     Set the trunk and every expert of `net` to the weights that `recipe.pretrained` names, stage by stage.
 
     A stage is taken whole or, where the recipe's is of another width, not at all; classifiers stay fresh. All experts
-    begin with the same layers: only their classifiers tell them apart.
+    begin with the same layers: only their classifiers tell them apart. From a run of ours each expert takes those of
+    the expert with its number, and all of them must fit.
 
     Args:
         net: of the recipe's backbone, with fresh weights; changed in place.
+        images_digest: of the images that it will be trained on.
 
     Returns:
         "source"; "taken" and "fresh": names of the net's tensors, in its order.
 
     Raises:
         CheckpointError: for weights that torchvision does not have, a file that cannot be read, or one that is not of
-            the backbone at full width, with the first differing tensor and both shapes.
+            the backbone at full width, with the first differing tensor and both shapes. For a run that is not finished,
+            has other layers, or had other images of the same set: what is held out or tested here may be among them.
     """
+    if Path(str(recipe.pretrained)).is_dir():
+        return _from_run(net, recipe, images_digest)
     source, weights = _read(recipe)
     _refuse_other_backbone(source, weights, recipe)
     taken: list[str] = []
@@ -51,6 +57,29 @@ def start_from(net: MultiExpertNet, recipe: Recipe) -> dict[str, Any]:
         taken += [f"{part}.{key}" for key in fitting]
         fresh += [f"{part}.{key}" for key in ours if key not in fitting]
     return {"source": source, "taken": taken, "fresh": fresh}
+
+
+def _from_run(net: MultiExpertNet, recipe: Recipe, images_digest: str) -> dict[str, Any]:
+    from training.train import trained_model  # which imports this module
+
+    run = Path(str(recipe.pretrained))
+    try:
+        checkpoint, model = trained_model(run)
+    except CheckpointError as error:
+        raise CheckpointError(f"pretrained: {error}") from None
+    if checkpoint.recipe.data == recipe.data and checkpoint.images_digest not in ("", images_digest):
+        raise CheckpointError(
+            f"pretrained={run}: trained on other images of {recipe.data} than this training has, "
+            "perhaps on such as are held out or tested here; draw the same ones"
+        )
+    weights = model.net.state_dict()
+    wanted = {key: tensor for key, tensor in net.state_dict().items() if LAYERS in key}
+    for key, tensor in wanted.items():
+        if key not in weights or weights[key].shape != tensor.shape:
+            has = tuple(weights[key].shape) if key in weights else "missing"
+            raise CheckpointError(f"pretrained={run}: tensor {key} is {has}, this recipe wants {tuple(tensor.shape)}")
+    net.load_state_dict({key: weights[key] for key in wanted}, strict=False)
+    return {"source": str(run), "taken": list(wanted), "fresh": []}
 
 
 def _read(recipe: Recipe) -> tuple[str, dict[str, Tensor]]:

@@ -52,8 +52,9 @@ class Recipe:
         image_size: side of the square network input, pixels.
         mean, std: per channel (R, G, B), pixels in [0, 1]; None: measured on the training images.
         backbone: of training/models/backbones.py: CIFAR ResNets, ResNets, ResNeXts (32x4d), Swin transformers.
-        pretrained: weights that trunk and experts start from, where widths allow: "torchvision" for its own, or a file
-            with torchvision's names (.pth, .safetensors), which is read again when a run is resumed; None: fresh ones.
+        pretrained: weights that trunk and experts start from: "torchvision" for its own or a file with torchvision's
+            names (.pth, .safetensors), where widths allow, or the directory of a finished run of the same network; read
+            again when a run is resumed; None: fresh ones.
         share_stage3: the experts have the third of four stages in common too (ResNets and ResNeXts).
         drop_path: share of images for which the last Swin block is skipped in training; it grows from 0 at the first.
         n_experts: 1 to 6.
@@ -310,8 +311,8 @@ class Recipe:
         if self.std is not None and min(self.std) <= 0:
             raise RecipeError(f"std={self.std}: must be positive")
         swin, cifar = self.backbone.startswith("swin"), self.backbone.endswith("_cifar")
-        if self.pretrained is not None and cifar:
-            raise RecipeError(f"pretrained={self.pretrained}: there are no such weights for {self.backbone}; none")
+        if self.pretrained == "torchvision" and cifar:
+            raise RecipeError(f"pretrained=torchvision: it has no {self.backbone}; a run of ours or a file is possible")
         if self.share_stage3 and (swin or cifar):
             raise RecipeError(f"share_stage3=True: only ResNets of four stages can, {self.backbone} is none")
         if self.drop_path and not swin:

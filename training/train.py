@@ -76,7 +76,7 @@ def _train(recipe: Recipe, run: Path, device: torch.device) -> dict[str, Any]:
         "decoding": data.decoding, "processes": world_size(),
     }  # fmt: skip
     if recipe.pretrained is not None:
-        info["pretrained"] = start_from(model.net, recipe)
+        info["pretrained"] = start_from(model.net, recipe, data.digest)
 
     def evaluate(current: Model, stage: str, per_class: bool = False) -> dict[str, Any]:
         if stage != "routers":  # not trained yet, or never

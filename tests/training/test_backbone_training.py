@@ -160,7 +160,7 @@ def test_long_gradients_are_scaled_down():
 
 def write_weights(file, backbone, **changes):
     """A file as torchvision's are, of the backbone at full width, with a classifier for five classes."""
-    recipe = dataclasses.replace(BASE, backbone=backbone, reduced=False, n_experts=1)
+    recipe = dataclasses.replace(BASE, backbone=backbone, reduced=False, n_experts=1, diversity_weight=0.0)
     net = build_model(recipe, 5, *MEAN_STD).net
     weights = {**net.trunk.layers.state_dict(), **net.experts[0].layers.state_dict()} | {"fc.weight": torch.ones(5, 9)}
     weights = {key: torch.randn(value.shape) if value.is_floating_point() else value for key, value in weights.items()}
@@ -216,6 +216,28 @@ def test_a_run_says_what_it_started_from(small_nets, folder, tmp_path):
     assert stored["pretrained"] == results["pretrained"]
 
 
+def test_a_training_starts_from_a_run_of_ours(small_nets, folder, tmp_path):
+    """Trunk and expert by expert; classifiers are fresh. Other layers and other images of the same set are refused."""
+    recipe = dataclasses.replace(BASE, data=str(folder), backbone="resnet20_cifar", epochs=1, router_epochs=0)
+    train(recipe, tmp_path / "first")
+    theirs = trained_model(tmp_path / "first")[1].net.state_dict()
+    second = dataclasses.replace(recipe, pretrained=str(tmp_path / "first"))
+    net = build_model(second, 4, *MEAN_STD).net
+
+    digest = checkpoints_of(tmp_path / "first")["experts"].images_digest
+
+    assert start_from(net, second, digest)["taken"] == [key for key in theirs if "classifier" not in key]
+    for key, tensor in net.state_dict().items():
+        assert tensor.equal(theirs[key]) == ("classifier" not in key), key
+    wider = dataclasses.replace(second, reduced=not recipe.reduced)
+    with pytest.raises(CheckpointError, match=r"tensor experts.0.layers\S+ is \(\d+.*\), this recipe wants \(\d+"):
+        start_from(build_model(wider, 4, *MEAN_STD).net, wider, digest)
+    with pytest.raises(CheckpointError, match=r"first: trained on other images of .* than this training has"):
+        train(dataclasses.replace(second, subset_seed=1), tmp_path / "second")
+    with pytest.raises(CheckpointError, match=r"pretrained: .*: no checkpoints there"):
+        start_from(net, dataclasses.replace(second, pretrained=str(tmp_path)))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"layer1.0.conv2.weight": torch.ones(64, 64, 1, 1)},
@@ -263,5 +285,5 @@ def test_torchvision_is_asked_only_for_what_it_has(monkeypatch):
         with pytest.raises(CheckpointError, match=message):
             start_from(torch.nn.Identity(), recipe)
     assert asked == ["Swin_T_Weights.IMAGENET1K_V1"]
-    with pytest.raises(RecipeError, match="pretrained=torchvision: there are no such weights for resnet32_cifar"):
+    with pytest.raises(RecipeError, match="pretrained=torchvision: it has no resnet32_cifar; a run of ours"):
         dataclasses.replace(RECIPES["ride-cifar100"], pretrained="torchvision")

@@ -231,7 +231,9 @@ def test_fp16_is_refused_on_a_cpu(folder, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_the_network_computes_in_the_precision_of_the_recipe(precision, dtype):
     """Its convolutions do; logits are fp32 in either case."""
-    recipe = dataclasses.replace(RECIPES["ride-cifar100"], precision=precision, compile=False, n_experts=1)
+    recipe = dataclasses.replace(
+        RECIPES["ride-cifar100"], precision=precision, compile=False, n_experts=1, diversity_weight=0.0
+    )
     model, stages = METHODS["ride"](recipe, (3, 2), recipe.mean, recipe.std)
     seen = []
     model.net.trunk.layers[0].register_forward_hook(lambda *call: seen.append(call[2].dtype))
