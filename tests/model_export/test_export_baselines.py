@@ -27,9 +27,15 @@ BASELINES = {
 
 def make_run(folder, directory, name):
     """A run as a finished training leaves it: random weights, lively running statistics, closed forms fitted."""
-    fields = {"n_experts": 1, "reduced": False, "diversity_weight": 0.0, "epochs": 1} | BASELINES[name]
+    fields = {"n_experts": 1, "reduced": False, "diversity_weight": 0.0, "deferred_from": None, "epochs": 1}
     recipe = dataclasses.replace(
-        RECIPES["ride-own"], name=name, data=str(folder), image_size=16, holdout_share=0.3, test_share=0.2, **fields
+        RECIPES["ride-own"],
+        name=name,
+        data=str(folder),
+        image_size=16,
+        holdout_share=0.3,
+        test_share=0.2,
+        **fields | BASELINES[name],
     )
     data = load_data(recipe)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)

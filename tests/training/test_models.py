@@ -18,7 +18,9 @@ MEAN_STD = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 def model_of(n_experts: int, reduced: bool, classifier: str = "cosine") -> Model:
     """A fresh RIDE model for 100 classes."""
-    recipe = dataclasses.replace(RECIPES["ride-cifar100"], n_experts=n_experts, reduced=reduced, classifier=classifier)
+    recipe = dataclasses.replace(
+        RECIPES["ride-cifar100"], n_experts=n_experts, reduced=reduced, classifier=classifier, diversity_weight=0.0
+    )
     return build_model(recipe, 100, *MEAN_STD)
 
 
