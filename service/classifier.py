@@ -207,7 +207,7 @@ class Classifier:
 
     async def classify(self, uploads: Sequence[Upload], choice: Choice) -> list[Classified | ServiceError]:
         """
-        Answer images, in order; one that cannot be decoded gets its ServiceError.
+        Answer images, in order; one that cannot be decoded, or for which a graph gives NaN, gets its ServiceError.
 
         Cancel it, and what has not begun does not begin.
 

@@ -109,7 +109,7 @@ class Layout:
         self.exits = self._counter("exits", "Images answered, by what ended their way.", "reason", EXIT_REASONS)
         self.router_score = self._histogram(
             "router_score",
-            "Score of a router, each time it is asked.",
+            "Score of the exit rule after expert i, each time it decides.",
             SCORE_BUCKETS,
             "router",
             map(str, range(manifest.n_experts - 1)),

@@ -75,8 +75,8 @@ def _thresholds(manifest: Manifest, settings: Settings, rule: Rule, points: list
         n_routers = manifest.n_experts - 1
         if len(settings.thresholds) not in (1, n_routers):
             raise SettingsError(
-                f"RIDE_THRESHOLDS has {len(settings.thresholds)} values, {manifest.name} has {n_routers} routers; "
-                "give one value for each, or one for all"
+                f"RIDE_THRESHOLDS has {len(settings.thresholds)} values, {manifest.name} has {n_routers} places to "
+                "stop before the last expert; give one value for each, or one for all"
             )
         return settings.thresholds * n_routers if len(settings.thresholds) == 1 else settings.thresholds
     max_mean_experts = settings.max_mean_experts

@@ -191,14 +191,16 @@ class ClassifyRoute:
         }
 
     def _failure(self, upload: Upload, error: ServiceError, request_id: str) -> dict[str, Any]:
-        """One image that could not be decoded, as JSON, counted."""
+        """One image that could not be decoded, or for which a graph gave NaN, as JSON, counted."""
         self._note(request_id, error)
         return {"filename": upload.filename, "error": error.as_json()}
 
     def _note(self, request_id: str, error: ServiceError) -> None:
-        """Count and log a refusal or failure."""
+        """Count and log a refusal, or a failure of ours."""
         self._classifier.metrics.refused(error.code)
-        log(logging.WARNING, "refused", request_id=request_id, code=error.code, message=error.message)
+        ours = error.code == "internal"
+        level, event = (logging.ERROR, "not_answered") if ours else (logging.WARNING, "refused")
+        log(level, event, request_id=request_id, code=error.code, message=error.message)
 
     async def _send(
         self,

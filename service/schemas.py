@@ -24,7 +24,9 @@ class Latency(BaseModel):
     queue: float = Field(description="From the decoded image until its batch closed.")
     trunk: float
     experts: list[float] = Field(description="One entry per expert that ran, its router included.")
-    total: float = Field(description="From the request's first byte to its answer.")
+    total: float = Field(
+        description="From the end of the request's headers, of a small request from its last byte, to its answer."
+    )
 
 
 class ErrorBody(BaseModel):

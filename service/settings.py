@@ -12,6 +12,7 @@ from typing import Annotated, Literal, get_args, get_origin
 from pydantic import BeforeValidator, ByteSize, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from model_export.bundle import Rule
 from service import __version__
 
 PREFIX = "RIDE_"
@@ -146,7 +147,11 @@ class Settings(BaseSettings):
         "413, before decoding: a small file can hold a huge picture.",
     )
     timeout_s: float = Field(
-        10.0, gt=0, le=3600, description="Seconds from a request's first byte to its answer, upload included. Then 504."
+        10.0,
+        gt=0,
+        le=3600,
+        description="Seconds from the end of a request's headers to its answer, upload included. Then 504. The headers "
+        "may take 10 s before that.",
     )
     drain_s: float = Field(
         30.0,
@@ -159,16 +164,19 @@ class Settings(BaseSettings):
     max_experts: int | None = Field(
         None, ge=1, description="Experts per image at most, whatever a request asks for. Fewer cost less and err more."
     )
-    rule: Literal["router", "confidence", "margin", "agreement", "depth"] | None = Field(
+    rule: Rule | None = Field(
         None,
         description="What decides after an expert whether the next one runs: the learned router, the highest "
-        "probability, its distance to the second, the experts' agreement, or a fixed number. Without it, the bundle's.",
+        "probability, its distance to the second, the experts' agreement, or a fixed number. Without it, the bundle's. "
+        "Another than the bundle's gets the thresholds that are most accurate with no more experts per image than the "
+        "bundle's own need.",
     )
     thresholds: Annotated[tuple[Share, ...] | None, NoDecode, BeforeValidator(_split_numbers)] = Field(
         None,
         min_length=1,
-        description="Router scores from which the next expert runs, such as 0.5,0.4: one for each router, or one for "
-        "all. 0 always goes on. Without this, max-mean-experts and max-accuracy-loss: the bundle's default.",
+        description="Scores of the rule from which the next expert runs, such as 0.5,0.4: one after each expert but "
+        "the last, or one for all. 0 always goes on. Without this, max-mean-experts and max-accuracy-loss, the default "
+        "of the bundle.",
     )
     max_mean_experts: float | None = Field(
         None,

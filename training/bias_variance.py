@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from training.checkpoint import write_atomically
 from training.data.longtail import SPLITS, class_counts, split_of
 from training.data.sets import load_data
 from training.evaluate import mean_by_split, predict
@@ -24,7 +25,7 @@ from training.plots import plot_bias_variance
 from training.recipe import Recipe, RecipeError
 from training.runs import RunsError, train_all
 from training.tables import Cell, markdown, number, write_csv
-from training.train import trained_model, write_atomically
+from training.train import trained_model
 
 DRAWS, N_MAX = 20, 300
 SMOKE_DRAWS, SMOKE_N_MAX = 3, 30

@@ -101,6 +101,9 @@ def save_checkpoint(
 
     Args:
         model: that learns.
+        optimiser: None for a stage without steps.
+        info: at least `recipe` (as Recipe.to_dict), `classes`, `class_counts`, `mean`, `std`, `metrics` and `commit`;
+            `decoding`, `state` and `images_digest`, to resume; anything else is for people.
         averaged: its averaged weights, where there are any: those that are evaluated and exported.
     """
     directory = run / "checkpoints" / f"{stage}-{epochs_done:04d}"
@@ -201,6 +204,16 @@ def _load(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except Exception as error:  # safetensors raises its own class and OSErrors
         raise CheckpointError(f"{file}: cannot be read ({error})") from error
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """The file has either its old content or all of `text`."""
+    partial = file.with_name(file.name + ".partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(file)
 
 
 def _flush(path: Path) -> None:

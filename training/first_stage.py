@@ -9,9 +9,10 @@ from typing import Any
 from training.checkpoint import CheckpointError, checkpoints_of, save_checkpoint
 from training.distributed import rank
 from training.methods.method import Model, Stage
+from training.recipe import DECIDE_NOTHING
 
 STAGE = "experts"  # the only stage of such a run that counts
-WITHOUT_EFFECT = ("name", "first_stage", "compile", "evaluate_every", "workers", "decoding")
+WITHOUT_EFFECT = ("name", "first_stage", "compile", *DECIDE_NOTHING)
 OF_OTHER_STAGES = ("retrain", "tau", "ncm_", "router_", "oltr_", "lfme_", "m2m_")
 
 

@@ -21,6 +21,7 @@ class RecipeError(ValueError):
 
 
 # Methods whose step does more with a batch than pass it through one network once.
+DECIDE_NOTHING = ("evaluate_every", "workers", "decoding")  # `decoding`: what "auto" chose at first stays
 ONE_PROCESS = ("bbn", "oltr", "lfme", "m2m")
 
 
@@ -38,14 +39,15 @@ class Recipe:
         train_list, val_list, test_list: list files below `data`; None: the only *train*.txt and so on there.
         image_root: directory that the paths in list files start from; None: `data`.
         decoding: "resident": all images are decoded once and stay in memory; "streamed": worker processes decode each
-            when it is needed; "auto": streamed where all would take more than a quarter of the memory.
+            when it is needed; "auto": streamed where all would take more than a quarter of the free memory, and always
+            with crop="resized".
         workers: processes that decode; None: one for each processor.
         profile: how the training set is thinned: "exp" or "step" (a subset of a balanced set), "natural" (not).
         imbalance: largest over smallest class size under "exp" and "step".
         n_max: size of the largest class under "exp" and "step"; None: the size of class 0. Under "natural": at most
             so many images of each class count, the set's own test images apart; None: all.
         subset_order: which images a class keeps: "shuffled" by `subset_seed` (LDAM, RIDE) or the "first" in the file
-            (SHIKE), where its order says nothing about them.
+            (SHIKE's public code; no recipe here), where its order says nothing about them.
         subset_seed: of the draw; also of the held-out share of a natural set.
         holdout_per_class: at most so many images per class, of those the subset leaves out, are kept for calibration.
         holdout_share, test_share: of each class of a "natural" set; the latter only where the set has no test images.
@@ -324,13 +326,17 @@ class Recipe:
                 raise RecipeError(f"{field}={value}: not with crop={self.crop!r}, which has other views")
         if self.loss == "focal" and (self.mixup or self.cutmix or self.label_smoothing):
             raise RecipeError("loss='focal': mixup, cutmix and label_smoothing need a cross-entropy; they can be 0")
+        if self.warmup_start is not None and (self.schedule != "step" or self.method == "shike"):
+            raise RecipeError(f"warmup_start={self.warmup_start:g}: only schedule='step' has it, SHIKE's own not; none")
+        if self.lr_min and (self.schedule != "cosine" or self.method == "shike"):
+            raise RecipeError(f"lr_min={self.lr_min:g}: only schedule='cosine' ends there, SHIKE's own at 0; take 0")
         if self.lr_min > self.lr:
             raise RecipeError(f"lr_min={self.lr_min:g}: must be lr={self.lr:g} at most")
         if self.cycles > 1 and (self.schedule != "cosine" or self.method == "shike"):
             raise RecipeError(f"cycles={self.cycles}: only schedule='cosine' has more than one, SHIKE's own has not; 1")
         if self.epochs % self.cycles:
             raise RecipeError(f"cycles={self.cycles}: must divide epochs={self.epochs}")
-        if self.method in ("single", "bbn", "oltr", "lfme", "m2m") and self.n_experts != 1:
+        if self.method in ("single", *ONE_PROCESS) and self.n_experts != 1:
             raise RecipeError(f"n_experts={self.n_experts}: method {self.method!r} trains one expert")
         if self.accumulate > min(self.batch_size, self.router_batch_size):
             raise RecipeError(f"accumulate={self.accumulate}: must be at most batch_size and router_batch_size")
@@ -380,7 +386,7 @@ class Recipe:
                 raise RecipeError(f"{field}={getattr(self, field):g}: only methods 'ride' and 'single' can; take 0")
         if self.method in ONE_PROCESS and self.accumulate > 1:
             raise RecipeError(f"accumulate={self.accumulate}: method {self.method!r} needs its batches whole; take 1")
-        if self.method in ("bbn", "oltr", "lfme", "m2m") and (self.optimiser != "sgd" or self.clip_norm is not None):
+        if self.method in ONE_PROCESS and (self.optimiser != "sgd" or self.clip_norm is not None):
             raise RecipeError(
                 f"optimiser={self.optimiser!r}, clip_norm={self.clip_norm}: method {self.method!r} has 'sgd' and none"
             )
@@ -400,7 +406,7 @@ class Recipe:
     def _refuse_stages(self) -> None:
         """What the stages besides the experts' cannot do."""
         if self.retrain_epochs:
-            if self.method in ("bbn", "oltr", "lfme", "m2m"):
+            if self.method in ONE_PROCESS:
                 raise RecipeError(
                     f"retrain_epochs={self.retrain_epochs}: method {self.method!r} has no such stage; 0 is possible"
                 )

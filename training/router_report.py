@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.checkpoint import write_atomically
 from training.data.longtail import SPLITS, split_of
 from training.data.sets import load_data
 from training.evaluate import (
@@ -26,7 +27,7 @@ from training.evaluate import (
 from training.methods.method import Model
 from training.plots import plot_curve, plot_experts, plot_shares
 from training.tables import Cell, markdown, number, write_csv
-from training.train import PUBLISHED_THRESHOLD, refuse_other_images, trained_model, write_atomically
+from training.train import PUBLISHED_THRESHOLD, refuse_other_images, trained_model
 
 SCOPES = ("all", *SPLITS)
 NOBODY = 1.01  # a threshold that no score reaches

@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 
-from training.checkpoint import CheckpointError, checkpoints_of
-from training.recipe import Recipe
-from training.train import train, write_atomically
+from training.checkpoint import CheckpointError, checkpoints_of, write_atomically
+from training.recipe import DECIDE_NOTHING, Recipe
+from training.train import train
 
-WITHOUT_EFFECT = ("evaluate_every", "workers", "decoding")
 # Fields, or beginnings of their names, that are without effect on the first stage of a training.
 OF_LATER_STAGES = (
-    "name", *WITHOUT_EFFECT, "retrain", "tau", "ncm_", "first_stage", "router_epochs", "router_batch_size",
+    "name", *DECIDE_NOTHING, "retrain", "tau", "ncm_", "first_stage", "router_epochs", "router_batch_size",
     "router_lr", "router_weight_decay", "router_positive_weight",
 )  # fmt: skip
 
@@ -126,7 +125,7 @@ def _refuse_other_recipe(run: Path, recipe: Recipe) -> None:
             made_with = read_results(run)["recipe"]
         else:
             made_with = next((checkpoint.recipe for checkpoint in checkpoints_of(run).values()), recipe)
-    different = differences(made_with, recipe, WITHOUT_EFFECT)
+    different = differences(made_with, recipe, DECIDE_NOTHING)
     if different:
         listed = ", ".join(f"{name}={theirs} (now {ours})" for name, (theirs, ours) in different.items())
         raise RunsError(f"{run}: made with {listed}; take another --out")

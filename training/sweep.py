@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training.checkpoint import write_atomically
 from training.data.longtail import SPLITS
 from training.plots import plot_accuracy, plot_cost, plot_experts
 from training.recipe import Recipe
@@ -17,7 +18,6 @@ from training.recipes import RECIPES
 from training.recipes.published import PUBLISHED, Published
 from training.runs import RunsError, differences, read_results, train_all
 from training.tables import MISSING, Cell, markdown, number, write_csv
-from training.train import write_atomically
 
 ACCURACIES = ("all", *SPLITS)
 FIGURES = (*ACCURACIES, "ece", "mean_experts", "macs")

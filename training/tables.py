@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.train import write_atomically
+from training.checkpoint import write_atomically
 
 MISSING = "–"
 Cell = str | int | float | None

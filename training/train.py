@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from training.checkpoint import Checkpoint, CheckpointError, checkpoints_of, current_commit
+from training.checkpoint import Checkpoint, CheckpointError, checkpoints_of, current_commit, write_atomically
 from training.data.sets import Data, channel_statistics, load_data
 from training.distributed import from_first, joined, rank, world_size
 from training.evaluate import macs_of, predict, summarise
@@ -21,15 +20,15 @@ from training.first_stage import take_over
 from training.loop import Log, autocast_dtype, fit_stage, run_stage
 from training.methods import ace, bbn, lfme, m2m, oltr, ride, sade, shike, single
 from training.methods.method import FitStage, Method, Model, Stage
+from training.methods.teacher import refuse_other_teachers
 from training.pretrained import start_from
-from training.recipe import ONE_PROCESS, Decoding, Recipe, RecipeError
+from training.recipe import DECIDE_NOTHING, ONE_PROCESS, Decoding, Recipe, RecipeError
 
 METHODS: dict[str, Method] = {
     "ride": ride.build, "single": single.build, "shike": shike.build, "sade": sade.build, "ace": ace.build,
     "bbn": bbn.build, "oltr": oltr.build, "lfme": lfme.build, "m2m": m2m.build,
 }  # fmt: skip
 PUBLISHED_THRESHOLD = 0.5
-DECIDE_NOTHING = ("evaluate_every", "workers", "decoding")  # `decoding`: what "auto" chose at first stays
 
 
 def train(recipe: Recipe, run: Path) -> dict[str, Any]:
@@ -61,6 +60,8 @@ def _train(recipe: Recipe, run: Path, device: torch.device) -> dict[str, Any]:
     data = load_data(dataclasses.replace(recipe, decoding=decoding), checked=bool(done))
     for checkpoint in done.values():
         refuse_other_images(checkpoint, data)
+    if recipe.teacher and not _is_taught(recipe, done):
+        refuse_other_teachers(recipe, data.digest)
     if data.report.findings and rank() == 0:
         print(f"{recipe.data}: trained on as it is\n{data.report}", file=sys.stderr)
     mean, std = (recipe.mean, recipe.std) if recipe.mean and recipe.std else channel_statistics(data.train)
@@ -154,10 +155,14 @@ def _built(
     done: Mapping[str, Checkpoint],
 ) -> tuple[Model, Sequence[Stage | FitStage]]:
     """A fresh model and its stages; whoever has learnt all that there is from a teacher does without it."""
-    experts = done.get("experts")
-    if experts is not None and experts.epochs_done == recipe.epochs:
+    if _is_taught(recipe, done):
         recipe = dataclasses.replace(recipe, teacher="", distill_each=False)
     return METHODS[recipe.method](recipe, class_counts, mean, std)
+
+
+def _is_taught(recipe: Recipe, done: Mapping[str, Checkpoint]) -> bool:
+    experts = done.get("experts")
+    return experts is not None and experts.epochs_done == recipe.epochs
 
 
 def refuse_other_images(checkpoint: Checkpoint, data: Data) -> None:
@@ -177,16 +182,6 @@ def refuse_other_images(checkpoint: Checkpoint, data: Data) -> None:
             raise CheckpointError(f"{was} {before} of class {name!r}, {now} now; {restore}")
     if checkpoint.images_digest not in ("", data.digest):
         raise CheckpointError(f"{was} as many, but some have changed or go by other names; {restore}")
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """The file has either its old content or all of `text`."""
-    partial = file.with_name(file.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
 
 
 def _refuse_other_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:

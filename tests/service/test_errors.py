@@ -380,8 +380,8 @@ async def test_nan_is_a_500_for_its_image_and_for_no_other(service):
     assert ("trunk", 2) in service.engine.runs
 
 
-async def test_nan_spoils_no_other_image_of_its_request(service):
-    """It gets an error of its own beside the others' answers."""
+async def test_nan_spoils_no_other_image_of_its_request(service, caplog):
+    """It gets an error of its own beside the others' answers, and a line in the log that is no mere refusal's."""
     files = [("file", ("good.png", IMAGE)), ("file", ("bad.png", encode(plain(NAN_COLOUR))))]
     answer = await service.client.post("/classify", files=files)
 
@@ -389,6 +389,8 @@ async def test_nan_spoils_no_other_image_of_its_request(service):
     assert answer.status_code == 200
     assert good["predictions"]
     assert bad["error"]["code"] == "internal"
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert (record.message, record.fields["request_id"]) == ("not_answered", answer.json()["request_id"])
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_the_operating_point_is_the_best_that_keeps_the_operators_limit(tiny_bun
         ({"max_experts": 4}, "RIDE_MAX_EXPERTS is 4, tiny has 3 experts"),
         (
             {"thresholds": "0.5,0.5,0.5"},
-            "RIDE_THRESHOLDS has 3 values, tiny has 2 routers; give one value for each, or one",
+            "RIDE_THRESHOLDS has 3 values, tiny has 2 places to stop before the last expert; give one",
         ),
         ({"variant": "int8"}, "RIDE_VARIANT is 'int8', tiny has the variants ['fp32']"),
     ],

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,6 +189,23 @@ def test_every_expert_can_learn_from_the_teacher_on_its_own():
 
     assert each.item() == pytest.approx(2 * sum(distillation_loss(own, taught, 1.5).item() for own in logits), **EXACT)
     assert mean.item() == pytest.approx(2 * 3.590634, **EXACT)
+
+
+def test_a_teacher_of_other_images_is_refused(teacher, folder, tmp_path):
+    """As many of each class, but one has another name, and so another place in the draw."""
+    _, recipe = teacher
+    images = tmp_path / "images"
+    shutil.copytree(folder, images)
+    first = sorted(images.rglob("*.png"))[0]
+    first.rename(first.with_name("zzz.png"))
+    for path in sorted(Path(recipe.teacher).rglob("checkpoint.json")):
+        moved = tmp_path / "teacher" / path.relative_to(recipe.teacher)
+        shutil.copytree(path.parent, moved.parent)
+        moved.write_text(path.read_text().replace(str(folder), str(images)))
+    other = dataclasses.replace(recipe, data=str(images), teacher=str(tmp_path / "teacher"))
+
+    with pytest.raises(CheckpointError, match=r"teacher: .* was trained on other images, as many, but some have"):
+        train(other, tmp_path / "student")
 
 
 def test_a_finished_student_needs_its_teacher_no_more(teacher, tmp_path):

@@ -45,7 +45,7 @@ class Stage:
     One stretch of training under one loss, one optimiser and one schedule.
 
     Attributes:
-        name: "experts", "routers"; names checkpoints and log lines.
+        name: "experts", "classifiers", "routers" and what single methods call theirs; names checkpoints and log lines.
         epochs, batch_size: of this stage.
         part: what learns. It alone is in training mode; everything else is frozen, in evaluation mode.
         losses: (outputs of the network, labels, epoch) -> "loss", which is minimised, and the parts it is made of; None

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from training.checkpoint import CheckpointError
+from training.checkpoint import CheckpointError, checkpoints_of
 from training.models.multi_expert import MultiExpertNet
 from training.recipe import Recipe
 
@@ -36,8 +36,7 @@ class Teacher:
     """
 
     def __init__(self, recipe: Recipe, class_counts: Sequence[int]) -> None:
-        runs = [run.strip() for run in recipe.teacher.split(",")]
-        self.nets = nn.ModuleList(_network(run, recipe, class_counts) for run in runs)
+        self.nets = nn.ModuleList(_network(run, recipe, class_counts) for run in _runs(recipe))
         self.nets.requires_grad_(False).eval().to(memory_format=torch.channels_last)
         self.compiled = [torch.compile(net, dynamic=False) if recipe.compile else net for net in self.nets]
 
@@ -46,6 +45,26 @@ class Teacher:
         self.nets.to(images.device)
         with torch.no_grad():
             return torch.stack([net(images).expert_logits.mean(dim=0) for net in self.compiled]).mean(dim=0)
+
+
+def refuse_other_teachers(recipe: Recipe, images_digest: str) -> None:
+    """
+    Refuse a teacher whose images had the same settings and numbers as those here, and are not the same.
+
+    Raises:
+        CheckpointError: where its checkpoints say so.
+    """
+    for run in _runs(recipe):
+        for checkpoint in checkpoints_of(Path(run)).values():
+            if checkpoint.images_digest not in ("", images_digest):
+                raise CheckpointError(
+                    f"teacher: {run} was trained on other images, as many, but some have changed or go by other names; "
+                    "train it anew"
+                )
+
+
+def _runs(recipe: Recipe) -> list[str]:
+    return [run.strip() for run in recipe.teacher.split(",")]
 
 
 def _network(run: str, recipe: Recipe, class_counts: Sequence[int]) -> MultiExpertNet:
