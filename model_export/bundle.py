@@ -262,6 +262,27 @@ class Calibration:
     points: tuple[OperatingPoint, ...]
     risk: Risk | None
 
+    def of(self, rule: Rule) -> list[OperatingPoint]:
+        """The points of one rule, the thriftiest first."""
+        return [point for point in self.points if point.rule == rule]
+
+    def most_accurate(self, rule: Rule, max_mean_experts: float) -> OperatingPoint | None:
+        """Of a rule's points with at most so many experts per image; None where even the thriftiest needs more."""
+        affordable = [point for point in self.of(rule) if point.mean_experts <= max_mean_experts]
+        return max(affordable, key=lambda point: (point.accuracy.all, -point.mean_macs), default=None)
+
+    def cheapest(self, rule: Rule, max_accuracy_loss: float) -> OperatingPoint:
+        """
+        Of a rule's points whose accuracy over all classes is within so many percentage points of all experts'.
+
+        Raises:
+            ValueError: where the rule has no points.
+        """
+        points = self.of(rule)
+        full = max(points, key=lambda point: (point.mean_experts, point.accuracy.all))
+        good = [point for point in points if point.accuracy.all >= full.accuracy.all - max_accuracy_loss]
+        return min(good, key=lambda point: (point.mean_macs, -point.accuracy.all))
+
 
 @dataclass(frozen=True)
 class Manifest:

@@ -120,7 +120,7 @@ def _points(
 ) -> list[OperatingPoint]:
     predictions, macs = by_rule(predictions, macs, rule)
     n_routers = len(predictions.router_scores)
-    fixed = (0.0, 0.5, 1.0) if rule == "router" else (0.0, 1.0)
+    fixed = (0.5, 1.0) if rule == "router" else (1.0,)
     budgets = ROUTER_BUDGETS if rule == "router" else OTHER_BUDGETS
     candidates = [(0.0,) * n_routers, *wanted, *((value,) * n_routers for value in fixed)]
     if n_routers:
@@ -142,17 +142,13 @@ def choose(
     Raises:
         BundleError: for a wish that no point fulfils.
     """
-    points = [point for point in calibration.points if point.rule == rule]
-    if max_mean_experts is not None:
-        affordable = [point for point in points if point.mean_experts <= max_mean_experts]
-        if not affordable:
-            raise BundleError(
-                f"max_mean_experts is {max_mean_experts}; the thriftiest point needs {points[0].mean_experts}"
-            )
-        return max(affordable, key=lambda point: (point.accuracy.all, -point.mean_macs))
-    full = max(points, key=lambda point: point.mean_experts)
-    good = [point for point in points if point.accuracy.all >= full.accuracy.all - max_accuracy_loss]
-    return min(good, key=lambda point: point.mean_macs)
+    if max_mean_experts is None:
+        return calibration.cheapest(rule, max_accuracy_loss)
+    point = calibration.most_accurate(rule, max_mean_experts)
+    if point is None:
+        least = calibration.of(rule)[0].mean_experts
+        raise BundleError(f"max_mean_experts is {max_mean_experts}; the thriftiest point needs {least}")
+    return point
 
 
 def frontier(

@@ -43,14 +43,13 @@ def choose_operation(manifest: Manifest, settings: Settings) -> Operation:
     if max_experts > n_experts:
         raise SettingsError(f"RIDE_MAX_EXPERTS is {max_experts}, {manifest.name} has {n_experts} experts")
     rule = settings.rule or manifest.rule
-    points = [point for point in manifest.calibration.points if point.rule == rule]
+    points = manifest.calibration.of(rule)
     if not points:
         raise SettingsError(
             f"RIDE_RULE is {rule}, {manifest.name} was calibrated for "
             f"{sorted({point.rule for point in manifest.calibration.points})}; export it anew, or choose one of these"
         )
-    full = max(points, key=lambda point: (point.mean_experts, point.accuracy.all))
-    thresholds = _thresholds(manifest, settings, rule, points)
+    thresholds = _thresholds(manifest, settings, rule)
     measured = (point for point in points if point.thresholds == thresholds)
     return Operation(
         rule=rule,
@@ -58,19 +57,14 @@ def choose_operation(manifest: Manifest, settings: Settings) -> Operation:
         max_experts=max_experts,
         expected=next(measured, None) if max_experts == n_experts else None,
         modes={
-            "fast": _cheapest(points, full.accuracy.all - FAST_MAX_LOSS).thresholds,
+            "fast": manifest.calibration.cheapest(rule, FAST_MAX_LOSS).thresholds,
             "balanced": thresholds,
             "full": (0.0,) * (n_experts - 1),
         },
     )
 
 
-def _cheapest(points: list[OperatingPoint], least_accuracy: float) -> OperatingPoint:
-    good = [point for point in points if point.accuracy.all >= least_accuracy]
-    return min(good, key=lambda point: (point.mean_macs, -point.accuracy.all))
-
-
-def _thresholds(manifest: Manifest, settings: Settings, rule: Rule, points: list[OperatingPoint]) -> tuple[float, ...]:
+def _thresholds(manifest: Manifest, settings: Settings, rule: Rule) -> tuple[float, ...]:
     if settings.thresholds is not None:
         n_routers = manifest.n_experts - 1
         if len(settings.thresholds) not in (1, n_routers):
@@ -88,16 +82,15 @@ def _thresholds(manifest: Manifest, settings: Settings, rule: Rule, points: list
             float(manifest.n_experts),
         )
     if max_mean_experts is not None:
-        affordable = [point for point in points if point.mean_experts <= max_mean_experts]
-        if not affordable:
+        point = manifest.calibration.most_accurate(rule, max_mean_experts)
+        if point is None:
             raise SettingsError(
-                f"RIDE_MAX_MEAN_EXPERTS is {max_mean_experts}, "
-                f"the thriftiest operating point of {manifest.name} needs {points[0].mean_experts:.3f}"
+                f"RIDE_MAX_MEAN_EXPERTS is {max_mean_experts}, the thriftiest operating point of {manifest.name} needs "
+                f"{manifest.calibration.of(rule)[0].mean_experts:.3f}"
             )
-        return max(affordable, key=lambda point: (point.accuracy.all, -point.mean_macs)).thresholds
+        return point.thresholds
     assert settings.max_accuracy_loss is not None
-    full = max(points, key=lambda point: (point.mean_experts, point.accuracy.all))
-    return _cheapest(points, full.accuracy.all - settings.max_accuracy_loss).thresholds
+    return manifest.calibration.cheapest(rule, settings.max_accuracy_loss).thresholds
 
 
 def _is_default(manifest: Manifest, point: OperatingPoint) -> bool:

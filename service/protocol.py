@@ -33,8 +33,6 @@ class Exchange:
         keep_alive: whether the connection stays open behind the answer.
     """
 
-    disconnected = False
-
     def __init__(self, protocol: "GuardedProtocol", *, keep_alive: bool) -> None:
         self._protocol = protocol
         self.keep_alive = keep_alive

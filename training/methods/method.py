@@ -129,7 +129,7 @@ def build_model(recipe: Recipe, n_classes: int, mean: Sequence[float], std: Sequ
     def expert(index: int) -> Expert:
         layers = backbone.expert(recipe)
         if recipe.depth_fusion:
-            layers, _ = fusion_layers(index, recipe.reduced, recipe.image_size)
+            layers = fusion_layers(index, recipe.reduced, recipe.image_size)
         if recipe.classifier == "cosine":
             return Expert(layers, CosineClassifier(width, n_classes, recipe.cosine_scale))
         return Expert(layers, LinearClassifier(width, n_classes))

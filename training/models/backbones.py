@@ -45,7 +45,7 @@ class Backbone:
 def _resnet_cifar(blocks: int) -> Backbone:
     return Backbone(
         trunk=lambda recipe: resnet_cifar.trunk(blocks),
-        expert=lambda recipe: resnet_cifar.expert_layers(recipe.reduced, blocks)[0],
+        expert=lambda recipe: resnet_cifar.expert_layers(recipe.reduced, blocks),
         n_features=lambda reduced: 48 if reduced else 64, image_size=32,
     )  # fmt: skip
 

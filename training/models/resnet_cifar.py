@@ -61,16 +61,14 @@ def trunk(blocks: int = BLOCKS) -> nn.Sequential:
     return layers
 
 
-def expert_layers(reduced: bool, blocks: int = BLOCKS) -> tuple[nn.Sequential, int]:
-    """
-    (B, 16, H, W) -> (B, D): stages two and three and the global average; and D, 48 when reduced, else 64.
-    """
+def expert_layers(reduced: bool, blocks: int = BLOCKS) -> nn.Sequential:
+    """(B, 16, H, W) -> (B, D): stages two and three and the global average; D is 48 when reduced, else 64."""
     middle, last = (24, 48) if reduced else (32, 64)
     layers = nn.Sequential(
         _stage(TRUNK_WIDTH, middle, 2, blocks), _stage(middle, last, 2, blocks), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     )
     _initialise(layers)
-    return layers, last
+    return layers
 
 
 def _initialise(layers: nn.Module) -> None:
