@@ -1,7 +1,7 @@
 # make serve   serve the bundle that ships with the package, at port 8000
 # make test    install what the tests need, torch included, and run all of them
 # make lint    ruff and mypy
-# make bench   this service, its floor and five other servers in turns: 10 minutes, or FULL=1 for the recorded figures
+# make bench   this service, its floor and five other servers in turns: 10 minutes, as recorded; FULL=1: an hour, more loads
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP := .venv/bin/pip --disable-pip-version-check --quiet
 # The GPU runtime where an NVIDIA GPU is seen, the CPU runtime otherwise.

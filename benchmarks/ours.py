@@ -4,7 +4,7 @@ import json
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +37,10 @@ class Running:
 
 
 @contextmanager
-def ride_serve(
-    bundle: Path, options: Sequence[str] = (), environment: Mapping[str, str] | None = None
-) -> Iterator[Running]:
+def ride_serve(bundle: Path, options: Sequence[str] = ()) -> Iterator[Running]:
     """ride-serve, at a free port; stopped when the block is left."""
     command = [sys.executable, "-m", "service", "--bundle", str(bundle), "--port", "0", *options]
-    with Server(command, environment or {}) as server:
+    with Server(command, {}) as server:
         listening, _ = server.wait_until(lambda: _logged(server, "listening"))
         _, start_s = server.wait_until(lambda: _answers(f"{listening['url']}/readyz"))
         with urllib.request.urlopen(f"{listening['url']}/model", timeout=5) as answer:

@@ -44,7 +44,6 @@ from benchmarks.runtimes import PROVIDERS
 from model_export.bundle import read_bundle
 
 RESULTS: Final = Path(__file__).parent / "results"
-SCALED: Final = {"RIDE_SCALED_DECODE": "true"}
 SMALL, LARGE = "32x32", "640x480"
 CONCURRENCIES: Final = (1, 8, 64)
 
@@ -110,15 +109,9 @@ def ours(bench: Bench, round_number: int) -> None:
                 bench.add("routed", size, "multipart", round_number, result)
 
 
-def ours_scaled(bench: Bench, round_number: int) -> None:
-    """Large images, decoded at a fraction of their size as the floor and the contestants decode them."""
-    with ride_serve(bench.bundle, environment=SCALED) as running_service:
-        _load_ours(bench, running_service, "routed, scaled decoding", LARGE, round_number)
-
-
 def ours_fp32(bench: Bench, round_number: int) -> None:
     """In fp32 on onnxruntime's CPU provider: all experts, which is what the contestants serve, and routed."""
-    with ride_serve(bench.bundle, ("--provider", "cpu", "--variant", "fp32"), SCALED) as running_service:
+    with ride_serve(bench.bundle, ("--provider", "cpu", "--variant", "fp32")) as running_service:
         _load_ours(bench, running_service, ROUTED_FP32, SMALL, round_number)
         for size in (SMALL, LARGE):
             _load_ours(bench, running_service, FP32, size, round_number, "?threshold=0")
@@ -199,7 +192,7 @@ def run(bench: Bench) -> dict[str, Any]:
     present = prepare(bench)
     floors(bench)
     for round_number in range(bench.plan.rounds):
-        turns = [ours, ours_scaled, ours_fp32, *([ours_chosen] if bench.chosen else []), *present]
+        turns = [ours, ours_fp32, *([ours_chosen] if bench.chosen else []), *present]
         first = round_number * len(turns) // bench.plan.rounds
         for turn in turns[first:] + turns[:first]:
             if isinstance(turn, Contestant):

@@ -262,7 +262,7 @@ def routing_row(page: Page) -> None:
     page.add(
         lines("none").decimals(2).max(1),
         "Mean score by router",
-        "Router 0 is asked after the first expert, router 1 after the second.",
+        "Router 0 decides after the first expert, router 1 after the second; under another rule, that rule.",
         8, 8,
         query(mean("ride_router_score", "router"), "router {{router}}"),
     )  # fmt: skip
@@ -283,7 +283,7 @@ def latency_row(page: Page) -> None:
     page.add(
         lines("s"),
         "Request",
-        "From a request's arrival to its answer, however many images it brought.",
+        "From when a request is looked at to its answer, however many images it brought.",
         12, 8,
         *[query(quantile(level, "ride_request_seconds"), name) for level, name in levels.items()],
     )  # fmt: skip

@@ -31,7 +31,7 @@ def document(**changes):
         load_row("all experts", 700),
         load_row(FP32, 300),
         load_row(ROUTED_FP32, 360),
-        load_row("routed, scaled decoding", 450, size="640x480"),
+        load_row("routed", 450, size="640x480"),
         *(load_row("LitServe", 200, clients=clients, p99=20.0, encoding="its own") for clients in (1, 8, 64)),
         *(load_row("MLServer", 150, clients=clients, p99=6.0, encoding="its own") for clients in (1, 8, 64)),
     ]
