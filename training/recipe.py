@@ -328,10 +328,10 @@ class Recipe:
             raise RecipeError("loss='focal': mixup, cutmix and label_smoothing need a cross-entropy; they can be 0")
         if self.warmup_start is not None and (self.schedule != "step" or self.method == "shike"):
             raise RecipeError(f"warmup_start={self.warmup_start:g}: only schedule='step' has it, SHIKE's own not; none")
-        if self.lr_min and (self.schedule != "cosine" or self.method == "shike"):
-            raise RecipeError(f"lr_min={self.lr_min:g}: only schedule='cosine' ends there, SHIKE's own at 0; take 0")
         if self.lr_min > self.lr:
             raise RecipeError(f"lr_min={self.lr_min:g}: must be lr={self.lr:g} at most")
+        if self.lr_min and (self.schedule != "cosine" or self.method == "shike"):
+            raise RecipeError(f"lr_min={self.lr_min:g}: only schedule='cosine' ends there, SHIKE's own at 0; take 0")
         if self.cycles > 1 and (self.schedule != "cosine" or self.method == "shike"):
             raise RecipeError(f"cycles={self.cycles}: only schedule='cosine' has more than one, SHIKE's own has not; 1")
         if self.epochs % self.cycles:
