@@ -242,7 +242,13 @@ def _sweep_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", default="0", metavar="N,N", help="seeds of every recipe [default: 0]")
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="directory [default: %(default)s]")
     parser.add_argument(
-        "--also", type=Path, nargs="+", default=[], metavar="RUN", help="finished run directories to tabulate with them"
+        "--also",
+        type=Path,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="RUN",
+        help="finished run directories to tabulate with them",
     )
     return _with_settings(parser)
 
