@@ -6,21 +6,21 @@ from collections.abc import Sequence
 from typing import Any, cast, get_args
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from model_export.bundle import Accuracy, BundleError, Calibration, OperatingPoint, Risk, Rule
-from training.evaluate import Predictions, accuracy_by_split, mean_logits, mean_macs, route
-from training.methods.method import Model
+from training.evaluate import (
+    Costs,
+    Predictions,
+    accuracy_by_split,
+    experts_share,
+    mean_logits,
+    mean_macs,
+    route,
+)
+from training.thresholds import BUDGETS, frontier
 
 RULES: tuple[Rule, ...] = get_args(Rule)
-GRID = 65  # thresholds that are tried after each expert: quantiles of the scores there
-DIGITS = 10**6  # of a threshold
-PRICES = np.concatenate([[0.0], np.geomspace(0.003, 3, 60)])  # accuracy points for a percent of the full cost
-ROUTER_BUDGETS, OTHER_BUDGETS = 41, 17  # from the cost of one expert to that of all
-MOST_PASSES = 10
-
-Costs = tuple[int, list[int], list[int]]
+OTHER_BUDGETS = 17  # of rules other than the router
 
 
 def rule_scores(rule: Rule, expert_logits: np.ndarray, router_scores: np.ndarray) -> np.ndarray:
@@ -63,22 +63,9 @@ def _disagreement(expert_logits: np.ndarray) -> np.ndarray:
 
 def by_rule(predictions: Predictions, macs: Costs, rule: Rule) -> tuple[Predictions, Costs]:
     """The predictions with the rule's scores as `router_scores`, and the costs without routers that it never asks."""
-    trunk, experts, routers = macs
     scores = rule_scores(rule, predictions.expert_logits, predictions.router_scores)
-    asked = routers if rule == "router" else [0] * len(routers)
-    return Predictions(predictions.expert_logits, scores, predictions.labels), (trunk, experts, asked)
-
-
-def spread_of_decisions(model: Model, pixels: Tensor) -> float:
-    """
-    Standard deviation of the routers' decisions on images (N, H, W, 3): the temperature at which scores fill [0, 1].
-
-    1 where the decisions are all the same.
-    """
-    assert model.routers is not None
-    with torch.no_grad():
-        decisions = model.routers(model.net(pixels))
-    return round(float(decisions.std()), 4) or 1.0
+    paid = macs if rule == "router" else macs._replace(routers=[0] * len(macs.routers))
+    return Predictions(predictions.expert_logits, scores, predictions.labels), paid
 
 
 def calibrate(
@@ -92,11 +79,9 @@ def calibrate(
     """
     For every rule the operating points between one expert and all of them, each with thresholds of its own.
 
-    For a rising price of computation, the thresholds that maximise accuracy less cost are sought, after one expert
-    after the other until none changes; of all that were tried, the most accurate within each of 41 budgets (17 for
-    rules other than the router) are kept. Besides them: every expert, one expert, and for the router 0.5 everywhere, as
-    RIDE was published. Accuracies are means of per-class accuracies; the number of experts and the cost are means over
-    the images.
+    The most accurate within each of 41 budgets (17 for rules other than the router), and besides them: every expert,
+    one expert, and for the router 0.5 everywhere, as RIDE was published. Accuracies are means of per-class accuracies;
+    the number of experts and the cost are means over the images.
 
     Args:
         predictions: on held-out images.
@@ -121,7 +106,7 @@ def _points(
     predictions, macs = by_rule(predictions, macs, rule)
     n_routers = len(predictions.router_scores)
     fixed = (0.5, 1.0) if rule == "router" else (1.0,)
-    budgets = ROUTER_BUDGETS if rule == "router" else OTHER_BUDGETS
+    budgets = BUDGETS if rule == "router" else OTHER_BUDGETS
     candidates = [(0.0,) * n_routers, *wanted, *((value,) * n_routers for value in fixed)]
     if n_routers:
         candidates += sorted(frontier(predictions, class_counts, macs, budgets))
@@ -151,80 +136,17 @@ def choose(
     return point
 
 
-def frontier(
-    predictions: Predictions, class_counts: Sequence[int], macs: Costs, n_budgets: int
-) -> set[tuple[float, ...]]:
-    """
-    Of the thresholds that are best at some price, and those tried on the way, the most accurate of each budget.
-
-    Args:
-        predictions: with the scores of the rule as `router_scores`.
-        macs: as that rule pays them.
-    """
-    n_experts, n_images, _ = predictions.expert_logits.shape
-    images = np.arange(n_images)
-    in_class = np.bincount(predictions.labels, minlength=len(class_counts))
-    weight = 100 / (in_class[predictions.labels] * np.count_nonzero(in_class))  # (N,): adds up to 100 percent
-    right, cost = [], []
-    for used in range(1, n_experts + 1):
-        logits = mean_logits(predictions.expert_logits, np.full(n_images, used))
-        right.append(weight * (logits.argmax(axis=1) == predictions.labels))
-        cost.append(mean_macs(macs, [float(used == count) for count in range(1, n_experts + 1)]))
-    gain = np.stack(right)  # (E, N)
-    spent = 100 / cost[-1] / n_images * np.array(cost)  # (E,), percent of the full cost, one image's part
-
-    grids = [_grid(scores) for scores in predictions.router_scores]
-    tried: dict[tuple[float, ...], tuple[float, float]] = {}  # accuracy and cost, both in percent
-
-    def measure(thresholds: tuple[float, ...]) -> tuple[float, float]:
-        if thresholds not in tried:
-            row = route(predictions.router_scores, thresholds) - 1
-            tried[thresholds] = float(gain[row, images].sum()), float(spent[row].sum())
-        return tried[thresholds]
-
-    thresholds = (0.0,) * len(grids)
-    for price in PRICES:
-
-        def net_gain(candidate: tuple[float, ...], price: float = price) -> float:
-            accuracy, cost = measure(candidate)
-            return accuracy - price * cost
-
-        for _ in range(MOST_PASSES):
-            before = thresholds
-            for router in reversed(range(len(grids))):
-                neighbours = [(*thresholds[:router], value, *thresholds[router + 1 :]) for value in grids[router]]
-                thresholds = max(neighbours, key=net_gain)
-            if thresholds == before:
-                break
-    budgets = np.linspace(min(spent) * n_images, 100, n_budgets) + 1e-9
-    affordable = [[key for key, (_, cost) in tried.items() if cost <= budget] for budget in budgets]
-    return {max(keys, key=lambda key: (tried[key][0], -tried[key][1])) for keys in affordable if keys}
-
-
-def _grid(scores: np.ndarray) -> list[float]:
-    """
-    Thresholds worth trying: 0, 1, and between quantiles of the scores (N,) and whatever score comes next below them.
-
-    Halfway, so that another precision's rounding changes no decision; cut so that none lies above its score.
-    """
-    distinct = np.unique(scores.astype(np.float64))
-    quantiles = np.quantile(scores, np.linspace(0, 1, GRID), method="lower").astype(np.float64)
-    below = np.concatenate([[0.0], distinct])[np.searchsorted(distinct, quantiles)]
-    return sorted({0.0, 1.0, *(np.floor((below + quantiles) / 2 * DIGITS) / DIGITS).tolist()})
-
-
 def _point(
     predictions: Predictions, rule: Rule, thresholds: tuple[float, ...], class_counts: Sequence[int], macs: Costs
 ) -> OperatingPoint:
-    n_experts, n_images, _ = predictions.expert_logits.shape
     used = route(predictions.router_scores, thresholds)
     correct = mean_logits(predictions.expert_logits, used).argmax(axis=1) == predictions.labels
-    share = (np.bincount(used, minlength=n_experts + 1)[1:] / n_images).tolist()
+    shares = experts_share(used, len(predictions.expert_logits))
     return OperatingPoint(
         rule=rule,
         thresholds=thresholds,
         accuracy=Accuracy(**cast(dict[str, Any], accuracy_by_split(correct, predictions.labels, class_counts))),
         mean_experts=round(float(used.mean()), 5),
-        mean_macs=round(mean_macs(macs, share), 1),
-        experts_share=tuple(round(value, 6) for value in share),
+        mean_macs=round(mean_macs(macs, shares), 1),
+        experts_share=tuple(round(share, 6) for share in shares),
     )

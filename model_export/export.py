@@ -32,7 +32,7 @@ from model_export.bundle import (
     sha256_of,
     write_manifest,
 )
-from model_export.calibrate import Costs, by_rule, calibrate, choose, spread_of_decisions
+from model_export.calibrate import by_rule, calibrate, choose
 from model_export.parity import compare, count_unusable, require, run_variant
 from model_export.precision import write_graphs
 from model_export.risk import certify
@@ -40,15 +40,15 @@ from training.checkpoint import Checkpoint, CheckpointError
 from training.data.images import INTERPOLATION
 from training.data.longtail import FEW_BELOW, MANY_ABOVE
 from training.data.sets import Data, load_data
-from training.evaluate import Predictions, macs_of, predict, summarise
+from training.evaluate import Costs, Predictions, macs_of, predict, summarise
 from training.methods.method import Model
 from training.recipe import Recipe, RecipeError
+from training.thresholds import fill_scores
 from training.train import PUBLISHED_THRESHOLD, refuse_other_images, trained_model
 
 _Subject = tuple[Checkpoint, Model, Data, dict[str, Any]]  # the last: of its provenance, what a run does not have
 
 PATH_FIELDS = ("data", "image_root", "train_list", "val_list", "test_list", "pretrained", "teacher", "first_stage")
-SPREAD_IMAGES = 1000  # for the spread of the routers' decisions
 DEFAULT_ACCURACY_LOSS = 0.3
 
 
@@ -140,7 +140,7 @@ def _write(
     recipe, rule = checkpoint.recipe, _rule_of(run, wish, model)
     macs = macs_of(model, recipe.image_size)
     if model.routers is not None:
-        model.routers.temperature = spread_of_decisions(model, images.heldout.even_sample(SPREAD_IMAGES))
+        fill_scores(model, images.heldout)
     heldout = predict(model, images.heldout)
     if unusable := count_unusable(heldout):
         raise CheckpointError(
@@ -150,7 +150,7 @@ def _write(
     pixels, n_classes = images.heldout.pixels.numpy(), len(checkpoint.classes)
     written = {graphs.precision: graphs for graphs in write_graphs(model, images.train, precisions, directory)}
     found = {precision: run_variant(directory, graphs, pixels, n_classes) for precision, graphs in written.items()}
-    published = (PUBLISHED_THRESHOLD,) * len(macs[2]) if origin and rule == "router" else None
+    published = (PUBLISHED_THRESHOLD,) * len(macs.routers) if origin and rule == "router" else None
     calibration, thresholds = _operating_points(heldout, found, images, macs, wish, rule, published)
     variants: dict[str, Variant] = {}
     for precision, graphs in written.items():
@@ -166,7 +166,7 @@ def _write(
             height=recipe.image_size, width=recipe.image_size, fit=recipe.test_fit, interpolation=INTERPOLATION,
             mean=checkpoint.mean, std=checkpoint.std,
         ),
-        macs=Macs(macs[0], tuple(macs[1]), tuple(macs[2])),
+        macs=Macs(macs.trunk, tuple(macs.experts), tuple(macs.routers)),
         variants=variants, default_variant="fp32", rule=rule, thresholds=thresholds, calibration=calibration,
         provenance={
             "recipe": _without_directories(recipe), "seed": recipe.seed, "commit": checkpoint.commit,

@@ -9,9 +9,10 @@ from dataclasses import replace
 import numpy as np
 
 from model_export.bundle import SPLITS, Risk, Rule
-from model_export.calibrate import ROUTER_BUDGETS, Costs, by_rule, frontier
+from model_export.calibrate import by_rule
 from training.data.longtail import split_of
-from training.evaluate import Predictions, mean_logits, mean_macs, route
+from training.evaluate import Costs, Predictions, experts_share, mean_logits, mean_macs, route
+from training.thresholds import frontier
 
 SEED = 0
 SAFE_STEPS = 20  # from all experts to the most accurate thresholds of the frontier, with which it begins
@@ -151,15 +152,15 @@ def _from_safest(predictions: Predictions, class_counts: Sequence[int], macs: Co
     The frontier on these images begins where accuracy is highest, which may be far below all experts; so it is led up
     to in steps, each of which lets a larger share of the images stop at every router.
     """
-    n_experts, n_images, _ = predictions.expert_logits.shape
+    n_experts = len(predictions.expert_logits)
     if n_experts == 1:
         return []
 
     def cost(thresholds: tuple[float, ...]) -> float:
         used = route(predictions.router_scores, thresholds)
-        return mean_macs(macs, (np.bincount(used, minlength=n_experts + 1)[1:] / n_images).tolist())
+        return mean_macs(macs, experts_share(used, n_experts))
 
-    costs = {thresholds: cost(thresholds) for thresholds in frontier(predictions, class_counts, macs, ROUTER_BUDGETS)}
+    costs = {thresholds: cost(thresholds) for thresholds in frontier(predictions, class_counts, macs)}
     full = cost((0.0,) * (n_experts - 1))
     exits = [key for key in costs if costs[key] < full]
     if exits:

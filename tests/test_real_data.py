@@ -15,7 +15,7 @@ from service.images import decode
 from service.settings import DEFAULT_BUNDLE
 from training.data.images import read_image
 from training.data.sets import load_data
-from training.evaluate import Predictions, mean_logits, route, summarise
+from training.evaluate import Costs, Predictions, mean_logits, route, summarise
 from training.recipes import RECIPES
 
 ROOT = Path(os.environ.get("RIDE_DATA", "/nonexistent"))
@@ -59,7 +59,7 @@ def test_the_shipped_model_is_as_good_as_it_says(cifar100):
     images = cifar100.test.pixels.numpy()
     found = run_variant(DEFAULT_BUNDLE, manifest.variants["fp32"], images, len(manifest.classes))
     predictions = Predictions(found.expert_logits, found.router_scores, cifar100.test.labels.numpy())
-    macs = (manifest.macs.trunk, list(manifest.macs.experts), list(manifest.macs.routers))
+    macs = Costs(manifest.macs.trunk, manifest.macs.experts, manifest.macs.routers)
 
     measured = summarise(predictions, manifest.class_counts, macs, manifest.thresholds)
     recorded = manifest.provenance["test"]

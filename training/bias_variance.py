@@ -20,7 +20,7 @@ import torch
 from training.checkpoint import write_atomically
 from training.data.longtail import SPLITS, class_counts, split_of
 from training.data.sets import load_data
-from training.evaluate import mean_by_split, predict
+from training.evaluate import mean_by_class, mean_by_split, predict
 from training.plots import plot_bias_variance
 from training.recipe import Recipe, RecipeError
 from training.runs import RunsError, train_all
@@ -263,7 +263,7 @@ def bias_variance(
         counts = class_counts(splits_n_max, first.imbalance, probabilities.shape[2], first.profile)
         analyses[recipe.name] = analyse(probabilities, predicted, labels, counts)
     per_class = {
-        (name, kind, part): _per_class(getattr(analysis.parts[kind], part), labels, len(counts))
+        (name, kind, part): mean_by_class(getattr(analysis.parts[kind], part), labels, len(counts))
         for name, analysis in analyses.items() for kind in DECOMPOSITIONS for part in PARTS
     }  # fmt: skip
     text = _tables(analyses, len(complete), n_max, splits_n_max)
@@ -308,13 +308,6 @@ def _read_predictions(runs: Sequence[Path]) -> tuple[np.ndarray, np.ndarray, np.
         if not np.array_equal(labels[0], labels[-1]):
             raise RunsError(f"{run}: has other test images than {runs[0]}")
     return np.stack(probabilities), np.stack(predicted), labels[0]
-
-
-def _per_class(values: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
-    """(C,), means of `values` (N,); NaN for a class without images."""
-    images = np.bincount(labels, minlength=n_classes)
-    sums = np.bincount(labels, weights=values, minlength=n_classes)
-    return np.divide(sums, images, out=np.full(n_classes, np.nan), where=images > 0)
 
 
 def _tables(analyses: Mapping[str, Analysis], draws: int, n_max: int, splits_n_max: int) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -34,6 +35,14 @@ class Predictions:
     expert_logits: np.ndarray
     router_scores: np.ndarray
     labels: np.ndarray
+
+
+class Costs(NamedTuple):
+    """Multiply-accumulates of the trunk, of each expert and of each router, for one image."""
+
+    trunk: int
+    experts: Sequence[int]
+    routers: Sequence[int]
 
 
 def predict(model: Model, images: Images | StreamedImages) -> Predictions:
@@ -73,6 +82,20 @@ def mean_logits(expert_logits: np.ndarray, experts_used: np.ndarray) -> np.ndarr
     return sums[experts_used - 1, np.arange(len(experts_used))] / experts_used[:, None]
 
 
+def prefix_right(predictions: Predictions) -> np.ndarray:
+    """(E, N), bool: whether the mean logits of the first 1 to E experts are right."""
+    sums = np.cumsum(predictions.expert_logits, axis=0)
+    return np.asarray(sums.argmax(axis=2) == predictions.labels)
+
+
+def experts_share(experts_used: np.ndarray, n_experts: int) -> list[float]:
+    """Which shares of the images, whose experts are (N,), use 1 to E of them; empty without images."""
+    if not len(experts_used):
+        return []
+    shares: list[float] = (np.bincount(experts_used, minlength=n_experts + 1)[1:] / len(experts_used)).tolist()
+    return shares
+
+
 def accuracy_by_split(correct: np.ndarray, labels: np.ndarray, class_counts: Sequence[int]) -> dict[str, float | None]:
     """
     Percent right: "all", "many", "medium", "few".
@@ -84,14 +107,20 @@ def accuracy_by_split(correct: np.ndarray, labels: np.ndarray, class_counts: Seq
     return {name: None if value is None else round(value, 3) for name, value in values.items()}
 
 
-def mean_by_split(values: np.ndarray, labels: np.ndarray, class_counts: Sequence[int]) -> dict[str, float | None]:
-    """Means of `values` (N,) per class, then over the classes of each split and over all."""
-    n_classes = len(class_counts)
+def mean_by_class(values: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
+    """(C,): means of `values` (N,); NaN for a class without images."""
     images = np.bincount(labels, minlength=n_classes)
     sums = np.bincount(labels, weights=values, minlength=n_classes)
+    return np.divide(sums, images, out=np.full(n_classes, np.nan), where=images > 0)
+
+
+def mean_by_split(values: np.ndarray, labels: np.ndarray, class_counts: Sequence[int]) -> dict[str, float | None]:
+    """Means of `values` (N,) per class, then over the classes of each split and over all."""
+    means = mean_by_class(values, labels, len(class_counts))
     split = np.array([split_of(count) for count in class_counts])
-    chosen = {"all": images > 0} | {name: (images > 0) & (split == name) for name in SPLITS}
-    return {name: float((sums[rows] / images[rows]).mean()) if rows.any() else None for name, rows in chosen.items()}
+    present = np.bincount(labels, minlength=len(class_counts)) > 0
+    chosen = {"all": present} | {name: present & (split == name) for name in SPLITS}
+    return {name: float(means[rows].mean()) if rows.any() else None for name, rows in chosen.items()}
 
 
 def rows_by_split(labels: np.ndarray, class_counts: Sequence[int]) -> dict[str, np.ndarray]:
@@ -114,8 +143,8 @@ def calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
     return round(100 * float(gaps.sum()) / len(labels), 3)
 
 
-def macs_of(model: Model, image_size: int) -> tuple[int, list[int], list[int]]:
-    """Multiply-accumulates of the trunk, of each expert, of each router, for one image."""
+def macs_of(model: Model, image_size: int) -> Costs:
+    """Of one image of `image_size` pixels in height and width."""
     device = next(model.parameters()).device
     image = torch.zeros(1, image_size, image_size, 3, dtype=torch.uint8, device=device)
     with torch.no_grad():
@@ -125,20 +154,18 @@ def macs_of(model: Model, image_size: int) -> tuple[int, list[int], list[int]]:
     if model.routers is not None:
         each = model.routers.output_of(0).weight.numel()
         routers = [cast(Tensor, hidden.weight).numel() + each for hidden in model.routers.hidden]
-    return count_macs(model.net.trunk, image), experts, routers
+    return Costs(count_macs(model.net.trunk, image), experts, routers)
 
 
-def mean_macs(macs: tuple[int, list[int], list[int]], experts_share: Sequence[float]) -> float:
-    """Mean multiply-accumulates of an image, where `experts_share[k]` of the images use k + 1 experts."""
-    trunk, experts, routers = macs
-    total = float(trunk)
-    for index in range(len(experts)):
-        reached = sum(experts_share[index:])
-        total += reached * (experts[index] + (routers[index] if index < len(routers) else 0))
+def mean_macs(macs: Costs, shares: Sequence[float]) -> float:
+    """Mean multiply-accumulates of an image, where `shares[k]` of the images use k + 1 experts."""
+    total = float(macs.trunk)
+    for index, expert in enumerate(macs.experts):
+        total += sum(shares[index:]) * (expert + (macs.routers[index] if index < len(macs.routers) else 0))
     return total
 
 
-def summarise(predictions: Predictions, class_counts: Sequence[int], macs: tuple[int, list[int], list[int]],
+def summarise(predictions: Predictions, class_counts: Sequence[int], macs: Costs,
               thresholds: Sequence[float], per_class: bool = False) -> dict[str, Any]:  # fmt: skip
     """
     The figures of a table.
@@ -156,20 +183,19 @@ def summarise(predictions: Predictions, class_counts: Sequence[int], macs: tuple
         accuracy = accuracy_by_split(logits.argmax(axis=1) == labels, labels, class_counts)
         return accuracy | {"ece": calibration_error(logits, labels)}
 
-    trunk, experts, _ = macs
     result: dict[str, Any] = {"images": n_images, "experts": []}
     for count in range(1, n_experts + 1):
         used = np.full(n_images, count)
-        result["experts"].append(judge(used) | {"macs": trunk + sum(experts[:count])})
+        result["experts"].append(judge(used) | {"macs": macs.trunk + sum(macs.experts[:count])})
     if len(predictions.router_scores):
         used = route(predictions.router_scores, thresholds)
-        share = np.bincount(used, minlength=n_experts + 1)[1:] / n_images
+        shares = experts_share(used, n_experts)
         by_split = {name: used[rows] for name, rows in rows_by_split(labels, class_counts).items()}
         result["routed"] = judge(used) | {
             "thresholds": list(thresholds),
             "mean_experts": {name: round(float(x.mean()), 4) if len(x) else None for name, x in by_split.items()},
-            "experts_share": [round(float(value), 5) for value in share],
-            "macs": round(mean_macs(macs, share.tolist())),
+            "experts_share": [round(share, 5) for share in shares],
+            "macs": round(mean_macs(macs, shares)),
         }
     if per_class:
         result["per_class"] = by_class(predictions, len(class_counts), thresholds)
@@ -186,11 +212,10 @@ def by_class(predictions: Predictions, n_classes: int, thresholds: Sequence[floa
     """
     n_experts, n_images, _ = predictions.expert_logits.shape
     labels = predictions.labels
-    images = np.bincount(labels, minlength=n_classes)
 
     def means(values: np.ndarray) -> list[float | None]:
-        sums = np.bincount(labels, weights=values, minlength=n_classes)
-        return [round(float(total / count), 4) if count else None for total, count in zip(sums, images, strict=True)]
+        found = mean_by_class(values, labels, n_classes).tolist()
+        return [None if math.isnan(value) else round(value, 4) for value in found]
 
     def accuracy(used: np.ndarray) -> list[float | None]:
         return means(100.0 * (mean_logits(predictions.expert_logits, used).argmax(axis=1) == labels))

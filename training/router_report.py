@@ -2,45 +2,41 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from training.checkpoint import write_atomically
 from training.data.longtail import SPLITS, split_of
 from training.data.sets import load_data
 from training.evaluate import (
-    EVALUATION_BATCH,
+    Costs,
     Predictions,
     accuracy_by_split,
+    experts_share,
     macs_of,
+    mean_by_class,
     mean_macs,
     predict,
+    prefix_right,
     route,
     rows_by_split,
 )
-from training.methods.method import Model
 from training.plots import plot_curve, plot_experts, plot_shares
 from training.tables import Cell, markdown, number, write_csv
+from training.thresholds import fill_scores, frontier
 from training.train import PUBLISHED_THRESHOLD, refuse_other_images, trained_model
 
 SCOPES = ("all", *SPLITS)
-NOBODY = 1.01  # a threshold that no score reaches
-PRICES = np.concatenate([[0.0], np.geomspace(0.003, 3, 60)])  # accuracy points for a percent of the full cost
-MOST_PASSES = 20
-MIXTURES = (0.2, 0.4, 0.6, 0.8)
 MOST_ROWS = 12  # of the curve in report.md; curve.csv has all
 WAYS_LEGEND = """Random exits: as many
 experts on average, some images one fewer than others, whichever they are. Oracle: each image gets the fewest experts
 whose mean logits are right, one where none are."""
-TEMPERATURE_SAMPLE = 2000  # held-out images
 
-Costs = tuple[int, list[int], list[int]]
 Accuracies = dict[str, float | None]
 
 
@@ -77,12 +73,6 @@ class Point:
         return float(self.used.mean())
 
 
-def prefix_right(predictions: Predictions) -> np.ndarray:
-    """(E, N), bool: whether the mean logits of the first 1 to E experts are right."""
-    sums = np.cumsum(predictions.expert_logits, axis=0)
-    return np.asarray(sums.argmax(axis=2) == predictions.labels)
-
-
 def oracle(right: np.ndarray) -> np.ndarray:
     """
     (N,): the fewest experts whose mean logits are right, one where none are.
@@ -91,50 +81,6 @@ def oracle(right: np.ndarray) -> np.ndarray:
         right: (E, N), bool.
     """
     return np.asarray(np.where(right.any(axis=0), right.argmax(axis=0) + 1, 1))
-
-
-def best_thresholds(scores: np.ndarray, gain: np.ndarray, spent: Sequence[float]) -> list[tuple[float, ...]]:
-    """
-    Thresholds (E − 1,) that maximise accuracy less the price of computation, for each of a rising row of prices.
-
-    Given the others, the best threshold of a router is exact: of the images that reach it, in the order of their
-    scores, those above it win or lose what going on wins or loses. Routers are set so in turn, the last one first,
-    until none changes.
-
-    Args:
-        scores: (E − 1, N), of the routers.
-        gain: (E, N), percent of accuracy that an image adds when it uses 1 to E experts.
-        spent: (E,), percent of the full cost that an image adds when it uses 1 to E experts.
-    """
-    n_routers, n_images = scores.shape
-    images = np.arange(n_images)
-    found = []
-    thresholds = np.zeros(n_routers)
-    for price in PRICES:
-        net = gain - price * np.asarray(spent)[:, None]  # (E, N)
-        for _ in range(MOST_PASSES):
-            before = thresholds.copy()
-            for router in reversed(range(n_routers)):
-                reached = (scores[:router] >= thresholds[:router, None]).all(axis=0)
-                beyond = router + route(scores[router + 1 :], thresholds[router + 1 :].tolist())  # row of `net`
-                advantage = net[beyond, images] - net[router]
-                thresholds[router] = _best_cut(scores[router, reached], advantage[reached])
-            if np.array_equal(thresholds, before):
-                break
-        found.append(tuple(thresholds.tolist()))
-    return list(dict.fromkeys(found))
-
-
-def _best_cut(scores: np.ndarray, advantage: np.ndarray) -> float:
-    """The threshold for which the advantages (N,) of the images whose scores (N,) reach it add up to most."""
-    order = np.argsort(-scores, kind="stable")
-    ordered = scores[order]
-    sums = np.concatenate([[0.0], np.cumsum(advantage[order])])  # of so many of the highest scores
-    sums[1:-1][ordered[1:] == ordered[:-1]] = -np.inf  # equal scores go on together
-    taken = int(sums.argmax())
-    if taken == len(scores):
-        return 0.0
-    return float(ordered[taken - 1]) if taken else NOBODY
 
 
 def report(run: Path, out: Path, max_mean_experts: float | None = None) -> str:
@@ -162,24 +108,25 @@ def report(run: Path, out: Path, max_mean_experts: float | None = None) -> str:
         raise ReportError(f"{run}: has one expert, which every image uses; there is nothing to route")
     if "routers" not in recipe.stage_epochs():
         raise ReportError(f"{run}: its routers were never trained (router_epochs=0)")
-    if max_mean_experts is not None and max_mean_experts < 1:
+    if max_mean_experts is not None and not max_mean_experts >= 1:  # NaN is not
         raise ReportError(f"--max-mean-experts {max_mean_experts:g}: every image uses one expert at least")
     data = load_data(recipe)
     refuse_other_images(checkpoint, data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    temperature = _set_temperature(model, data.heldout.even_sample(TEMPERATURE_SAMPLE).to(device))
-    heldout, test = (predict(model, images.to(device)) for images in (data.heldout, data.test))
-    judge = _Judge(test, data.counts, macs_of(model, recipe.image_size))
+    macs = macs_of(model, recipe.image_size)
+    temperature = fill_scores(model, data.heldout)
+    on_heldout, judge = (
+        _Judge(predict(model, images.to(device)), data.counts, macs) for images in (data.heldout, data.test)
+    )
 
-    candidates = _candidates(heldout, data.counts, judge.macs)
+    candidates = frontier(on_heldout.predictions, data.counts, macs)
     curve = sorted((judge.routed("routed", thresholds) for thresholds in candidates), key=lambda point: point.macs)
     chosen = judge.routed("routed, thresholds 0.5 as published", (PUBLISHED_THRESHOLD,) * (recipe.n_experts - 1))
     points = [*judge.prefixes(), chosen]
     if max_mean_experts is not None:
-        kept = [key for key in candidates if route(heldout.router_scores, key).mean() <= max_mean_experts]
-        best = max(kept, key=lambda key: candidates[key])
-        chosen = judge.routed(f"routed, at most {max_mean_experts:g} experts on held-out images", best)
+        thresholds = _within(max_mean_experts, [on_heldout.routed("held out", each) for each in candidates])
+        chosen = judge.routed(f"routed, at most {max_mean_experts:g} experts on held-out images", thresholds)
         points.append(chosen)
     points.append(judge.oracle())
 
@@ -197,8 +144,17 @@ def report(run: Path, out: Path, max_mean_experts: float | None = None) -> str:
     return text
 
 
+def _within(max_mean_experts: float, points: Sequence[Point]) -> tuple[float, ...]:
+    """The thresholds of the most accurate point of at most so many experts, of the cheapest among equals."""
+    kept = [point for point in points if point.mean_experts <= max_mean_experts]
+    if not kept:
+        least = min(point.mean_experts for point in points)
+        raise ReportError(f"--max-mean-experts {max_mean_experts:g}: the thriftiest thresholds need {least:.4f}")
+    return max(kept, key=lambda point: (point.accuracy["all"] or 0.0, -point.macs)).thresholds
+
+
 class _Judge:
-    """Test images and what is known of them; makes points."""
+    """Images and what is known of them; makes points."""
 
     def __init__(self, predictions: Predictions, counts: Sequence[int], macs: Costs) -> None:
         self.predictions, self.counts, self.macs = predictions, counts, macs
@@ -209,13 +165,12 @@ class _Judge:
 
     def point(self, name: str, used: np.ndarray, thresholds: tuple[float, ...] = ()) -> Point:
         """Of images that use so many experts (N,); routers cost only where there are thresholds."""
-        shares = np.bincount(used, minlength=self.n_experts + 1)[1:] / self.n_images
+        shares = experts_share(used, self.n_experts)
         at_random = np.clip(1 - np.abs(np.arange(1, self.n_experts + 1) - used.mean()), 0, None)
-        trunk, experts, routers = self.macs
-        costs = (trunk, experts, routers if thresholds else [0] * len(routers))
+        paid = self.macs if thresholds else self.macs._replace(routers=[])
         random = {scope: _mixed(at_random, [row[scope] for row in self.of_prefix]) for scope in SCOPES}
         accuracy = accuracy_by_split(self.right[used - 1, np.arange(self.n_images)], self.labels, self.counts)
-        return Point(name, used, mean_macs(costs, shares.tolist()), accuracy, random, thresholds)
+        return Point(name, used, mean_macs(paid, shares), accuracy, random, thresholds)
 
     def prefixes(self) -> list[Point]:
         """The first 1 to E experts for every image."""
@@ -232,60 +187,13 @@ class _Judge:
 
     def shares(self, point: Point) -> dict[str, list[float]]:
         """By split, the shares of the images that use 1 to E experts. Empty without images."""
-        used = {scope: point.used[rows] for scope, rows in rows_by_split(self.labels, self.counts).items()}
-        return {
-            scope: (np.bincount(values, minlength=self.n_experts + 1)[1:] / len(values)).tolist() if len(values) else []
-            for scope, values in used.items()
-        }
+        rows = rows_by_split(self.labels, self.counts)
+        return {scope: experts_share(point.used[chosen], self.n_experts) for scope, chosen in rows.items()}
 
     def by_class(self, values: np.ndarray) -> list[float | None]:
         """(C,): means of `values` (N,); None for a class without images."""
-        images = np.bincount(self.labels, minlength=len(self.counts))
-        sums = np.bincount(self.labels, weights=values, minlength=len(self.counts))
-        return [float(total / count) if count else None for total, count in zip(sums, images, strict=True)]
-
-
-def _candidates(heldout: Predictions, counts: Sequence[int], macs: Costs) -> dict[tuple[float, ...], float]:
-    """
-    Thresholds to their accuracy on held-out images, percent; by rising cost, each more accurate than all cheaper ones.
-
-    The best thresholds for some price, one expert for all, and mixtures of neighbours among those, for where prices
-    leave gaps.
-    """
-    right = prefix_right(heldout)
-    n_experts, n_images = right.shape
-    in_class = np.bincount(heldout.labels, minlength=len(counts))
-    gain = 100 / (in_class[heldout.labels] * np.count_nonzero(in_class)) * right  # (E, N): adds up to 100 percent
-    cost = np.array(
-        [mean_macs(macs, [float(used == count) for count in range(n_experts)]) for used in range(n_experts)]
-    )
-    spent = 100 * cost / cost[-1] / n_images
-
-    def by_cost(thresholds: Sequence[tuple[float, ...]]) -> list[tuple[float, float, tuple[float, ...]]]:
-        rows = [route(heldout.router_scores, each) - 1 for each in thresholds]
-        measured = [(float(spent[row].sum()), float(gain[row, np.arange(n_images)].sum())) for row in rows]
-        return sorted((spend, accuracy, each) for (spend, accuracy), each in zip(measured, thresholds, strict=True))
-
-    found = best_thresholds(heldout.router_scores, gain, spent.tolist())
-    best = [each for *_, each in by_cost([(NOBODY,) * (n_experts - 1), *found])]
-    mixed = [
-        tuple((1 - share) * one + share * other for one, other in zip(*pair, strict=True))
-        for pair in itertools.pairwise(best) for share in MIXTURES
-    ]  # fmt: skip
-    kept: dict[tuple[float, ...], float] = {}
-    for _, accuracy, each in by_cost([*best, *mixed]):
-        if accuracy > max(kept.values(), default=-1.0):
-            kept[each] = accuracy
-    return kept
-
-
-def _set_temperature(model: Model, pixels: Tensor) -> float:
-    """Divide decisions by their standard deviation on images (N, H, W, 3), which is returned; 1 where it is 0."""
-    assert model.routers is not None
-    with torch.no_grad():
-        decisions = torch.cat([model.routers(model.net(part)) for part in pixels.split(EVALUATION_BATCH)], dim=1)
-    model.routers.temperature = float(decisions.std()) or 1.0
-    return model.routers.temperature
+        means = mean_by_class(values, self.labels, len(self.counts)).tolist()
+        return [None if math.isnan(mean) else mean for mean in means]
 
 
 def _mixed(shares: np.ndarray, accuracies: Sequence[float | None]) -> float | None:
@@ -329,14 +237,12 @@ def _text(
 
     of_curve = ("thresholds", "experts", "M MACs", *SCOPES, "random exits, all")
     rows = [
-        [", ".join("none" if value == NOBODY else f"{value:.3f}" for value in point.thresholds), *_cost(point),
+        [", ".join(f"{value:.3f}" for value in point.thresholds), *_cost(point),
          *(number(point.accuracy[scope]) for scope in SCOPES), number(point.random["all"])]
         for point in _thinned(curve)
     ]  # fmt: skip
     text += f"\n## Accuracy and cost\n\n{markdown(of_curve, rows)}\n\n"
-    text += (
-        "A router sends an image on where its score reaches the threshold; none: it sends nobody on. Scores are the\n"
-    )
+    text += "A router sends an image on where its score reaches the threshold. Scores are the\n"
     text += f"sigmoids of decisions divided by {temperature:.2f}, their standard deviation on held-out images.\n"
     return text
 

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from model_export.bundle import BundleError
-from model_export.calibrate import OTHER_BUDGETS, ROUTER_BUDGETS, RULES, calibrate, choose, rule_scores
-from training.evaluate import mean_logits, route
+from model_export.calibrate import OTHER_BUDGETS, RULES, calibrate, choose, rule_scores
+from training.evaluate import Costs, mean_logits, route
+from training.thresholds import BUDGETS
 
 COUNTS = [500, 200, 50, 5]
-MACS = (100, [10, 10, 10], [1, 1])
+MACS = Costs(100, [10, 10, 10], [1, 1])
 
 
 def plain_score(rule, logits, router_score):
@@ -72,7 +73,7 @@ def test_the_table_is_fine_enough_and_no_longer_than_it_must_be(predictions):
     points = calibrate(predictions(seed=1, n_images=2000), COUNTS, MACS, "noise").points
     sizes = {rule: sum(point.rule == rule for point in points) for rule in RULES}
 
-    assert 20 < sizes["router"] <= ROUTER_BUDGETS + 3
+    assert 20 < sizes["router"] <= BUDGETS + 3
     for rule in ("confidence", "margin"):
         assert 10 < sizes[rule] <= OTHER_BUDGETS + 3
 

@@ -7,10 +7,10 @@ import pytest
 
 from model_export.calibrate import RULES, rule_scores
 from model_export.risk import certify, halves, upper_bound
-from training.evaluate import Predictions, mean_logits, route
+from training.evaluate import Costs, Predictions, mean_logits, route
 
 COUNTS = [500, 200, 50, 5]
-MACS = (100, [10, 10, 10], [1, 1])
+MACS = Costs(100, [10, 10, 10], [1, 1])
 
 
 def draws(generator, n_images, worse, better):
@@ -66,7 +66,7 @@ def test_certified_thresholds_lose_more_than_the_risk_as_rarely_as_they_should(p
     """From 200 samples of 600 images each; what they really lose is measured on 40,000 others."""
     world = predictions(seed=100, n_images=40_000, n_experts=2)
     truly = [
-        loss_at(world, "confidence", certify(predictions(seed, 600, 2), COUNTS, (100, [10, 10], [1]), "confidence",
+        loss_at(world, "confidence", certify(predictions(seed, 600, 2), COUNTS, Costs(100, [10, 10], [1]), "confidence",
                                              4.0, 0.8)[0])
         for seed in range(200)
     ]  # fmt: skip
@@ -197,7 +197,7 @@ def test_thresholds_safer_than_the_frontier_s_are_tried_too():
     logits[1, np.arange(n_images), labels] += 1.1
     data = Predictions(logits, generator.uniform(0, 1, (1, n_images)).astype(np.float32), labels)
     used = [
-        route(data.router_scores, certify(data, COUNTS, (100, [10, 10], [1]), "router", risk, 0.9)[0]).mean()
+        route(data.router_scores, certify(data, COUNTS, Costs(100, [10, 10], [1]), "router", risk, 0.9)[0]).mean()
         for risk in (0.5, 1.0, 2.0, 4.0)
     ]
 

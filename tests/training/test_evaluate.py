@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from training.evaluate import (
+    Costs,
     Predictions,
     accuracy_by_split,
     calibration_error,
@@ -50,7 +51,9 @@ def test_calibration_error_of_a_known_case():
 
 def test_cost_counts_what_ran():
     """Trunk always, each expert and router for the share that reached it."""
-    assert mean_macs((100, [10, 20, 30], [1, 2]), [0.5, 0.25, 0.25]) == pytest.approx(100 + 11 + 0.5 * 22 + 0.25 * 30)
+    assert mean_macs(Costs(100, [10, 20, 30], [1, 2]), [0.5, 0.25, 0.25]) == pytest.approx(
+        100 + 11 + 0.5 * 22 + 0.25 * 30
+    )
 
 
 def test_summary_of_a_routed_model():
@@ -58,7 +61,7 @@ def test_summary_of_a_routed_model():
     logits = np.array([[[9.0, 0.0], [9.0, 0.0]], [[0.0, 1.0], [0.0, 99.0]]], np.float32)
     predictions = Predictions(logits, np.array([[0.1, 0.8]], np.float32), np.array([0, 1]))
 
-    result = summarise(predictions, [500, 5], (100, [10, 20], [1]), [0.5])
+    result = summarise(predictions, [500, 5], Costs(100, [10, 20], [1]), [0.5])
 
     assert [row["all"] for row in result["experts"]] == [50.0, 100.0]
     assert [row["macs"] for row in result["experts"]] == [110, 130]
@@ -72,7 +75,7 @@ def test_experts_and_cost_are_means_over_images_whatever_the_classes():
     logits = np.array([[[9.0, 0.0]] * 4, [[0.0, 1.0]] * 4], np.float32)
     predictions = Predictions(logits, np.array([[0.1, 0.1, 0.1, 0.8]], np.float32), np.array([0, 0, 0, 1]))
 
-    routed = summarise(predictions, [500, 5], (100, [10, 20], [0]), [0.5])["routed"]
+    routed = summarise(predictions, [500, 5], Costs(100, [10, 20], [0]), [0.5])["routed"]
 
     assert (routed["all"], routed["experts_share"]) == (50.0, [0.75, 0.25])
     assert routed["mean_experts"] == {"all": 1.25, "many": 1.0, "medium": None, "few": 2.0}

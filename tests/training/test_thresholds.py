@@ -1,0 +1,78 @@
+"""Thresholds against brute force, and the temperature that spreads scores."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from training.data.sets import load_data
+from training.evaluate import Costs, Predictions, mean_macs, predict, prefix_right, route
+from training.thresholds import BUDGETS, fill_scores, frontier
+from training.train import trained_model
+
+
+def random_predictions(n_experts, n_images, n_scores, seed):
+    """Of two classes that have equally many images, so that accuracies of classes and of images are the same."""
+    generator = np.random.default_rng(seed)
+    scores = generator.integers(0, n_scores, (n_experts - 1, n_images)) / n_scores
+    logits = generator.normal(size=(n_experts, n_images, 2))
+    return Predictions(logits, scores.astype(np.float32), np.arange(n_images) % 2)
+
+
+def measured(predictions, macs, thresholds):
+    """Cost and share of right answers at thresholds."""
+    used = route(predictions.router_scores, thresholds)
+    right = prefix_right(predictions)[used - 1, np.arange(len(used))]
+    shares = [(used == count + 1).mean() for count in range(len(macs.experts))]
+    return mean_macs(macs, shares), right.mean()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_router_s_thresholds_are_the_best_within_every_budget(seed):
+    """No cut anywhere does better."""
+    predictions, macs = random_predictions(2, 60, 12, seed), Costs(10, [20, 30], [1])
+    anywhere = [measured(predictions, macs, (value,)) for value in np.arange(13) / 12]
+    found = [measured(predictions, macs, thresholds) for thresholds in frontier(predictions, [9, 9], macs)]
+    for budget in np.linspace(31, 61, BUDGETS) + 1e-9:
+        best = max(right for cost, right in anywhere if cost <= budget)
+        assert max(right for cost, right in found if cost <= budget) == best
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_several_routers_leave_no_single_threshold_to_improve(seed):
+    """Whatever it costs: no other value of any one threshold gives more right answers than the most accurate."""
+    predictions, macs = random_predictions(4, 80, 30, seed), Costs(10, [20, 20, 20, 20], [1, 1, 1])
+    best = max(frontier(predictions, [9, 9], macs), key=lambda thresholds: measured(predictions, macs, thresholds)[1])
+    for router, value in itertools.product(range(3), np.arange(31) / 30):
+        changed = (*best[:router], value, *best[router + 1 :])
+        assert measured(predictions, macs, changed)[1] <= measured(predictions, macs, best)[1]
+
+
+def test_thresholds_lie_between_scores():
+    """A score that another precision rounds otherwise decides the same."""
+    predictions = random_predictions(3, 200, 20, 0)
+    for thresholds in frontier(predictions, [9, 9], Costs(10, [20, 20, 20], [1, 1])):
+        for value in set(thresholds) - {0.0, 1.0}:
+            assert np.abs(predictions.router_scores - value).min() > 0.02
+
+
+def test_scores_are_spread_without_moving_a_decision(swept):
+    """Decisions have a standard deviation of 1 afterwards; what was below 0.5 still is."""
+    checkpoint, model = trained_model(swept / "ride-own-seed0")
+    heldout = load_data(checkpoint.recipe).heldout
+    before = predict(model, heldout).router_scores
+    temperature = fill_scores(model, heldout)
+    after = predict(model, heldout).router_scores.astype(np.float64)
+
+    assert temperature == model.routers.temperature
+    assert np.log(after / (1 - after)).std(ddof=1) == pytest.approx(1, abs=0.01)
+    assert ((before < 0.5) == (after < 0.5)).all()
+
+
+def test_routers_that_always_say_the_same_are_left_alone(swept):
+    """Rather than divided by 0."""
+    checkpoint, model = trained_model(swept / "ride-own-seed0")
+    heldout = load_data(checkpoint.recipe).heldout
+    for parameter in model.routers.parameters():
+        parameter.data.zero_()
+    assert fill_scores(model, heldout) == 1.0
