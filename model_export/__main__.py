@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     from model_export.precision import obstacle, parse_precisions
     from training.checkpoint import CheckpointError
     from training.data.sets import DataError
-    from training.recipe import RecipeError
+    from training.recipe import RecipeError, parse_settings
 
     try:
         precisions = []
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         )  # fmt: skip
         manifest = export(
             options.run, options.output, name=options.name, version=options.version, wish=wish, precisions=precisions,
-            data=options.data, settings=_settings(options.set),
+            data=options.data, settings=parse_settings(options.set),
         )  # fmt: skip
     except (BundleError, CheckpointError, DataError, RecipeError) as error:
         print(f"ride-export: {error}", file=sys.stderr)
@@ -159,18 +159,6 @@ def _cost(point: OperatingPoint) -> str:
 def _cells(accuracy: Accuracy) -> str:
     values = (accuracy.all, accuracy.many, accuracy.medium, accuracy.few)
     return " ".join("     –" if value is None else f"{value:6.2f}" for value in values)
-
-
-def _settings(texts: list[str]) -> dict[str, str]:
-    from training.recipe import RecipeError
-
-    settings = {}
-    for text in texts:
-        field, separator, value = text.partition("=")
-        if not separator:
-            raise RecipeError(f"--set {text}: must be field=value")
-        settings[field] = value
-    return settings
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -50,7 +50,7 @@ class DrainingServer(uvicorn.Server):
             listen_at_once: whether to do so before the classifier is ready.
         """
         app = create_app(classifier, listen_at_once=listen_at_once)
-        protocol = partial(GuardedProtocol, short_path=b"/classify", short_way=app.classify.at_once)
+        protocol = partial(GuardedProtocol, short_path=b"/classify", short_way=app.classify.short_way)
         config = uvicorn.Config(
             app, log_config=None, access_log=False, loop="uvloop",
             http=cast(Any, protocol), ws="none", server_header=False, proxy_headers=False, backlog=BACKLOG,

@@ -65,7 +65,7 @@ class ClassifyRoute:
         finally:
             self._classifier.metrics.request_done(status, time.perf_counter() - started)
 
-    def at_once(self, query: bytes, headers: Headers, data: bytes, exchange: Exchange) -> bool:
+    def short_way(self, query: bytes, headers: Headers, data: bytes, exchange: Exchange) -> bool:
         """
         Answer, without a task, a request whose body is one image that is quickly decoded.
 
@@ -86,7 +86,7 @@ class ClassifyRoute:
         if begun is None:
             lease.release()
             return False
-        _AtOnce(self, exchange, request_id_of(headers), Upload(None, data), choice, started, lease, *begun)
+        _ShortRequest(self, exchange, request_id_of(headers), Upload(None, data), choice, started, lease, *begun)
         return True
 
     async def _answer(self, query: bytes, body: Body, request_id: str, started: float) -> tuple[int, dict[str, Any]]:
@@ -219,7 +219,7 @@ class ClassifyRoute:
         await send({"type": "http.response.body", "body": content})
 
 
-class _AtOnce:
+class _ShortRequest:
     """A request that is answered without a task, from the moment when its image is queued."""
 
     def __init__(

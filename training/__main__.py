@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.recipe import Recipe, RecipeError
+from training.recipe import Recipe, RecipeError, parse_settings
 from training.recipes import RECIPES
 
 SMOKE = {
@@ -172,7 +172,7 @@ def table(results: dict[str, Any]) -> str:
 def _recipe(name: str, options: argparse.Namespace) -> Recipe:
     if name not in RECIPES:
         raise RecipeError(f"{name}: no such recipe; there are {', '.join(RECIPES)}")
-    settings = _settings(options)
+    settings = parse_settings(options.set)
     recipe = RECIPES[name]
     if options.data:
         recipe = dataclasses.replace(recipe, data=options.data)
@@ -188,19 +188,9 @@ def _recipe(name: str, options: argparse.Namespace) -> Recipe:
     return recipe
 
 
-def _settings(options: argparse.Namespace) -> dict[str, str]:
-    settings: dict[str, str] = {}
-    for text in options.set:
-        key, separator, value = text.partition("=")
-        if not separator:
-            raise RecipeError(f"--set {text}: must be field=value")
-        settings[key] = value
-    return settings
-
-
 def _settings_record(options: argparse.Namespace) -> dict[str, Any]:
     """What several runs of one directory have in common, less what changes no result."""
-    settings = {key: value for key, value in sorted(_settings(options).items()) if key != "evaluate_every"}
+    settings = {key: value for key, value in sorted(parse_settings(options.set).items()) if key != "evaluate_every"}
     return {"data": options.data, "smoke": options.smoke, "set": settings}
 
 

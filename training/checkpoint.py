@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -61,6 +62,20 @@ class Checkpoint:
     decoding: Decoding = "resident"
     state: dict[str, float] = field(default_factory=dict)
     images_digest: str = ""
+
+    def saw(self, images_digest: str) -> bool:
+        """Whether it was trained on the images of this digest; taken for granted where an older version wrote it."""
+        return self.images_digest in ("", images_digest)
+
+    def other_images(self, classes: Sequence[str], class_counts: Sequence[int], images_digest: str) -> str | None:
+        """In what the images that it was trained on differ from those that are there now; None where in nothing."""
+        if self.classes != tuple(classes):
+            odd = sorted(set(self.classes) ^ set(classes))
+            return f"other classes ({', '.join(odd[:5]) or 'in another order'})"
+        for name, before, now in zip(classes, self.class_counts, class_counts, strict=True):
+            if before != now:
+                return f"{before} of class {name!r}, {now} now"
+        return None if self.saw(images_digest) else "as many, but some have changed or go by other names"
 
     def load_into(self, model: nn.Module, optimiser: torch.optim.Optimizer | None = None) -> None:
         """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,13 @@ from training.methods.method import Model, Stage
 from training.recipe import DECIDE_NOTHING
 
 STAGE = "experts"  # the only stage of such a run that counts
-WITHOUT_EFFECT = ("name", "first_stage", "compile", *DECIDE_NOTHING)
-OF_OTHER_STAGES = ("retrain", "tau", "ncm_", "router_", "oltr_", "lfme_", "m2m_")
+# Fields, or beginnings of their names, that are without effect on the first stage of a training.
+OF_LATER_STAGES = (
+    "name", *DECIDE_NOTHING, "retrain", "tau", "ncm_", "first_stage", "router_epochs", "router_batch_size",
+    "router_lr", "router_weight_decay", "router_positive_weight",
+)  # fmt: skip
+# And those of methods, or parts of a network, that the recipe of a first stage by itself does not have.
+OF_OTHERS = ("router_", "oltr_", "lfme_", "m2m_")
 
 
 def take_over(source: Path, model: Model, stage: Stage, *, run: Path, info: dict[str, Any]) -> None:
@@ -31,28 +35,18 @@ def take_over(source: Path, model: Model, stage: Stage, *, run: Path, info: dict
     checkpoint = checkpoints_of(source).get(STAGE)
     if checkpoint is None:
         raise CheckpointError(f"first_stage={source}: no checkpoint of the stage {STAGE!r} there; ride-train makes it")
-    theirs, ours = checkpoint.recipe.to_dict(), stage.alone.to_dict()
-    for key in ours:
-        if _matters(key) and theirs[key] != ours[key]:
-            raise CheckpointError(f"first_stage={source}: made with {key}={theirs[key]}, this recipe needs {ours[key]}")
+    ignored = (*OF_LATER_STAGES, *OF_OTHERS, "compile")
+    for key, (has, needs) in checkpoint.recipe.differences(stage.alone, ignored).items():
+        raise CheckpointError(f"first_stage={source}: made with {key}={has}, this recipe needs {needs}")
     if checkpoint.epochs_done != stage.alone.epochs:
         raise CheckpointError(
             f"first_stage={source}: {checkpoint.epochs_done} of {stage.alone.epochs} epochs are done; "
             "finish it with ride-train --resume"
         )
-    for key in ("classes", "class_counts", "mean", "std"):
-        for index, (found, wanted) in enumerate(zip_longest(getattr(checkpoint, key), info[key])):
-            if found != wanted:
-                raise CheckpointError(
-                    f"first_stage={source}: trained on other images: {key}[{index}] is {found}, here {wanted}"
-                )
-    if checkpoint.images_digest not in ("", info["images_digest"]):
-        raise CheckpointError(f"first_stage={source}: trained on other images: as many, but not the same")
+    differs = checkpoint.other_images(info["classes"], info["class_counts"], info["images_digest"])
+    if differs:
+        raise CheckpointError(f"first_stage={source}: trained on other images: {differs}")
     checkpoint.load_into(model if stage.network is None else Model(stage.network, None))
     line = {"stage": stage.name, "epoch": checkpoint.epochs_done, "from": str(source), "commit": checkpoint.commit}
     if rank() == 0:
         save_checkpoint(run, stage.name, stage.epochs, model, None, info | {"metrics": line})
-
-
-def _matters(key: str) -> bool:
-    return key not in WITHOUT_EFFECT and not key.startswith(OF_OTHER_STAGES)

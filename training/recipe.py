@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,8 +21,8 @@ class RecipeError(ValueError):
     """A recipe field that does not exist, or a value that it cannot take."""
 
 
-# Methods whose step does more with a batch than pass it through one network once.
 DECIDE_NOTHING = ("evaluate_every", "workers", "decoding")  # `decoding`: what "auto" chose at first stays
+# Methods whose step does more with a batch than pass it through one network once.
 ONE_PROCESS = ("bbn", "oltr", "lfme", "m2m")
 
 
@@ -452,6 +453,11 @@ class Recipe:
         """The epoch, from 0, at which `share` of the training is done."""
         return round(share * self.epochs)
 
+    def differences(self, other: Recipe, ignored: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
+        """Field to the values here and there where they differ, less fields whose names begin with one of `ignored`."""
+        pairs = {name: (value, getattr(other, name)) for name, value in vars(self).items()}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and not name.startswith(ignored)}
+
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values; `from_dict` takes it back."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
@@ -481,6 +487,20 @@ class Recipe:
         _refuse_unknown(settings)
         hints = typing.get_type_hints(Recipe)
         return dataclasses.replace(self, **{key: _parse(key, text, hints[key]) for key, text in settings.items()})
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, str]:
+    """
+    Field to text, of arguments FIELD=VALUE.
+
+    Raises:
+        RecipeError: for one without an equals sign.
+    """
+    pairs = [text.partition("=") for text in texts]
+    for text, (_, separator, _) in zip(texts, pairs, strict=True):
+        if not separator:
+            raise RecipeError(f"--set {text}: must be field=value")
+    return {field: value for field, _, value in pairs}
 
 
 _INFINITE = float("inf")

@@ -15,14 +15,9 @@ from typing import Any
 import torch
 
 from training.checkpoint import CheckpointError, checkpoints_of, write_atomically
+from training.first_stage import OF_LATER_STAGES
 from training.recipe import DECIDE_NOTHING, Recipe
 from training.train import train
-
-# Fields, or beginnings of their names, that are without effect on the first stage of a training.
-OF_LATER_STAGES = (
-    "name", *DECIDE_NOTHING, "retrain", "tau", "ncm_", "first_stage", "router_epochs", "router_batch_size",
-    "router_lr", "router_weight_decay", "router_positive_weight",
-)  # fmt: skip
 
 
 class RunsError(ValueError):
@@ -91,12 +86,6 @@ def read_results(run: Path) -> dict[str, Any]:
     return results
 
 
-def differences(theirs: Recipe, ours: Recipe, ignored: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
-    """Field to the two values where they differ, except fields whose names begin with one of `ignored`."""
-    pairs = {name: (value, getattr(ours, name)) for name, value in vars(theirs).items()}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and not name.startswith(ignored)}
-
-
 @contextlib.contextmanager
 def _claimed(out: Path) -> Iterator[None]:
     """The kernel lets go of the lock when this process ends, however it ends."""
@@ -125,7 +114,7 @@ def _refuse_other_recipe(run: Path, recipe: Recipe) -> None:
             made_with = read_results(run)["recipe"]
         else:
             made_with = next((checkpoint.recipe for checkpoint in checkpoints_of(run).values()), recipe)
-    different = differences(made_with, recipe, DECIDE_NOTHING)
+    different = made_with.differences(recipe, DECIDE_NOTHING)
     if different:
         listed = ", ".join(f"{name}={theirs} (now {ours})" for name, (theirs, ours) in different.items())
         raise RunsError(f"{run}: made with {listed}; take another --out")
@@ -139,7 +128,7 @@ def _borrow_first_stage(run: Path, recipe: Recipe, others: list[Path]) -> None:
     for other in others:
         with contextlib.suppress(CheckpointError):
             lent = checkpoints_of(other).get(stage) if (other / "results.json").exists() else None
-            if lent is None or lent.epochs_done != epochs or differences(lent.recipe, recipe, OF_LATER_STAGES):
+            if lent is None or lent.epochs_done != epochs or lent.recipe.differences(recipe, OF_LATER_STAGES):
                 continue
             lines = (other / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if json.loads(line)["stage"] == stage]

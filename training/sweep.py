@@ -16,7 +16,7 @@ from training.plots import plot_accuracy, plot_cost, plot_experts
 from training.recipe import Recipe
 from training.recipes import RECIPES
 from training.recipes.published import PUBLISHED, Published
-from training.runs import RunsError, differences, read_results, train_all
+from training.runs import RunsError, read_results, train_all
 from training.tables import MISSING, Cell, markdown, number, write_csv
 
 ACCURACIES = ("all", *SPLITS)
@@ -106,7 +106,7 @@ def label_of(recipe: Recipe) -> str:
     named = RECIPES.get(recipe.name)
     if named is None:
         return recipe.name
-    changed = differences(recipe, named, ("name", *NOT_A_SETTING))
+    changed = recipe.differences(named, ("name", *NOT_A_SETTING))
     return ", ".join([recipe.name, *(f"{field}={value}" for field, (value, _) in changed.items())])
 
 

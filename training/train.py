@@ -172,27 +172,22 @@ def refuse_other_images(checkpoint: Checkpoint, data: Data) -> None:
     Raises:
         CheckpointError: where the training images are not those of the checkpoint.
     """
-    was = f"{checkpoint.path}: was trained on other images than are there now:"
-    restore = "restore them, or begin anew in another directory"
-    if checkpoint.classes != data.classes:
-        odd = sorted(set(checkpoint.classes) ^ set(data.classes))
-        raise CheckpointError(f"{was} other classes ({', '.join(odd[:5]) or 'in another order'}); {restore}")
-    for name, before, now in zip(data.classes, checkpoint.class_counts, data.counts, strict=True):
-        if before != now:
-            raise CheckpointError(f"{was} {before} of class {name!r}, {now} now; {restore}")
-    if checkpoint.images_digest not in ("", data.digest):
-        raise CheckpointError(f"{was} as many, but some have changed or go by other names; {restore}")
+    differs = checkpoint.other_images(data.classes, data.counts, data.digest)
+    if differs:
+        raise CheckpointError(
+            f"{checkpoint.path}: was trained on other images than are there now: {differs}; restore them, or begin "
+            "anew in another directory"
+        )
 
 
 def _refuse_other_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
     """A run goes on only under the recipe that began it; what decides nothing may change."""
-    ours = recipe.to_dict()
-    theirs = checkpoint.recipe.to_dict() | {field: ours[field] for field in DECIDE_NOTHING}
+    different = checkpoint.recipe.differences(recipe, DECIDE_NOTHING)
     if recipe.decoding not in ("auto", checkpoint.decoding):
-        theirs["decoding"] = checkpoint.decoding
-    different = [f"{key}={theirs[key]} (now {ours[key]})" for key in ours if theirs[key] != ours[key]]
+        different["decoding"] = checkpoint.decoding, recipe.decoding
     if different:
-        raise CheckpointError(f"{checkpoint.path}: made with {', '.join(different)}; give another --out directory")
+        listed = ", ".join(f"{name}={theirs} (now {ours})" for name, (theirs, ours) in different.items())
+        raise CheckpointError(f"{checkpoint.path}: made with {listed}; give another --out directory")
 
 
 def _sizes(data: Data) -> str:

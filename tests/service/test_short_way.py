@@ -23,7 +23,7 @@ pytestmark = pytest.mark.anyio
 @asynccontextmanager
 async def listening(running, *, send_buffer=None, **options):
     """A socket in front of a service that runs here; connect to it. What is not read yet fits into `send_buffer`."""
-    protocol = partial(GuardedProtocol, short_path=b"/classify", short_way=running.app.classify.at_once)
+    protocol = partial(GuardedProtocol, short_path=b"/classify", short_way=running.app.classify.short_way)
     config = uvicorn.Config(
         running.app, port=0, http=protocol, ws="none", lifespan="off", log_config=None, server_header=False, **options
     )
@@ -51,13 +51,13 @@ async def listening(running, *, send_buffer=None, **options):
 def taken(monkeypatch):
     """What went the short way, of all requests that were offered to it."""
     offered = []
-    at_once = routes.ClassifyRoute.at_once
+    short_way = routes.ClassifyRoute.short_way
 
     def note(*arguments):
-        offered.append(at_once(*arguments))
+        offered.append(short_way(*arguments))
         return offered[-1]
 
-    monkeypatch.setattr(routes.ClassifyRoute, "at_once", note)
+    monkeypatch.setattr(routes.ClassifyRoute, "short_way", note)
     return offered
 
 

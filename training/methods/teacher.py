@@ -56,7 +56,7 @@ def refuse_other_teachers(recipe: Recipe, images_digest: str) -> None:
     """
     for run in _runs(recipe):
         for checkpoint in checkpoints_of(Path(run)).values():
-            if checkpoint.images_digest not in ("", images_digest):
+            if not checkpoint.saw(images_digest):
                 raise CheckpointError(
                     f"teacher: {run} was trained on other images, as many, but some have changed or go by other names; "
                     "train it anew"
