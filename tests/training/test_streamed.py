@@ -42,7 +42,6 @@ def test_streamed_images_are_the_resident_ones(folder):
     assert channel_statistics(streamed.train) == channel_statistics(resident.train)
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
 def test_an_epoch_does_not_depend_on_workers_or_batch_size(folder):
     """What is drawn for an image depends on the epoch's seed and its place in the order alone."""
     alone, shared = (load_data(recipe_for(folder, decoding="streamed", workers=n, rotation=30.0)).train for n in (0, 2))
