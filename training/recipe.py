@@ -378,7 +378,7 @@ class Recipe:
             raise RecipeError(f"backbone={self.backbone!r}: depth fusion is built for resnet32_cifar")
         if self.method == "ace" and self.backbone.startswith("swin"):
             raise RecipeError(
-                f"backbone={self.backbone!r}: its experts share a norm, those of 'ace' train no one else's"
+                f"backbone={self.backbone!r}: all experts share its last norm, which method 'ace' cannot train"
             )
         if self.method in ("bbn", "oltr") and not self.backbone.endswith("_cifar"):
             raise RecipeError(f"backbone={self.backbone!r}: method {self.method!r} is built for the CIFAR ResNets")

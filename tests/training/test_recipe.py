@@ -61,7 +61,7 @@ def test_overrides_take_the_type_of_the_field():
                 "classifier": "linear",
                 "loss": "ce",
             },
-            "backbone='swin_t': its experts share a norm",
+            "backbone='swin_t': all experts share its last norm",
         ),
         ({"loss": "ldam", "classifier": "linear"}, "need the cosine classifier"),
     ],
