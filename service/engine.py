@@ -1,9 +1,10 @@
 """Runs a bundle's graphs with onnxruntime, and chooses provider and variant. The only file that touches onnxruntime."""
 
-import os
+import hashlib
+import logging
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from model_export.bundle import Bundle, BundleError, GraphSpec, Manifest, Precision, TensorSpec
 from service.cascade import Floats, Rows
+from service.logs import log
 
 if TYPE_CHECKING:
     from service.openvino_engine import OpenVinoEngine  # it is not installed everywhere
@@ -26,14 +28,11 @@ PREFERRED: Final[Mapping[str, tuple[Precision, ...]]] = {
 }  # fmt: skip
 INT8_FLAGS: Final = {"avx512_vnni", "avx_vnni", "asimddp"}  # x86 and ARM; without, int8 is slow or saturates
 BF16_FLAGS: Final = {"amx_bf16", "avx512_bf16", "bf16"}
-TENSORRT_OPTIONS: Final = {
-    "trt_engine_cache_enable": True,
-    "trt_engine_cache_path": os.path.expanduser("~/.cache/ride-serving/tensorrt"),
-    "trt_timing_cache_enable": True,
-}
+TENSORRT_CACHE: Final = Path("~/.cache/ride-serving/tensorrt")
 CUDA_OPTIONS: Final = {
-    "cudnn_conv_algo_search": "HEURISTIC",  # the default measures anew for every batch size, tens of milliseconds each
+    "cudnn_conv_algo_search": "HEURISTIC",  # the default searches longer, and again for every batch size
     "arena_extend_strategy": "kSameAsRequested",
+    "use_tf32": "0",  # fp32 is to be what it says
 }
 # Gather along the batch axis, opset 17, for features of any rank: `data`, `rows` -> `taken`. A test holds that these
 # are the bytes that onnx.helper makes; the service itself has no need of the onnx package.
@@ -113,7 +112,7 @@ class CpuEngine:
     def _open(self, bundle: Bundle, graph: GraphSpec) -> ort.InferenceSession:
         """A session for a graph whose tensors are those that the manifest lists."""
         try:
-            session = self._session(bundle.read_graph(graph))  # bytes: no graph may refer to other files
+            session = self._session(bundle.read_graph(graph), self.provider)  # bytes: it may refer to no other files
         except EngineError as error:
             raise EngineError(f"{graph.file}: {error}") from error
         for kind, found, listed in (
@@ -123,69 +122,103 @@ class CpuEngine:
             _compare_tensors(graph.file, kind, found, listed)
         return session
 
-    def _session(self, graph: bytes) -> ort.InferenceSession:
+    def _session(self, graph: bytes, provider: str) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3  # errors
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # leaves the core to HTTP and decoding
         try:
-            session = ort.InferenceSession(graph, options, providers=_providers(self.provider))
+            # left to itself it would go on with the CPU, and its reason would be lost
+            session = ort.InferenceSession(graph, options, providers=_providers(provider, graph), enable_fallback=0)
         except Exception as error:  # onnxruntime's exceptions share no class of their own
             raise EngineError(f"onnxruntime {RUNTIME_VERSION} cannot open it: {error}") from error
-        if PROVIDERS[self.provider] not in session.get_providers():  # onnxruntime goes on without
+        if PROVIDERS[provider] not in session.get_providers():  # where a library is missing it still goes on without
+            libraries = "TensorRT 10, CUDA" if provider == "tensorrt" else "CUDA"
             raise EngineError(
-                f"onnxruntime {RUNTIME_VERSION} could not start {PROVIDERS[self.provider]}; are the NVIDIA driver, "
-                "CUDA and cuDNN that it needs installed? RIDE_PROVIDER=cpu does without"
+                f"onnxruntime {RUNTIME_VERSION} could not start {PROVIDERS[provider]}; are the NVIDIA driver, "
+                f"{libraries} and cuDNN that it needs installed? RIDE_PROVIDER=cpu does without"
             )
         return session
+
+
+class DeviceFeatures(NamedTuple):
+    """On the device: the features of `rows` images, then those of others that fill up the batch."""
+
+    value: ort.OrtValue
+    rows: int
 
 
 class DeviceEngine(CpuEngine):
     """
     The same on a GPU ("cpu" is for tests): features stay there between the graphs (I/O binding).
 
-    Logits and router scores come to the host, because the cascade decides on them.
+    Logits and router scores come to the host, because the cascade decides on them. Batches are filled up to one of a
+    few sizes, as onnxruntime plans a convolution anew whenever the size is another than the last time.
     """
 
     def __init__(self, bundle: Bundle, variant: str, *, provider: str, threads: int) -> None:
         super().__init__(bundle, variant, provider=provider, threads=threads)
         self._device = "cpu" if provider == "cpu" else "cuda"
         dtype = bundle.manifest.variants[variant].trunk.outputs[0].dtype
-        self._take = self._session(GATHER_GRAPHS[dtype])
-        self._join = self._session(CONCAT_GRAPHS[dtype])
+        plain = "cuda" if provider == "tensorrt" else provider  # TensorRT takes no tensors of any rank
+        self._take = self._session(GATHER_GRAPHS[dtype], plain)
+        self._join = self._session(CONCAT_GRAPHS[dtype], plain)
+        image = bundle.manifest.input
+        try:
+            self.trunk(np.zeros((1, image.height, image.width, 3), np.uint8))
+        except Exception as error:  # such as that the GPU is too old, or too new, for this build
+            raise EngineError(f"{PROVIDERS[provider]} opens the graphs but does not run them: {error}") from error
 
-    def trunk(self, images: NDArray[np.uint8]) -> ort.OrtValue:
+    def trunk(self, images: NDArray[np.uint8]) -> DeviceFeatures:
         """(B, H, W, 3) to features, on the device."""
-        (features,) = _run_bound(self._trunk, {"images": images}, {"features": self._device})
-        return features
+        given = {"images": _filled(images, batch_size_for(len(images)))}
+        (features,) = _run_bound(self._trunk, given, {"features": self._device})
+        return DeviceFeatures(features, len(images))
 
-    def expert(self, index: int, features: ort.OrtValue, logits_sum: Floats) -> tuple[Floats, ort.OrtValue]:
+    def expert(self, index: int, features: DeviceFeatures, logits_sum: Floats) -> tuple[Floats, DeviceFeatures]:
         """Features and (B, C) to the new (B, C), and the expert's feature, on the device."""
         new_logits_sum, expert_feature = _run_bound(
             self._experts[index],
-            {"features": features, "logits_sum": logits_sum},
+            {"features": features.value, "logits_sum": _filled(logits_sum, features.value.shape()[0])},
             {"new_logits_sum": "cpu", "expert_feature": self._device},
         )
-        return new_logits_sum.numpy(), expert_feature
+        return new_logits_sum.numpy()[: features.rows], DeviceFeatures(expert_feature, features.rows)
 
-    def router(self, index: int, expert_feature: ort.OrtValue, logits_sum: Floats) -> Floats:
+    def router(self, index: int, expert_feature: DeviceFeatures, logits_sum: Floats) -> Floats:
         """The expert's feature and (B, C) to (B,)."""
-        given = {"expert_feature": expert_feature, "logits_sum": logits_sum}
+        value, rows = expert_feature
+        given = {"expert_feature": value, "logits_sum": _filled(logits_sum, value.shape()[0])}
         scores: Floats = _run_bound(self._routers[index], given, {"score": "cpu"})[0].numpy()
-        return scores
+        return scores[:rows]
 
-    def take(self, features: ort.OrtValue, rows: Rows) -> ort.OrtValue:
+    def take(self, features: DeviceFeatures, rows: Rows) -> DeviceFeatures:
         """The features of these rows, on the device."""
-        (taken,) = _run_bound(self._take, {"data": features, "rows": rows}, {"taken": self._device})
-        return taken
+        given = {"data": features.value, "rows": _filled(rows, batch_size_for(len(rows)))}
+        (taken,) = _run_bound(self._take, given, {"taken": self._device})
+        return DeviceFeatures(taken, len(rows))
 
-    def join(self, features: Sequence[ort.OrtValue]) -> ort.OrtValue:
+    def join(self, features: Sequence[DeviceFeatures]) -> DeviceFeatures:
         """The features of several batches, one after the other, on the device."""
-        joined = features[0]
+        joined, rows, size = features[0].value, [np.arange(features[0].rows)], features[0].value.shape()[0]
         for more in features[1:]:
-            (joined,) = _run_bound(self._join, {"first": joined, "second": more}, {"joined": self._device})
-        return joined
+            (joined,) = _run_bound(self._join, {"first": joined, "second": more.value}, {"joined": self._device})
+            rows.append(size + np.arange(more.rows))
+            size += more.value.shape()[0]
+        return self.take(DeviceFeatures(joined, size), np.concatenate(rows))
+
+
+def batch_size_for(rows: int) -> int:
+    """The least of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is enough: a power of two or three quarters of one."""
+    power = 1 << (rows - 1).bit_length()
+    return 3 * power // 4 if power >= 4 and rows <= 3 * power // 4 else power
+
+
+def _filled(values: NDArray[Any], size: int) -> NDArray[Any]:
+    """(B, ...) to (size, ...), with zeros behind."""
+    if len(values) == size:
+        return values
+    return np.concatenate([values, np.zeros((size - len(values), *values.shape[1:]), values.dtype)])
 
 
 def _run_bound(
@@ -204,14 +237,23 @@ def _run_bound(
     return list(binding.get_outputs())
 
 
-def _providers(provider: str) -> list[Any]:
-    """What onnxruntime shall use, the CPU for what the device cannot."""
-    options: dict[str, dict[str, Any]] = {
-        "cpu": {},
-        "cuda": {PROVIDERS["cuda"]: CUDA_OPTIONS},
-        "tensorrt": {PROVIDERS["tensorrt"]: TENSORRT_OPTIONS, PROVIDERS["cuda"]: CUDA_OPTIONS},
-    }
-    return [*options[provider].items(), PROVIDERS["cpu"]]
+def _providers(provider: str, graph: bytes) -> list[Any]:
+    """What onnxruntime shall use for the graph, the CPU for what the device cannot."""
+    options: dict[str, dict[str, Any]] = {}
+    if provider == "tensorrt":
+        options[PROVIDERS["tensorrt"]] = _tensorrt_options(graph)
+    if provider in ("cuda", "tensorrt"):
+        options[PROVIDERS["cuda"]] = CUDA_OPTIONS
+    return [*options.items(), PROVIDERS["cpu"]]
+
+
+def _tensorrt_options(graph: bytes) -> dict[str, Any]:
+    """Engines are kept on disk, each graph's in a directory of its own: their names do not tell weights apart."""
+    directory = TENSORRT_CACHE.expanduser() / hashlib.sha256(graph).hexdigest()
+    directory.mkdir(parents=True, exist_ok=True)
+    return {
+        "trt_engine_cache_enable": True, "trt_engine_cache_path": str(directory), "trt_timing_cache_enable": True
+    }  # fmt: skip
 
 
 def open_engine(bundle: Bundle, variant: str | None, *, provider: str, threads: int) -> "CpuEngine | OpenVinoEngine":
@@ -231,8 +273,8 @@ def open_engine(bundle: Bundle, variant: str | None, *, provider: str, threads: 
     available = set(ort.get_available_providers())
     if provider in ("cuda", "tensorrt") and PROVIDERS[provider] not in available:
         raise EngineError(
-            f"RIDE_PROVIDER is {provider}, this onnxruntime {RUNTIME_VERSION} was built without; install "
-            "onnxruntime-gpu in place of onnxruntime, or set RIDE_PROVIDER=cpu"
+            f"RIDE_PROVIDER is {provider}, this onnxruntime {RUNTIME_VERSION} was built without; pip uninstall it and "
+            "install the extra serve-gpu in place of serve, or set RIDE_PROVIDER=cpu"
         )
     if PROVIDERS["cuda"] in available and provider != "cpu":
         ort.preload_dlls()  # of the nvidia-* wheels, where they are installed
@@ -240,9 +282,11 @@ def open_engine(bundle: Bundle, variant: str | None, *, provider: str, threads: 
         try:
             chosen = variant or choose_variant(bundle.manifest, wanted)
             return DeviceEngine(bundle, chosen, provider=wanted, threads=threads)
-        except EngineError:
+        except EngineError as error:
             if provider != "auto":
                 raise
+            advice = "RIDE_PROVIDER=cpu does without, with a worker for each core"
+            log(logging.WARNING, "gpu_not_used", reason=str(error), advice=advice)
     return CpuEngine(bundle, variant or choose_variant(bundle.manifest, "cpu"), provider="cpu", threads=threads)
 
 

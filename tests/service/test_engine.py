@@ -5,6 +5,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -13,7 +14,16 @@ import pytest
 from onnx import TensorProto, helper
 
 from model_export.bundle import BundleError, TensorSpec, read_bundle, sha256_of, write_manifest
-from service.engine import CONCAT_GRAPHS, GATHER_GRAPHS, DeviceEngine, EngineError, choose_variant, open_engine
+from service import engine as engine_module
+from service.engine import (
+    CONCAT_GRAPHS,
+    GATHER_GRAPHS,
+    DeviceEngine,
+    EngineError,
+    batch_size_for,
+    choose_variant,
+    open_engine,
+)
 from tests.tiny import TinyModel, noise, write_bundle
 
 ELEMENT_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
@@ -112,6 +122,34 @@ def test_the_graphs_give_the_numbers_of_the_reference(bundle, open_one):
         np.testing.assert_allclose([score[row] for score in scores], expected.router_scores, atol=1e-5)
 
 
+def test_batches_on_a_gpu_have_few_sizes():
+    """At most a third of one is filling."""
+    sizes = [batch_size_for(rows) for rows in range(1, 65)]
+    assert sorted(set(sizes)) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+    assert all(rows <= size <= 1.5 * rows for rows, size in enumerate(sizes, start=1))
+
+
+@pytest.mark.parametrize("n_images", [1, 2, 5, 7, 9])
+def test_what_fills_a_batch_up_never_shows(bundle, n_images):
+    """Answers for the images alone, of whichever rows and joined batches, as those of the engine that fills nothing."""
+    images, answers = noise(n_images), []
+    for engine in (cpu_engine(bundle), device_engine(bundle)):
+        features = engine.join([engine.trunk(images), engine.take(engine.trunk(images), np.arange(0, n_images, 2))])
+        logits_sum, expert_feature = engine.expert(0, features, np.zeros((n_images + -(-n_images // 2), 7), np.float32))
+        answers.append((logits_sum, engine.router(0, expert_feature, logits_sum)))
+    for expected, found in zip(*answers, strict=True):
+        assert found.shape == expected.shape
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_tensorrt_keeps_the_engines_of_graphs_apart(tmp_path, monkeypatch):
+    """By their bytes: its own file names do not tell two experts apart."""
+    monkeypatch.setattr(engine_module, "TENSORRT_CACHE", tmp_path / "new" / "cache")
+    paths = [engine_module._tensorrt_options(graph)["trt_engine_cache_path"] for graph in (b"one", b"two", b"one")]
+    assert paths[0] == paths[2] != paths[1]
+    assert all(Path(path).is_dir() for path in paths)
+
+
 @pytest.mark.parametrize(
     ("graph", "kind", "change", "message"),
     [
@@ -199,7 +237,22 @@ def test_a_graph_may_not_reach_for_other_files(make_bundle):
 def test_without_cuda_auto_takes_the_cpu_and_cuda_is_refused(bundle):
     """With what to install or set."""
     assert open_engine(bundle, None, provider="auto", threads=1).provider == "cpu"
-    with pytest.raises(EngineError, match="install onnxruntime-gpu in place of onnxruntime, or set RIDE_PROVIDER=cpu"):
+    with pytest.raises(EngineError, match="install the extra serve-gpu in place of serve"):
+        open_engine(bundle, None, provider="cuda", threads=1)
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this onnxruntime was built with CUDA"
+)
+def test_a_gpu_that_does_not_work_is_told_of(bundle, monkeypatch, caplog):
+    """auto takes the CPU and says why; cuda is refused."""
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    assert open_engine(bundle, None, provider="auto", threads=1).provider == "cpu"
+    (record,) = caplog.records
+    assert record.getMessage() == "gpu_not_used"
+    assert "trunk.onnx: onnxruntime" in record.fields["reason"]
+    with pytest.raises(EngineError, match=r"trunk.onnx: onnxruntime .* cannot open it: .*CUDAExecutionProvider"):
         open_engine(bundle, None, provider="cuda", threads=1)
 
 
