@@ -30,6 +30,7 @@ def describe(seed: int, more: Mapping[str, Any] | None = None) -> dict[str, Any]
         "cpu": _cpu("model name"),
         "cpu_flags": [flag for flag in FLAGS if flag in _cpu("flags").split()],
         "cores": available_cores(),
+        "gpus": _gpus(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": _versions(PACKAGES),
@@ -53,6 +54,18 @@ def _cpu(field: str) -> str:
         if name.strip() == field:
             return value.strip()
     return platform.machine()
+
+
+def _gpus() -> list[str]:
+    """Name and driver of each; none where there is no NVIDIA driver."""
+    try:
+        found = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return found.stdout.splitlines()
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:

@@ -20,6 +20,7 @@ import torch
 from training.checkpoint import write_atomically
 from training.data.longtail import SPLITS, class_counts, split_of
 from training.data.sets import load_data
+from training.distributed import best_device
 from training.evaluate import mean_by_class, mean_by_split, predict
 from training.plots import plot_bias_variance
 from training.recipe import Recipe, RecipeError
@@ -286,7 +287,7 @@ def _save_predictions(run: Path) -> None:
     if file.exists():
         return
     checkpoint, model = trained_model(run)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     predictions = predict(model.to(device), load_data(checkpoint.recipe).test.to(device))
     logits = torch.from_numpy(predictions.expert_logits).mean(dim=0)
     partial = run / "predictions.partial.npz"

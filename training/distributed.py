@@ -36,6 +36,12 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def best_device() -> torch.device:
+    """A GPU where there is one. Its convolutions in fp32 are fp32 then, which by default they are not (TF32)."""
+    torch.backends.cudnn.allow_tf32 = False
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @contextmanager
 def joined() -> Iterator[torch.device]:
     """
@@ -47,12 +53,12 @@ def joined() -> Iterator[torch.device]:
     Raises:
         LostProcessError: from whatever ran inside, where a connection to another process broke.
     """
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    device = best_device()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield torch.device("cuda") if device.type == "cuda" else device
+        yield device
         return
     if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:

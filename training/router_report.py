@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from training.checkpoint import write_atomically
 from training.data.longtail import SPLITS, split_of
 from training.data.sets import load_data
+from training.distributed import best_device
 from training.evaluate import (
     Costs,
     Predictions,
@@ -112,7 +112,7 @@ def report(run: Path, out: Path, max_mean_experts: float | None = None) -> str:
         raise ReportError(f"--max-mean-experts {max_mean_experts:g}: every image uses one expert at least")
     data = load_data(recipe)
     refuse_other_images(checkpoint, data)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     model.to(device)
     macs = macs_of(model, recipe.image_size)
     temperature = fill_scores(model, data.heldout)

@@ -145,3 +145,23 @@ def test_building_for_a_gpu_without_one_says_what_to_do():
     assert "RIDE_PROVIDER=cpu docker compose up" in refused.stderr
     for allowed in ({"PROVIDER": "cpu"}, {"CHECK_DRIVER": "no"}):
         subprocess.run(["sh", "-c", script], env=environment | allowed, check=True)
+
+
+@pytest.mark.parametrize(
+    ("version", "status"),
+    [
+        ("NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22 01:44:30 UTC 2024", 1),
+        ("NVIDIA UNIX Open Kernel Module for x86_64  575.64.03  Release Build  (dvs-builder)", 1),
+        ("NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs-builder)", 0),
+        ("something else altogether", 0),
+    ],
+)
+def test_building_for_a_gpu_with_an_old_driver_says_what_to_do(tmp_path, version, status):
+    """Before anything is fetched; a version that cannot be read is let pass."""
+    checks = re.findall(r"^RUN (if \[ .+?\n    fi)$", DOCKERFILE, re.MULTILINE | re.DOTALL)
+    (tmp_path / "version").write_text(f"NVRM version: {version}\nGCC version:  gcc version 12.2.0\n")
+    script = checks[1].replace("\\\n", "").replace("/proc/driver/nvidia", str(tmp_path))
+    environment = {"PROVIDER": "cuda", "CHECK_DRIVER": "yes", "PATH": "/usr/bin:/bin"}
+    found = subprocess.run(["sh", "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == status
+    assert ("RIDE_PROVIDER=cpu docker compose up" in found.stderr) == bool(status)

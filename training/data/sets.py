@@ -112,7 +112,8 @@ def load_data(recipe: Recipe, *, checked: bool = False) -> Data:
     """
     image_set = open_set(recipe)
     total = sum(len(source) for source in image_set.parts().values())
-    whole = recipe.crop == "padded" and fits_in_memory(total, recipe)  # other crops need the image in its own size
+    fits = from_first(lambda: fits_in_memory(total, recipe))  # all processes must agree
+    whole = recipe.crop == "padded" and fits  # other crops need the image in its own size
     streamed = recipe.decoding == "streamed" or (recipe.decoding == "auto" and not whole)
     if recipe.decoding == "resident" and recipe.crop == "resized":
         raise DataError(

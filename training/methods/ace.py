@@ -53,7 +53,8 @@ class AceLoss:
         """The loss and its two parts, in nats and squared logits, means over images, sums over experts."""
         assert outputs.own_logits is not None
         individual, complementary = [], []
-        for logits, group in zip(outputs.own_logits, self.groups.to(labels.device), strict=True):
+        self.groups = self.groups.to(labels.device)
+        for logits, group in zip(outputs.own_logits, self.groups, strict=True):
             chosen = group[labels]  # (B,)
             if not chosen.any():
                 individual.append(0 * logits.sum())

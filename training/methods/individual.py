@@ -51,15 +51,22 @@ class IndividualLoss:
         Returns:
             (), in nats, mean over images, weighted by class where weights apply.
         """
-        device = logits.device
-        weights = self.class_weights.to(device) if self.is_deferred(epoch) else None
+        self._move_to(logits.device)
+        weights = self.class_weights if self.is_deferred(epoch) else None
         if self.name == "ldam":
-            return ldam_loss(logits, labels, self.margins.to(device), self.recipe.cosine_scale, weights, targets)
+            return ldam_loss(logits, labels, self.margins, self.recipe.cosine_scale, weights, targets)
         if self.name == "focal":
             return focal_loss(logits, labels, self.recipe.focal_gamma, weights)
         if self.name in ("balanced_softmax", "logit_adjusted"):
-            logits = logits + self.log_prior.to(device)
+            logits = logits + self.log_prior
         return weighted_cross_entropy(logits, labels, weights, targets)
+
+    def _move_to(self, device: torch.device) -> None:
+        """Once: a copy in every step would have a GPU wait for each."""
+        if self.margins.device != device:
+            self.margins, self.class_weights, self.log_prior = (
+                tensor.to(device) for tensor in (self.margins, self.class_weights, self.log_prior)
+            )
 
 
 class ExpertLosses:

@@ -53,9 +53,9 @@ class RideLoss:
         individual = self.individual(judged, labels, epoch, targets)
         parts = {"individual": individual}
         if recipe.diversity_weight:
-            temperatures = self.temperatures.to(expert_logits.device)
-            if not self.individual.is_deferred(epoch):
-                temperatures = torch.ones_like(temperatures)
+            self.temperatures = self.temperatures.to(expert_logits.device)
+            deferred = self.individual.is_deferred(epoch)
+            temperatures = self.temperatures if deferred else torch.ones_like(self.temperatures)
             diversity = recipe.diversity_weight * self.diversity(expert_logits, temperatures)
             parts["diversity"] = diversity / len(expert_logits) if recipe.diversity_mean else diversity
         if outputs.teacher_logits is not None:

@@ -47,7 +47,8 @@ class SadeLoss:
 
     def __call__(self, outputs: Outputs, labels: Tensor, epoch: int) -> Losses:
         """The loss and each expert's part, in nats, mean over the batch, sum over experts."""
-        adjusted = outputs.expert_logits + self.priors.to(outputs.expert_logits.device).unsqueeze(1)  # (3, B, C)
+        self.priors = self.priors.to(outputs.expert_logits.device)
+        adjusted = outputs.expert_logits + self.priors.unsqueeze(1)  # (3, B, C)
         parts = [self.individual(logits, labels, epoch) for logits in adjusted]
         return {"loss": torch.stack(parts).sum()} | {f"expert_{index}": part for index, part in enumerate(parts)}
 
