@@ -80,3 +80,10 @@ def test_experts_and_cost_are_means_over_images_whatever_the_classes():
     assert (routed["all"], routed["experts_share"]) == (50.0, [0.75, 0.25])
     assert routed["mean_experts"] == {"all": 1.25, "many": 1.0, "medium": None, "few": 2.0}
     assert routed["macs"] == 115
+
+
+def test_the_calibration_error_has_fifteen_bins():
+    """Probabilities of 0.62 (right) and 0.69 (wrong) lie in different ones: the mean of 0.38 and 0.69."""
+    logits = np.log(np.array([[0.62, 0.38], [0.69, 0.31]]))
+    assert calibration_error(logits, np.array([0, 1])) == pytest.approx(53.5)
+    assert calibration_error(1000 + logits, np.array([0, 1])) == pytest.approx(53.5)

@@ -6,8 +6,20 @@ import numpy as np
 import pytest
 
 from training.__main__ import main
-from training.evaluate import Predictions, by_class, prefix_right
+from training.data.sets import load_data
+from training.evaluate import (
+    Predictions,
+    accuracy_by_split,
+    by_class,
+    macs_of,
+    mean_logits,
+    predict,
+    prefix_right,
+    route,
+)
 from training.router_report import oracle
+from training.thresholds import fill_scores, frontier
+from training.train import trained_model
 
 
 def test_the_oracle_takes_the_fewest_experts_that_are_right():
@@ -65,6 +77,55 @@ def test_a_report_agrees_with_the_run(report, swept):
     ]
 
 
+@pytest.fixture(scope="module")
+def world(swept):
+    """What the run says of its held-out and test images, with scores as the report has them, and what it costs."""
+    checkpoint, model = trained_model(swept / "ride-own-seed0")
+    data = load_data(checkpoint.recipe)
+    fill_scores(model, data.heldout)
+    return predict(model, data.heldout), predict(model, data.test), data.counts, macs_of(model, 16)
+
+
+def at(predictions, counts, thresholds):
+    """Experts of each image, whether it is right, accuracy over the classes."""
+    used = route(predictions.router_scores, thresholds)
+    right = mean_logits(predictions.expert_logits, used).argmax(axis=1) == predictions.labels
+    return used, right, accuracy_by_split(right, predictions.labels, counts)["all"]
+
+
+def chosen_thresholds(report):
+    """Those that the report looks at closely."""
+    (row,) = [row for row in rows_of(report / "curve.csv") if row["name"].startswith("routed, at most")]
+    return tuple(float(value) for value in row["thresholds"].split())
+
+
+def test_thresholds_are_chosen_on_held_out_images(report, world):
+    """The most accurate there, of those that keep the budget there."""
+    heldout, _, counts, macs = world
+    chosen, candidates = chosen_thresholds(report), frontier(heldout, counts, macs)
+    kept = [each for each in candidates if at(heldout, counts, each)[0].mean() <= 1.9]
+    assert chosen in kept
+    assert at(heldout, counts, chosen)[2] == max(at(heldout, counts, each)[2] for each in kept)
+    curve = [row for row in rows_of(report / "curve.csv") if row["name"] == "routed"]
+    assert {tuple(float(value) for value in row["thresholds"].split()) for row in curve} == candidates
+
+
+def test_figures_per_class_are_of_the_chosen_thresholds(report, world):
+    """Counted by hand from the test images' predictions."""
+    _, test, counts, _ = world
+    used, right, _ = at(test, counts, chosen_thresholds(report))
+    everyone = mean_logits(test.expert_logits, np.full(len(test.labels), 3)).argmax(axis=1) == test.labels
+    best = oracle(prefix_right(test))
+    for label, row in enumerate(rows_of(report / "per_class.csv")):
+        mine = test.labels == label
+        assert int(row["test_images"]) == mine.sum()
+        for column, values in (
+            ("accuracy", 100 * everyone), ("routed_accuracy", 100 * right), ("mean_experts", used),
+            ("oracle_mean_experts", best), ("share_1", used == 1), ("share_3", used == 3),
+        ):  # fmt: skip
+            assert float(row[column]) == pytest.approx(values[mine].mean(), abs=1e-4)
+
+
 def test_random_exits_lie_between_the_prefixes(report):
     """At the same mean number of experts, on the line between two neighbouring numbers of experts."""
     rows = rows_of(report / "curve.csv")
@@ -91,6 +152,16 @@ def test_shares_per_class_add_up(report):
         shares = [float(row[f"share_{count}"]) for count in (1, 2, 3)]
         assert sum(shares) == pytest.approx(1, abs=1e-4)
         assert float(row["mean_experts"]) == pytest.approx(np.dot(shares, [1, 2, 3]), abs=1e-3)
+
+
+def test_a_model_is_judged_as_it_will_be_used(swept):
+    """In evaluation mode, by the statistics that it has learnt; the mode before comes back."""
+    checkpoint, model = trained_model(swept / "ride-own-seed0")
+    images = load_data(checkpoint.recipe).test
+    expected = predict(model, images).expert_logits
+    found = predict(model.train(), images).expert_logits
+    assert model.training
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_a_report_is_text_and_pictures(report):
