@@ -189,6 +189,7 @@ def prepare(bench: Bench) -> list[Contestant]:
 def run(bench: Bench) -> dict[str, Any]:
     """All rounds, then the probes; everything that was measured, as JSON."""
     began = time.monotonic()
+    measured = describe(bench.seed)  # now: tuning below writes into the checkout
     present = prepare(bench)
     floors(bench)
     for round_number in range(bench.plan.rounds):
@@ -223,7 +224,7 @@ def run(bench: Bench) -> dict[str, Any]:
         "requirements": _requirements(), "minutes": round((time.monotonic() - began) / 60, 1),
         "load_average": os.getloadavg(),
     }  # fmt: skip
-    return document | {"measured": describe(bench.seed, more)}
+    return document | {"measured": measured | more}
 
 
 def _model(bundle: Path) -> str:

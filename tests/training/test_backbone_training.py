@@ -136,8 +136,9 @@ def test_adamw_spares_biases_norms_and_position_biases(small_nets):
     assert isinstance(optimiser_of(router_stage), torch.optim.SGD)
 
 
-def test_long_gradients_are_scaled_down():
-    """To the given length, all parameters together; short ones stay."""
+@pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
+def test_long_gradients_are_scaled_down(loss_scale):
+    """To the given length, all parameters together; short ones stay. What fp16 scales the loss by does not count."""
     layer = torch.nn.Linear(2, 1, bias=False)
     torch.nn.init.zeros_(layer.weight)
 
@@ -154,7 +155,8 @@ def test_long_gradients_are_scaled_down():
     for clip_norm, length in ((5.0, 5.0), (1000.0, 30 * 5**0.5), (None, 30 * 5**0.5)):
         optimiser = torch.optim.SGD(layer.parameters(), 0.0)
         images = torch.tensor([[1.0, 2.0]])
-        loop.train_step(Answer, stage(clip_norm), optimiser, images, torch.tensor([0]), 0, torch.Generator())
+        scaler = torch.amp.GradScaler("cpu", loss_scale)
+        loop.train_step(Answer, stage(clip_norm), optimiser, images, torch.tensor([0]), 0, torch.Generator(), scaler)
         assert float(layer.weight.grad.norm()) == pytest.approx(length, rel=1e-4)
 
 
