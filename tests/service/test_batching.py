@@ -3,8 +3,10 @@
 import asyncio
 import itertools
 import threading
+import weakref
 from collections import Counter
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from service.batcher import Batcher, BatcherStoppedError, QueueFullError
 from service.cascade import top_classes
 from service.classifier import DECODING_S, Choice
 from service.uploads import Upload
-from tests.service.conftest import encode, start, until
+from tests.service.conftest import PATIENCE_S, encode, start, until
 from tests.tiny import TinyModel, noise
 
 IMAGES = noise(24, seed=11)
@@ -202,18 +204,18 @@ def agrees(result, image, thresholds, limit):
 
 @given(
     probabilities=st.lists(
-        st.lists(st.sampled_from([0.0, 0.1, 0.2, 0.3]), min_size=6, max_size=6), min_size=1, max_size=5
+        st.lists(st.sampled_from([0.0, 0.1, 0.2, 0.3]), min_size=20, max_size=20), min_size=1, max_size=5
     ),
     data=st.data(),
 )
 def test_the_top_classes_are_those_of_a_stable_sort(probabilities, data):
-    """Most probable first, the lower index first among equals, however many the neighbours want."""
-    wanted = data.draw(st.lists(st.integers(1, 6), min_size=len(probabilities), max_size=len(probabilities)))
+    """Most probable first, the lower index first among equals, however many the neighbours want, few or many."""
+    wanted = data.draw(st.lists(st.integers(1, 20), min_size=len(probabilities), max_size=len(probabilities)))
     found = top_classes(np.array(probabilities), np.array(wanted))
 
     for row, count, classes in zip(probabilities, wanted, found, strict=True):
         assert sorted(row, reverse=True)[:count] == [row[index] for index in classes]
-        assert classes.tolist() == sorted(range(6), key=lambda index: (-row[index], index))[:count]
+        assert classes.tolist() == sorted(range(20), key=lambda index: (-row[index], index))[:count]
 
 
 class Connection:
@@ -292,10 +294,46 @@ async def test_a_refused_client_that_hangs_up_while_still_sending_is_no_failure(
 
 
 @pytest.mark.anyio
-async def test_a_refused_client_that_waits_for_leave_to_send_is_answered_at_once(service):
+async def test_a_refused_client_that_neither_sends_on_nor_hangs_up_is_answered(service, monkeypatch):
+    """After a moment."""
+    monkeypatch.setattr("service.uploads.DISCARD_S", 0.01)
+    client = Connection(b"half of a", complete=False)
+    async with asyncio.timeout(PATIENCE_S):
+        await client.post(service, query=b"top_k=0")
+
+    assert client.sent[0]["status"] == 422
+
+
+@pytest.mark.anyio
+async def test_a_client_that_was_too_slow_gets_no_more_time(tiny_bundle, monkeypatch):
+    """It is told so at once; nothing more of it is read."""
+    monkeypatch.setattr("service.uploads.DISCARD_S", 2 * PATIENCE_S)
+    async with start(tiny_bundle, timeout_s=0.05) as service:
+        client = Connection(FILES[0][:20], complete=False)
+        async with asyncio.timeout(PATIENCE_S):
+            await client.post(service)
+
+    assert client.sent[0]["status"] == 504
+
+
+@pytest.mark.anyio
+async def test_a_client_that_was_given_leave_to_send_gets_to_read_its_refusal(tiny_bundle):
+    """It is sending when it is refused: that much more is read, as from any other."""
+    async with start(tiny_bundle, max_bytes=1000) as service:
+        client = Connection(*[bytes(600)] * 5)
+        await client.post(service, headers=[(b"expect", b"100-continue")])
+
+        assert client.sent[0]["status"] == 413
+        client.hang_up.set()
+        assert await client.receive() == {"type": "http.disconnect"}  # nothing is left
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("expectation", [b"100-continue", b"100-Continue"])
+async def test_a_refused_client_that_waits_for_leave_to_send_is_answered_at_once(service, expectation):
     """Expect: 100-continue. Nothing is read: reading would invite the upload."""
     client = Connection(FILES[0])
-    headers = [(b"expect", b"100-continue"), (b"content-length", b"99999999999")]
+    headers = [(b"expect", expectation), (b"content-length", b"99999999999")]
     await client.post(service, headers=headers)
 
     start_message, _ = client.sent
@@ -394,6 +432,81 @@ def test_places_are_taken_all_at_once_or_not_at_all():
     assert batcher.waiting == 3
     with pytest.raises(QueueFullError):
         batcher.check()
+
+
+def test_kept_places_are_for_whoever_asks_for_as_many():
+    """Also while others wait; then they are kept no more."""
+    batcher = Batcher(max_queue=8)
+    batcher.reserve(6)
+    with pytest.raises(QueueFullError):
+        batcher.reserve(4)
+    batcher.release(2)
+    for _ in range(2):  # whoever is refused meanwhile does not take the large request's place
+        with pytest.raises(QueueFullError) as refusal:
+            batcher.reserve(1)
+        assert (refusal.value.waiting, refusal.value.saved) == (4, 4)
+    batcher.reserve(4)
+    batcher.release(1)
+    batcher.reserve(1)
+
+
+def test_places_are_kept_for_a_while_only(monkeypatch):
+    """Until a second after the large request was told to come again: it may stay away."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("service.batcher.time", SimpleNamespace(monotonic=lambda: clock.now))
+    batcher = Batcher(max_queue=8)
+    batcher.reserve(6)
+    with pytest.raises(QueueFullError) as refusal:
+        batcher.reserve(4)
+    assert refusal.value.retry_after == 1
+    clock.now += 1.9
+    with pytest.raises(QueueFullError):
+        batcher.reserve(1)
+    clock.now += 0.2
+    batcher.reserve(1)
+
+
+@pytest.mark.anyio
+async def test_retry_after_is_the_time_that_the_waiting_will_take(monkeypatch):
+    """Their number times the seconds of one, which approach those seen by a fifth each time; 30 at most."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("service.batcher.time", SimpleNamespace(monotonic=lambda: 0.0, perf_counter=lambda: clock.now))
+
+    class TwoInTenSeconds(Echo):
+        def wants(self, waiting):
+            return min(waiting, 2)
+
+        def step(self, items):
+            clock.now += 10
+            return [(item, item) for item in items]
+
+    batcher = Batcher(max_queue=40)
+    batcher.start(TwoInTenSeconds(), threaded=False)
+    for _ in range(2):  # 5 s each: 0, 1, 1.8
+        batcher.reserve(2)
+        await asyncio.gather(batcher.submit("first"), batcher.submit("second"))
+
+    for waiting, retry_after in ((5, 9), (35, 30)):
+        batcher.reserve(waiting)
+        with pytest.raises(QueueFullError) as refusal:
+            batcher.reserve(40)
+        assert refusal.value.retry_after == retry_after
+
+
+@pytest.mark.anyio
+async def test_nothing_is_kept_of_an_item_that_was_given_up():
+    """Else every client that hangs up would leave its image in memory."""
+    work, batcher = Echo(), Batcher(max_queue=2)
+    work.leave.set()
+    batcher.start(work, threaded=False)
+    batcher.reserve(2)
+    item = Echo()
+    left = weakref.ref(item)
+    batcher.submit(item).cancel()
+    del item
+    await batcher.submit("last")
+
+    assert left() is None
 
 
 @pytest.mark.anyio

@@ -1,5 +1,7 @@
 """Stage by stage: which images stop where, by every rule and in any company."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -48,6 +50,16 @@ class Nobody:
         pass
 
 
+class Noting:
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.reports = []
+
+    def batch_done(self, report):
+        self.reports.append(report)
+
+
 class AtWill(Schedule):
     """Merges, and lets fresh images pass where the test says so."""
 
@@ -59,10 +71,10 @@ class AtWill(Schedule):
         return min(waiting, self.max_batch) if self._decisions and self._decisions.pop() else 0
 
 
-def cascade(rule="router", schedule=None, engine=None):
+def cascade(rule="router", schedule=None, engine=None, observer=None):
     return Cascade(
         engine or TableEngine(), n_experts=N_EXPERTS, n_classes=N_CLASSES, rule=rule,
-        schedule=schedule or Schedule(64), observer=Nobody(),
+        schedule=schedule or Schedule(64), observer=observer or Nobody(),
     )  # fmt: skip
 
 
@@ -111,7 +123,8 @@ WISHES = st.tuples(
 )
 def test_an_answer_depends_neither_on_company_nor_on_policy(rule, wishes, max_batch, decisions):
     """Whatever rule, thresholds and limits, and however survivors of different batches wait for each other and meet."""
-    work = cascade(rule, AtWill(max_batch, decisions))
+    engine = TableEngine()
+    work = cascade(rule, AtWill(max_batch, decisions), engine)
     jobs = {job(*wish): wish for wish in wishes}
     waiting, outcomes = list(jobs), {}
     while waiting or work.busy:
@@ -124,6 +137,38 @@ def test_an_answer_depends_neither_on_company_nor_on_policy(rule, wishes, max_ba
     assert outcomes.keys() == jobs.keys()
     for one, wish in jobs.items():
         assert_answers(outcomes[one], rule, wish)
+    assert max(count for _, count in engine.runs) <= max_batch
+
+
+class Clockwork(TableEngine):
+    """The trunk takes a second, the experts 10, 100, 1000 and 10,000."""
+
+    now = 1000
+
+    def trunk(self, images):
+        self.now += 1
+        return super().trunk(images)
+
+    def expert(self, index, features, logits_sum):
+        self.now += 10 ** (index + 1)
+        return super().expert(index, features, logits_sum)
+
+
+def test_an_answer_tells_the_times_of_its_own_image(monkeypatch):
+    """How long it waited, then each step that it was in; the metrics get the same, by stage."""
+    engine, watch = Clockwork(), Noting()
+    monkeypatch.setattr("service.cascade.time", SimpleNamespace(perf_counter=lambda: engine.now))
+    hard, easy = job(0, (0, 0, 0)), job(1, (1, 1, 1))
+    hard.queued_at, easy.queued_at = 993, 996
+    outcomes = cascade(engine=engine, observer=watch).run([hard, easy])
+
+    assert [(one.queue_s, one.trunk_s, one.experts_s) for one in outcomes] == [
+        (7, 1, [10, 100, 1000, 10_000]), (4, 1, [10])
+    ]  # fmt: skip
+    assert watch.reports[0].waits == [7, 4]
+    assert [stage for report in watch.reports for stage in report.stages] == [
+        ("trunk", 2, 1), ("expert_0", 2, 10), ("expert_1", 1, 100), ("expert_2", 1, 1000), ("expert_3", 1, 10_000)
+    ]  # fmt: skip
 
 
 def test_the_finished_are_answered_before_the_others_go_on():
@@ -187,6 +232,26 @@ def test_nan_is_the_fate_of_its_image_alone(rule):
             assert_answers(outcome, rule, wish)
 
 
+def test_a_score_that_is_nan_is_the_fate_of_its_image_alone():
+    """It is lower than no threshold and higher than none, and would spoil the histogram of scores for ever."""
+    engine, watch = TableEngine(), Noting()
+    engine.router = lambda index, rows, _: np.where(rows == 1, np.float32(np.nan), SCORES[index, rows])
+    sound, broken = cascade(engine=engine, observer=watch).run([job(0, (1, 1, 1)), job(1, (1, 1, 1))])
+
+    assert_answers(sound, "router", (0, (1, 1, 1), N_EXPERTS, 0.0))
+    assert isinstance(broken, NotFiniteError)
+    assert watch.reports[0].router_scores == [(0, [SCORES[0, 0]])]
+
+
+def test_an_image_that_is_as_sure_as_it_must_be_stops():
+    """The next expert runs below `min_confidence`, not at it."""
+    engine = TableEngine()
+    engine.expert = lambda index, features, logits_sum: (logits_sum + np.array([100, 0, 0, 0, 0, 0]), features)
+    (outcome,) = cascade(engine=engine).run([job(0, (1, 1, 1), min_confidence=1.0)])
+
+    assert (outcome.probabilities[0], outcome.experts_used, outcome.exit_reason) == (1.0, 1, "confident")
+
+
 def profile(base, per_image):
     """Stages that take `base` seconds and `per_image` for each image."""
     times = {size: base + per_image * size for size in (1, 64)}
@@ -210,6 +275,26 @@ def test_survivors_wait_for_company_where_that_lowers_the_mean_latency(base, per
     assert Schedule(64).fresh_first(1, 12, waiting) == 0
 
 
+UNEVEN = Profile({
+    "trunk": {8: 3.0}, "expert_0": {8: 1.0}, "expert_1": {1: 0.5, 8: 4.0}, "expert_2": {1: 10.0, 5: 10.0, 8: 22.0}
+})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("survivors", "waiting", "fresh"),
+    [
+        (3, 10, 0), (3, 11, 8),  # t(3) + t(4) - t(7) = 10 + 10 - 18 = 2 for each that waits, 7 for each survivor
+        (6, 21, 0), (6, 22, 8),  # there is room for two more only: 14 + 10 - 22 = 2
+        (8, 99, 0),  # or for none
+    ],
+)  # fmt: skip
+def test_what_waiting_costs_and_saves_follows_the_profile(survivors, waiting, fresh):
+    """Before expert 2: of eight fresh images four will come so far, after 3 + 1 + 3 seconds."""
+    schedule = Schedule(8, merges=True, profile=UNEVEN, reach=(1.0, 0.75, 0.5))
+
+    assert schedule.fresh_first(2, survivors, waiting) == fresh
+
+
 def test_survivors_let_one_batch_pass_and_no_more():
     """However many wait: those that came furthest run as soon as the others have caught up."""
     work = cascade(schedule=AtWill(2, [True] * 20))
@@ -222,6 +307,7 @@ def test_survivors_let_one_batch_pass_and_no_more():
     work.step([])
     assert work.wants(5) == 0
     assert work.step([]) == []
+    assert work.wants(5) == 2  # they have caught up: the next batch may pass
     assert {one for one, _ in work.step([])} == {old, new}
 
 

@@ -88,9 +88,9 @@ async def test_files_may_be_in_any_field(service):
     assert [result["filename"] for result in response.json()["results"]] == [f"{row}.png" for row in range(len(names))]
 
 
-@pytest.mark.parametrize("name", ["Äpfel, rot.jpg", "苹果.png", 'a"b.png', "../../etc/passwd", "x" * 255])
+@pytest.mark.parametrize("name", ["Äpfel, rot.jpg", "苹果.png", 'a"b.png', "../../etc/passwd", "x" * 300])
 async def test_file_names_are_repeated_as_they_came(service, name):
-    """They are labels of results, and nothing else; a longer one is cut."""
+    """They are labels of results, and nothing else; after 255 characters one is cut."""
     body = (
         b'--b\r\nContent-Disposition: form-data; name="file"; filename="'
         + name.replace('"', '\\"').encode()
@@ -100,12 +100,13 @@ async def test_file_names_are_repeated_as_they_came(service, name):
         "/classify", content=body, headers={"content-type": "multipart/form-data; boundary=b"}
     )
 
-    assert response.json()["results"][0]["filename"] == name
+    assert response.json()["results"][0]["filename"] == name[:255]
 
 
-async def test_an_image_part_without_a_file_name_is_an_image(service):
+@pytest.mark.parametrize("content_type", [b"image/png", b"application/octet-stream"])
+async def test_an_image_part_without_a_file_name_is_an_image(service, content_type):
     """Some clients send the type only."""
-    part = b"--b\r\nContent-Type: image/png\r\n\r\n" + encode(noise(1)[0]) + b"\r\n--b--\r\n"
+    part = b"--b\r\nContent-Type: " + content_type + b"\r\n\r\n" + encode(noise(1)[0]) + b"\r\n--b--\r\n"
     headers = {"content-type": "multipart/form-data; boundary=b"}
     response = await service.client.post("/classify", content=part, headers=headers)
 
@@ -155,6 +156,31 @@ async def test_top_k_says_how_many_classes(service, tiny_model, top_k):
     check(result, tiny_model.answer(image, (0.5, 0.5)), top_k=top_k)
     if top_k == len(CLASSES):
         assert sum(found["probability"] for found in result["predictions"]) == pytest.approx(1)
+
+
+async def test_a_model_of_few_classes_answers_with_all_of_them(tiny_bundle, tiny_model):
+    """Where the default, which is for models of any size, asks for more than there are."""
+    image = noise(1)[0]
+    async with start(tiny_bundle, top_k=9) as service:
+        (result,) = await service.answer(image)
+
+    check(result, tiny_model.answer(image, (0.5, 0.5)), top_k=len(CLASSES))
+    assert len(result["predictions"]) == len(CLASSES)
+
+
+async def test_times_are_those_of_the_metrics_in_milliseconds(service):
+    """Of a request alone: each of its steps is the whole of what was measured."""
+
+    def seconds():
+        stages = {stage: service.metric("stage_seconds_sum", stage=stage) for stage in ("decode", "trunk", "expert_0")}
+        return stages | {"queue": service.metric("queue_seconds_sum")}
+
+    before = seconds()
+    (result,) = await service.answer(noise(1)[0], max_experts=1)
+    found = result["latency_ms"] | {"expert_0": result["latency_ms"]["experts"][0]}
+
+    for name, after in seconds().items():
+        assert found[name] == pytest.approx(1000 * (after - before[name]), abs=1e-3)
 
 
 @pytest.mark.parametrize("max_experts", [1, 2, 3])

@@ -7,9 +7,9 @@ import pytest
 
 from service.classifier import Choice
 from service.engine import open_engine
-from service.errors import STATUS
+from service.errors import STATUS, ServiceError
 from service.schemas import ErrorAnswer
-from service.uploads import Upload
+from service.uploads import Upload, UploadMemory
 from tests.service.conftest import WatchedEngine, encode, start, until
 from tests.tiny import FAILING_COLOUR, NAN_COLOUR, noise, plain
 
@@ -54,6 +54,8 @@ def refused(response, code, *words):
         ("min_confidence=+0.5", ["min_confidence is ' 0.5'", "from 0 to 1"]),
         ("treshold=0.5", ["'treshold' is no parameter", "top_k, max_experts, threshold"]),
         ("top_k=1&top_k=1", ["top_k is given twice"]),
+        ("mode=quick", ["mode is 'quick'; must be one of fast, balanced, full"]),
+        ("mode=fast&threshold=0.5", ["threshold and mode both choose the thresholds; give one of them"]),
         ("%FF=1", ["query is no list of"]),
         ("&".join(f"a{number}=1" for number in range(17)), ["query is no list of"]),
     ],
@@ -69,6 +71,8 @@ async def test_a_form_field_that_is_no_file_is_refused(service):
     response = await service.client.post("/classify", files={"f": ("a.png", IMAGE)}, data={"top_k": "3"})
 
     refused(response, "parameter_invalid", "form field 'top_k' is no file", "?top_k=3")
+    response = await service.client.post("/classify", files={"f": ("a.png", IMAGE)}, data={"x" * 300: "3"})
+    refused(response, "parameter_invalid", f"form field '{255 * 'x'}' is no file")
 
 
 @pytest.mark.parametrize(
@@ -258,6 +262,19 @@ async def test_uploads_that_fill_the_memory_are_refused(tiny_bundle):
         go_on.set()
         assert (await first).status_code == 415
         assert service.classifier.upload_memory.held == 0
+
+
+def test_upload_memory_is_taken_to_its_last_byte_and_given_back_once():
+    """However often a lease is released."""
+    memory = UploadMemory(10)
+    first, second = memory.lease(), memory.lease()
+    first.grow(4)
+    second.grow(6)
+    with pytest.raises(ServiceError, match="10 bytes are held, the limit is 10"):
+        first.grow(1)
+    for _ in range(2):
+        first.release()
+    assert memory.held == 6
 
 
 async def test_before_the_warm_up_ends_work_is_refused_with_503(tiny_bundle):

@@ -159,6 +159,7 @@ def test_the_figures_of_several_processes_are_added_up(tiny_bundle):
         metrics, registry = build(tiny_bundle, counters)
         metrics.batch_done(report(rng))
         metrics.image_answered(outcome(rng))
+        metrics.image_decoded(0.2)
         metrics.request_done(200, 0.3)
         metrics.refused("no_image")
         metrics.set_ready(True)
@@ -172,6 +173,7 @@ def test_the_figures_of_several_processes_are_added_up(tiny_bundle):
     assert figure("request_seconds_bucket", le="0.25") == 0
     assert figure("request_seconds_bucket", le="0.5") == figure("request_seconds_count") == 4
     assert figure("request_seconds_sum") == pytest.approx(1.2)
+    assert figure("stage_seconds_sum", stage="decode") == pytest.approx(0.8)
     assert figure("router_score_count", router="0") == 16
     assert sum(figure("images_total", experts=str(used)) for used in (1, 2, 3)) == 4
     assert (figure("queue_images"), figure("queue_limit_images")) == (15, 30)

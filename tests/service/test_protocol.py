@@ -9,6 +9,7 @@ import uvicorn
 
 from service import protocol
 from service.protocol import MAX_HEAD_BYTES, GuardedProtocol
+from tests.service.conftest import until
 
 pytestmark = pytest.mark.anyio
 PIECE = b"a" * 16_384
@@ -67,6 +68,7 @@ async def connect():
             finally:
                 writer.transport.abort()
 
+    connect.connections = server.server_state.connections
     yield connect
     await server.shutdown()
 
@@ -128,12 +130,13 @@ async def test_a_head_above_the_limit_is_told_so(connect):
 
 
 async def test_a_head_within_the_limit_may_come_in_pieces(connect):
-    """Browsers send long cookies."""
+    """Browsers send long cookies, with every request."""
     async with connect() as (reader, writer):
-        for piece in (b"GET / HTTP/1.1\r\nHost: a\r\nX: ", b"a" * 30_000, b"a" * 30_000, b"\r\n\r\n"):
-            writer.write(piece)
-            await asyncio.sleep(0.01)
-        assert (await reader.readline()).startswith(ANSWER)
+        for _ in range(2):
+            for piece in (b"GET / HTTP/1.1\r\nHost: a\r\nX: ", b"a" * 30_000, b"a" * 30_000, b"\r\n\r\n"):
+                writer.write(piece)
+                await asyncio.sleep(0.01)
+            assert (await reader.readuntil(b"\r\n\r\n0")).startswith(ANSWER)
 
 
 async def test_a_body_of_many_tiny_chunks_is_not_mistaken_for_a_head(connect):
@@ -279,6 +282,75 @@ async def test_a_body_that_never_comes_does_not_keep_an_answered_connection(conn
     async with connect(answer_at_once) as (reader, writer):
         writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n")
         assert (await reader.read()).startswith(ANSWER)
+
+
+@pytest.mark.parametrize(
+    "pieces", [[b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n"], [b"GET / HT", b"TP/1.1\r\nHost: a\r\n\r\n"]]
+)
+async def test_only_a_connection_that_rests_is_closed(connect, monkeypatch, pieces):
+    """Not one with a request that takes longer than it may rest, or that comes so slowly."""
+    monkeypatch.setattr(GuardedProtocol, "timeout_keep_alive", property(lambda _: 0.5, lambda *_: None), raising=False)
+
+    async def take_long(scope, receive, send):
+        await asyncio.sleep(0.8 if scope["path"] == "/slow" else 0)
+        await count_body(scope, receive, send)
+
+    async with connect(take_long) as (reader, writer):
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert (await reader.readuntil(b"\r\n\r\n0")).startswith(ANSWER)
+        for number, piece in enumerate(pieces):
+            await asyncio.sleep(0.8 * number)
+            writer.write(piece)
+        assert (await reader.readuntil(b"\r\n\r\n0")).startswith(ANSWER)
+
+
+async def test_a_client_that_reads_on_is_not_given_up(connect, monkeypatch):
+    """Not even later, when the time is over that it would have had."""
+    monkeypatch.setattr(protocol, "SEND_S", 1)
+    size = 8 * 1024**2
+
+    async def talk(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % size)]})
+        await send({"type": "http.response.body", "body": bytes(size)})
+
+    async with connect(talk) as (reader, writer):
+        for pause in (0.1, 0):
+            reader._transport.pause_reading()
+            writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            await asyncio.sleep(pause)
+            reader._transport.resume_reading()
+            await reader.readuntil(b"\r\n\r\n")
+            assert len(await reader.readexactly(size)) == size
+            await asyncio.sleep(12 * pause)
+
+
+@pytest.mark.usefixtures("_hurried")
+async def test_half_a_head_does_not_cut_off_the_answer_before_it(connect):
+    """It may go on waiting behind the request that is being answered."""
+    go_on = asyncio.Event()
+
+    async def wait(scope, receive, send):
+        await go_on.wait()
+        await count_body(scope, receive, send)
+
+    async with connect(wait) as (reader, writer):
+        writer.write(b"GET /first HTTP/1.1\r\nHost: a\r\n\r\nGET /second HT")
+        await asyncio.sleep(0.2)
+        go_on.set()
+        assert (await reader.readuntil(b"\r\n\r\n0")).startswith(ANSWER)
+
+
+async def test_a_request_is_expected_of_a_new_connection_and_within_a_head(connect):
+    """A service that ends waits for those, and for no connection that rests."""
+    async with connect() as (reader, writer):
+        await until(lambda: connect.connections)
+        (connection,) = connect.connections
+        assert connection.expecting
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n0")
+        assert not connection.expecting
+        writer.write(b"GET / HT")
+        await until(lambda: connection.expecting)
 
 
 async def test_whoever_hangs_up_is_missed_by_the_request_that_runs(connect):

@@ -1,5 +1,6 @@
 """Settings, the operating point that follows from them, and the cores there are."""
 
+import dataclasses
 import datetime
 import json
 import logging
@@ -16,6 +17,7 @@ from service.engine import open_engine
 from service.logs import log, set_up
 from service.operating_point import choose_operation
 from service.settings import DEFAULT_BUNDLE, Settings, SettingsError, read_settings, unknown_variables
+from tests.tiny import operating_points
 
 EXAMPLES = {
     "bundle": "my/bundle", "host": "0.0.0.0", "port": "8123", "provider": "cpu", "variant": "fp16",
@@ -147,6 +149,52 @@ def test_the_operating_point_is_the_best_that_keeps_the_operators_limit(tiny_bun
     assert operation.thresholds == thresholds
     assert operation.max_experts == wish.get("max_experts", 3)
     assert (operation.expected and operation.expected.mean_experts) == expected_mean
+
+
+@pytest.mark.parametrize(
+    ("wish", "threshold"),
+    [({}, 0.25), ({"max_mean_experts": 1.95}, 0.1), ({"max_accuracy_loss": 0.3}, 0.1), ({"thresholds": "0.5"}, 0.5)],
+)
+def test_another_rule_has_its_own_operating_points(make_bundle, wish, threshold):
+    """By default that of at most as many experts as the bundle's own rule needs, 1.6, whose thresholds it may share."""
+    other = [
+        dataclasses.replace(point, thresholds=tuple(value / 2 for value in point.thresholds))
+        for point in operating_points(3, "margin")
+    ]
+    points = sorted((*other, *operating_points(3)), key=lambda point: point.mean_experts)
+    manifest = read_bundle(make_bundle()).manifest
+    calibration = dataclasses.replace(manifest.calibration, points=tuple(points))
+    operation = choose_operation(
+        dataclasses.replace(manifest, calibration=calibration), Settings(rule="margin", **wish)
+    )
+
+    assert operation.thresholds == (threshold,) * 2
+    assert operation.expected in other
+    assert operation.modes["fast"] == (0.25, 0.25)
+
+
+def test_the_bundle_s_own_thresholds_stand_as_they_are(make_bundle):
+    """Also where they are no point that a number of experts would choose, as those that were certified may be."""
+    manifest = read_bundle(make_bundle(thresholds=(0.8, 0.8))).manifest
+
+    assert choose_operation(manifest, Settings()).thresholds == (0.8, 0.8)
+    assert choose_operation(manifest, Settings(max_mean_experts=1.2)).thresholds == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(("accuracy", "fast"), [(48.0, 1.0), (47.9, 0.8)])
+def test_fast_may_lose_two_points(make_bundle, accuracy, fast):
+    """Of the accuracy of all experts, which is 50; no more."""
+    first, second, *others = operating_points(3)
+    points = (
+        dataclasses.replace(first, accuracy=dataclasses.replace(first.accuracy, all=accuracy)),
+        dataclasses.replace(second, accuracy=dataclasses.replace(second.accuracy, all=48.1)),
+        *others,
+    )
+    manifest = read_bundle(make_bundle()).manifest
+    calibration = dataclasses.replace(manifest.calibration, points=points)
+    operation = choose_operation(dataclasses.replace(manifest, calibration=calibration), Settings())
+
+    assert operation.modes["fast"] == (fast, fast)
 
 
 @pytest.mark.parametrize(

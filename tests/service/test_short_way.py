@@ -5,17 +5,17 @@ import json
 import logging
 import re
 import socket
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 
 import pytest
 import uvicorn
 
-from service import routes
+from service import protocol, routes
 from service.protocol import GuardedProtocol
 from tests.service.conftest import encode, start, until
 from tests.service.test_batching import FILES
-from tests.tiny import noise
+from tests.tiny import NAN_COLOUR, noise, plain
 
 pytestmark = pytest.mark.anyio
 
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.anyio
 @asynccontextmanager
 async def listening(running, *, send_buffer=None, **options):
     """A socket in front of a service that runs here; connect to it. What is not read yet fits into `send_buffer`."""
-    protocol = partial(GuardedProtocol, short_path=b"/classify", short_way=running.app.classify.short_way)
+    guarded = partial(GuardedProtocol, short_path=b"/classify", short_way=running.app.classify.short_way)
     config = uvicorn.Config(
-        running.app, port=0, http=protocol, ws="none", lifespan="off", log_config=None, server_header=False, **options
+        running.app, port=0, http=guarded, ws="none", lifespan="off", log_config=None, server_header=False, **options
     )
     config.load()
     server = uvicorn.Server(config)
@@ -148,10 +148,9 @@ async def test_requests_on_one_connection_are_answered_in_order(served, taken):
 
 
 @pytest.mark.parametrize("how", [{"headers": (b"Connection: close",)}, {"version": b"1.0"}])
-async def test_a_client_that_wants_the_connection_closed_gets_that(served, how):
-    """After its answer."""
-    _, connect = served
-    async with connect() as (reader, writer):
+async def test_a_client_that_wants_the_connection_closed_gets_that(service, how):
+    """After its answer, not after the time that a connection may rest."""
+    async with listening(service, timeout_keep_alive=600) as connect, connect() as (reader, writer):
         writer.write(request(FILES[0], *how.get("headers", ()), version=how.get("version", b"1.1")))
         status, headers, _ = await read_answer(reader)
         assert (status, headers["connection"]) == (200, "close")
@@ -189,6 +188,7 @@ async def test_an_answer_that_takes_too_long_is_given_up(tiny_bundle, taken):
             writer.write(request(FILES[1]))
             status, _, _ = await read_answer(reader)
         assert (status, taken) == (200, [True, True])
+        await asyncio.sleep(0.4)  # an answered one is watched no more: nobody gives it up
         assert service.metric("requests_total", code="504") == service.metric("requests_total", code="200") == 1
 
 
@@ -231,6 +231,7 @@ async def test_a_full_queue_and_a_draining_service_refuse(tiny_bundle, taken):
             draining = asyncio.create_task(service.classifier.drain(30))
             await until(lambda: service.classifier.state == "draining")
             assert (await ask(connect, request(FILES[3])))[2]["error"]["code"] == "shutting_down"
+            assert not draining.done()
         status, headers, _ = await read_answer(reader)
         assert (status, headers["connection"]) == (200, "close")
         assert await draining
@@ -257,6 +258,91 @@ async def test_a_large_image_goes_the_long_way(served, taken):
     assert (status, taken) == (200, [False])
 
 
+async def test_a_body_above_the_limit_is_refused_on_either_way(tiny_bundle, taken):
+    """However small an image is that comes in one piece; at the limit it is taken."""
+    async with start(tiny_bundle, max_bytes=len(FILES[0])) as service, listening(service) as connect:
+        assert (await ask(connect, request(FILES[0])))[0] == 200
+        status, _, answer = await ask(connect, request(FILES[0] + b"\0"))
+    assert (status, answer["error"]["code"]) == (413, "request_too_large")
+    assert taken == [True, False]
+
+
+async def test_other_methods_are_refused_with_a_body_or_without(served, taken):
+    """As on the long way."""
+    _, connect = served
+    status, _, answer = await ask(connect, request(FILES[0]).replace(b"POST", b"GET", 1))
+    assert (status, answer["error"]["code"]) == (405, "method_not_allowed")
+    assert taken == []
+
+
+async def test_an_image_for_which_a_graph_gives_nan_is_told_of_alike_on_both_ways(served, taken):
+    """The status, the error, and a result that has it too."""
+    _, connect = served
+    whole = request(encode(plain(NAN_COLOUR)), b"X-Request-Id: nan")
+    short, long = await ask(connect, whole), await ask(connect, whole[:-9], whole[-9:])
+
+    assert taken == [True]
+    assert short[0] == long[0] == 500
+    assert short[2] == long[2]
+
+
+async def test_bodies_count_as_held_on_either_way(tiny_bundle, taken):
+    """Until their answers: a second one that would exceed the memory for all of them is refused."""
+    size = len(FILES[0])
+    async with (
+        start(tiny_bundle, max_bytes=size, max_inflight_bytes=2 * size - 1) as service,
+        listening(service) as connect,
+        connect() as (reader, writer),
+    ):
+        with service.engine.hold():
+            writer.write(request(FILES[0]))
+            await until(lambda: service.engine.held)
+            assert (await ask(connect, request(FILES[0])))[2]["error"]["code"] == "overloaded"
+        assert (await read_answer(reader))[0] == 200
+        assert (await ask(connect, request(FILES[0])))[0] == 200
+    assert taken == [True, False, True]
+
+
+@pytest.mark.parametrize("cut", [None, -9], ids=["short", "long"])
+async def test_experts_do_not_run_for_a_client_that_is_gone(served, taken, cut):
+    """The step that it hung up in is its image's last one, on either way; whoever comes next is answered."""
+    service, connect = served
+    with service.engine.hold():
+        async with connect() as (_, writer):
+            whole = request(FILES[0], query=b"?threshold=0")
+            writer.write(whole[:cut])
+            if cut is not None:
+                await asyncio.sleep(0.02)
+                writer.write(whole[cut:])
+            await until(lambda: service.engine.held)
+        await until(lambda: service.metric("requests_total", code="499") == 1)
+    assert (await ask(connect, request(FILES[1], query=b"?threshold=1")))[0] == 200
+
+    assert taken == [True] * (2 if cut is None else 1)
+    assert [stage for stage, _ in service.engine.runs] == ["trunk", "expert_0", "router_0"] * 2
+
+
+async def test_a_closed_connection_whose_answer_nobody_reads_is_given_up(service, monkeypatch):
+    """Also where what is left of it is too little for the application to be held."""
+    monkeypatch.setattr(protocol, "SEND_S", 0.1)
+    loop, received = asyncio.get_running_loop(), b""
+    async with listening(service, send_buffer=4096) as connect:
+        async with connect() as (_, writer):
+            address = writer.get_extra_info("peername")[:2]
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.setblocking(False)
+            await loop.sock_connect(client, address)
+            asked = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
+            await loop.sock_sendall(client, 4 * asked + asked.replace(b"x", b"x\r\nConnection: close"))
+            await asyncio.sleep(0.5)
+            with suppress(ConnectionResetError):
+                while piece := await asyncio.wait_for(loop.sock_recv(client, 65_536), 10):
+                    received += piece
+    assert received.startswith(b"HTTP/1.1 200 OK")
+    assert len(received) < 5 * int(re.search(rb"content-length: (\d+)", received)[1])
+
+
 async def test_a_client_that_does_not_read_its_answers_goes_the_long_way(service, taken):
     """Which waits for it, so that they do not pile up here; none is lost."""
     loop, sent, received = asyncio.get_running_loop(), 0, b""
@@ -270,8 +356,8 @@ async def test_a_client_that_does_not_read_its_answers_goes_the_long_way(service
             while len(taken) == sent and sent < 2000:
                 await loop.sock_sendall(client, request(FILES[0]))
                 sent += 1
-                for _ in range(500):
-                    if len(taken) < sent:
+                for _ in range(500):  # the next one shall not go the long way for coming before this one's answer
+                    if service.metric("requests_total", code="200") < sent:
                         await asyncio.sleep(0.001)
             assert len(taken) == sent - 1
             while received.count(b"HTTP/1.1 200 OK") < sent:

@@ -97,7 +97,7 @@ def test_a_baseline_trains_all_its_stages_and_loads_again(name, runs, recipe_of)
 @pytest.mark.parametrize("name", METHODS_WITH_STAGES)
 def test_a_baseline_cut_off_in_any_stage_resumes_to_the_same_bits(name, runs, recipe_of, tmp_path, monkeypatch):
     """Cut off after every single checkpoint, and resumed."""
-    save = loop.save_checkpoint
+    save, theirs = loop.save_checkpoint, weights_of(runs(name))
 
     def save_and_die(*arguments):
         save(*arguments)
@@ -109,7 +109,7 @@ def test_a_baseline_cut_off_in_any_stage_resumes_to_the_same_bits(name, runs, re
             train(recipe_of(name), tmp_path / "run")
     train(recipe_of(name), tmp_path / "run")
 
-    ours, theirs = weights_of(tmp_path / "run"), weights_of(runs(name))
+    ours = weights_of(tmp_path / "run")
     assert ours.keys() == theirs.keys()
     assert [key for key in ours if not ours[key].equal(theirs[key])] == []
 

@@ -1,18 +1,27 @@
 """Routing and figures, on hand-worked cases."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+import torch
 
+from training.data.sets import Images
 from training.evaluate import (
     Costs,
     Predictions,
     accuracy_by_split,
+    by_class,
     calibration_error,
+    macs_of,
     mean_logits,
     mean_macs,
+    predict,
     route,
     summarise,
 )
+from training.methods.method import build_model
+from training.recipes import RECIPES
 
 
 def test_the_next_expert_runs_where_the_score_reaches_the_threshold():
@@ -47,6 +56,14 @@ def test_calibration_error_of_a_known_case():
     """Confidence 0.75 with 1 of 2 right: 25 points off."""
     logits = np.log(np.array([[0.75, 0.25], [0.75, 0.25]]))
     assert calibration_error(logits, np.array([0, 1])) == pytest.approx(25)
+    assert calibration_error(np.array([[1e4, 0.0]]), np.array([0])) == 0
+
+
+@pytest.mark.parametrize(("confidences", "error"), [((0.62, 0.68), 47), ((0.61, 0.65), 13)])
+def test_calibration_error_does_not_cancel_between_its_15_bins(confidences, error):
+    """Wrong at the first, right at the second: (62 + 32) / 2 in two bins; |126 - 100| / 2 in one, 0.60 to 0.67."""
+    logits = np.log(np.array([[share, 1 - share] for share in confidences]))
+    assert calibration_error(logits, np.array([1, 0])) == pytest.approx(error)
 
 
 def test_cost_counts_what_ran():
@@ -70,20 +87,45 @@ def test_summary_of_a_routed_model():
     assert result["routed"]["experts_share"] == [0.5, 0.5]
 
 
+def test_figures_per_class_are_those_at_the_thresholds():
+    """Not those of other ones."""
+    logits = np.array([[[9.0, 0.0]] * 2, [[0.0, 99.0]] * 2], np.float32)
+    predictions = Predictions(logits, np.array([[0.1, 0.8]], np.float32), np.array([0, 1]))
+
+    result = summarise(predictions, [500, 5], Costs(100, [10, 20], [1]), [0.9], per_class=True)
+
+    assert result["per_class"] == by_class(predictions, 2, [0.9])
+    assert result["per_class"]["mean_experts"] == [1.0, 1.0]
+
+
+def test_predicting_leaves_the_model_as_it_was():
+    """An image's logits do not depend on its batch, nor do the running statistics move; then training goes on."""
+    recipe = dataclasses.replace(RECIPES["ride-cifar100"], image_size=8)
+    model = build_model(recipe, 3, (0.5,) * 3, (0.25,) * 3).train()
+    images = Images(torch.randint(0, 256, (6, 8, 8, 3), dtype=torch.uint8), torch.zeros(6, dtype=torch.long))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    together = predict(model, images)
+    alone = predict(model, Images(images.pixels[:1], images.labels[:1]))
+
+    np.testing.assert_allclose(together.expert_logits[:, :1], alone.expert_logits, atol=1e-4)
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    assert model.training
+
+
+def test_a_router_costs_its_products():
+    """48 features to 16 hidden numbers, those and the 30 largest logits to one decision; in each of two."""
+    model = build_model(RECIPES["ride-cifar100"], 100, (0.5,) * 3, (0.25,) * 3)
+    assert macs_of(model, 32).routers == [48 * 16 + 16 + 30] * 2
+
+
 def test_experts_and_cost_are_means_over_images_whatever_the_classes():
     """Three images of one class stop after one expert, one of another does not; accuracies count classes alike."""
     logits = np.array([[[9.0, 0.0]] * 4, [[0.0, 1.0]] * 4], np.float32)
-    predictions = Predictions(logits, np.array([[0.1, 0.1, 0.1, 0.8]], np.float32), np.array([0, 0, 0, 1]))
+    predictions = Predictions(logits, np.array([[0.1, 0.8, 0.1, 0.1]], np.float32), np.array([0, 1, 0, 0]))
 
     routed = summarise(predictions, [500, 5], Costs(100, [10, 20], [0]), [0.5])["routed"]
 
     assert (routed["all"], routed["experts_share"]) == (50.0, [0.75, 0.25])
     assert routed["mean_experts"] == {"all": 1.25, "many": 1.0, "medium": None, "few": 2.0}
     assert routed["macs"] == 115
-
-
-def test_the_calibration_error_has_fifteen_bins():
-    """Probabilities of 0.62 (right) and 0.69 (wrong) lie in different ones: the mean of 0.38 and 0.69."""
-    logits = np.log(np.array([[0.62, 0.38], [0.69, 0.31]]))
-    assert calibration_error(logits, np.array([0, 1])) == pytest.approx(53.5)
-    assert calibration_error(1000 + logits, np.array([0, 1])) == pytest.approx(53.5)

@@ -1,23 +1,20 @@
 """The router report: hand-worked routing, and a whole report."""
 
 import csv
+import dataclasses
+import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from training import router_report
 from training.__main__ import main
+from training.checkpoint import checkpoints_of, save_checkpoint
 from training.data.sets import load_data
-from training.evaluate import (
-    Predictions,
-    accuracy_by_split,
-    by_class,
-    macs_of,
-    mean_logits,
-    predict,
-    prefix_right,
-    route,
-)
+from training.evaluate import Predictions, by_class, macs_of, prefix_right, route, summarise
+from training.methods.method import build_model
+from training.recipes import RECIPES
 from training.router_report import oracle
 from training.thresholds import frontier
 from training.train import trained_model
@@ -78,71 +75,6 @@ def test_a_report_agrees_with_the_run(report, swept):
     ]
 
 
-def random_answers(_model, images):
-    """Predictions for these images that agree about nothing: routers and experts of one epoch do about everything."""
-    generator = np.random.default_rng(len(images))
-    logits = generator.normal(size=(3, len(images), 4)).astype(np.float32)
-    return Predictions(logits, generator.random((2, len(images)), np.float32), images.labels.numpy())
-
-
-@pytest.fixture(scope="module")
-def varied(swept, tmp_path_factory):
-    """The report of that run, had it answered so."""
-    out = tmp_path_factory.mktemp("reports") / "varied"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(router_report, "predict", random_answers)
-        router_report.report(swept / "ride-own-seed0", out, 1.9)
-    return out
-
-
-@pytest.fixture(scope="module")
-def world(swept):
-    """Those answers on held-out and on test images, and what the model costs."""
-    checkpoint, model = trained_model(swept / "ride-own-seed0")
-    data = load_data(checkpoint.recipe)
-    return random_answers(model, data.heldout), random_answers(model, data.test), data.counts, macs_of(model, 16)
-
-
-def at(predictions, counts, thresholds):
-    """Experts of each image, whether it is right, accuracy over the classes."""
-    used = route(predictions.router_scores, thresholds)
-    right = mean_logits(predictions.expert_logits, used).argmax(axis=1) == predictions.labels
-    return used, right, accuracy_by_split(right, predictions.labels, counts)["all"]
-
-
-def chosen_thresholds(report):
-    """Those that the report looks at closely."""
-    (row,) = [row for row in rows_of(report / "curve.csv") if row["name"].startswith("routed, at most")]
-    return tuple(float(value) for value in row["thresholds"].split())
-
-
-def test_thresholds_are_chosen_on_held_out_images(varied, world):
-    """The most accurate there, of those that keep the budget there."""
-    heldout, _, counts, macs = world
-    chosen, candidates = chosen_thresholds(varied), frontier(heldout, counts, macs)
-    kept = [each for each in candidates if at(heldout, counts, each)[0].mean() <= 1.9]
-    assert chosen in kept
-    assert at(heldout, counts, chosen)[2] == max(at(heldout, counts, each)[2] for each in kept)
-    curve = [row for row in rows_of(varied / "curve.csv") if row["name"] == "routed"]
-    assert {tuple(float(value) for value in row["thresholds"].split()) for row in curve} == candidates
-
-
-def test_figures_per_class_are_of_the_chosen_thresholds(varied, world):
-    """Counted by hand from the test images' predictions."""
-    _, test, counts, _ = world
-    used, right, _ = at(test, counts, chosen_thresholds(varied))
-    everyone = mean_logits(test.expert_logits, np.full(len(test.labels), 3)).argmax(axis=1) == test.labels
-    best = oracle(prefix_right(test))
-    for label, row in enumerate(rows_of(varied / "per_class.csv")):
-        mine = test.labels == label
-        assert int(row["test_images"]) == mine.sum()
-        for column, values in (
-            ("accuracy", 100 * everyone), ("routed_accuracy", 100 * right), ("mean_experts", used),
-            ("oracle_mean_experts", best), ("share_1", used == 1), ("share_3", used == 3),
-        ):  # fmt: skip
-            assert float(row[column]) == pytest.approx(values[mine].mean(), abs=1e-4)
-
-
 def test_random_exits_lie_between_the_prefixes(report):
     """At the same mean number of experts, on the line between two neighbouring numbers of experts."""
     rows = rows_of(report / "curve.csv")
@@ -171,16 +103,6 @@ def test_shares_per_class_add_up(report):
         assert float(row["mean_experts"]) == pytest.approx(np.dot(shares, [1, 2, 3]), abs=1e-3)
 
 
-def test_a_model_is_judged_as_it_will_be_used(swept):
-    """In evaluation mode, by the statistics that it has learnt; the mode before comes back."""
-    checkpoint, model = trained_model(swept / "ride-own-seed0")
-    images = load_data(checkpoint.recipe).test
-    expected = predict(model, images).expert_logits
-    found = predict(model.train(), images).expert_logits
-    assert model.training
-    np.testing.assert_array_equal(found, expected)
-
-
 def test_a_report_is_text_and_pictures(report):
     """What was asked for is looked at; the legend says what the words mean."""
     text = (report / "report.md").read_text()
@@ -189,6 +111,111 @@ def test_a_report_is_text_and_pictures(report):
     assert "Oracle: each image gets the fewest experts\nwhose mean logits are right" in text
     for plot in ("shares.png", "experts.png", "curve.png"):
         assert (report / plot).read_bytes().startswith(b"\x89PNG")
+
+
+SPLITS_OF = {"a lot": "many", "some": "medium", "hardly any": "few"}
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """A run with a class in each split, as a finished training leaves it, with random weights."""
+    root, run = tmp_path_factory.mktemp("splits"), tmp_path_factory.mktemp("runs") / "untrained"
+    generator = np.random.default_rng(0)
+    for name, count in {"a lot": 280, "some": 84, "hardly any": 24}.items():
+        (root / name).mkdir()
+        for index in range(count):
+            image = Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            image.save(root / name / f"{index}.png")
+    shares = {"holdout_share": 0.4, "test_share": 1 / 6}
+    recipe = dataclasses.replace(RECIPES["ride-own"], data=str(root), image_size=8, epochs=1, router_epochs=1, **shares)
+    data = load_data(recipe)
+    info = {
+        "recipe": recipe.to_dict(), "classes": data.classes, "class_counts": data.counts, "mean": (0.5,) * 3,
+        "std": (0.2,) * 3, "commit": "", "metrics": {}, "images_digest": data.digest,
+    }  # fmt: skip
+    for stage in ("experts", "routers"):
+        save_checkpoint(run, stage, 1, build_model(recipe, 3, (0.5,) * 3, (0.2,) * 3), None, info)
+    return run, data
+
+
+def knowing(labels, seed):
+    """Predictions of three experts of which later ones know more, and of routers that know a little."""
+    generator = np.random.default_rng(seed)
+    logits = generator.normal(0, 1, (3, len(labels), 3)).astype(np.float32)
+    logits[:, np.arange(len(labels)), labels] += np.array([[0.3], [1.0], [2.0]], np.float32)
+    wrong = np.cumsum(logits, axis=0).argmax(axis=2)[:2] != labels
+    return Predictions(logits, (generator.random(wrong.shape) * 0.7 + 0.3 * wrong).astype(np.float32), labels)
+
+
+def test_a_report_is_of_test_images_at_thresholds_of_held_out_ones(untrained, tmp_path, monkeypatch):
+    """Every figure, computed anew: the curve, the point that was asked for, the classes, and what is said of splits."""
+    run, data = untrained
+    heldout, test = (knowing(images.labels.numpy(), seed) for seed, images in enumerate((data.heldout, data.test)))
+    made = {len(data.heldout): heldout, len(data.test): test}
+    monkeypatch.setattr("training.router_report.predict", lambda model, images: made[len(images)])
+    monkeypatch.setattr("training.router_report.fill_scores", lambda model, images: len(images))
+    text = router_report.report(run, tmp_path, max_mean_experts=2.2)
+    rows = rows_of(tmp_path / "curve.csv")
+
+    macs = macs_of(trained_model(run)[1], 8)
+    candidates = frontier(heldout, data.counts, macs)
+
+    def figures(predictions, thresholds):
+        return summarise(predictions, data.counts, macs, thresholds)["routed"]
+
+    def thresholds_of(row):
+        return tuple(map(float, row["thresholds"].split()))
+
+    prefixes = summarise(test, data.counts, macs, [1.0, 1.0])["experts"]
+    curve = [row for row in rows if row["name"] == "routed"]
+    published, chosen = (row for row in rows if row["name"].startswith("routed, "))
+    assert sorted(map(thresholds_of, curve)) == sorted(candidates)
+    assert [int(row["macs"]) for row in curve] == sorted(int(row["macs"]) for row in curve)
+    for row in (published, chosen, *curve):
+        expected = figures(test, thresholds_of(row))
+        assert int(row["macs"]) == expected["macs"]
+        for scope in ("all", "many", "medium", "few"):
+            assert float(row[scope]) == expected[scope]
+            of_prefixes = [prefix[scope] for prefix in prefixes]
+            random = np.interp(float(row["mean_experts"]), [1, 2, 3], of_prefixes)
+            assert float(row[f"random_{scope}"]) == pytest.approx(random, abs=0.01)
+    assert thresholds_of(published) == (0.5, 0.5)
+    affordable = [each for each in candidates if route(heldout.router_scores, each).mean() <= 2.2]
+    assert len(affordable) < len(candidates)
+    best = max(figures(heldout, each)["all"] for each in affordable)
+    assert thresholds_of(chosen) in affordable
+    assert figures(heldout, thresholds_of(chosen))["all"] == best
+    assert len({figures(test, each)["all"] for each in affordable}) > 5
+
+    used = route(test.router_scores, thresholds_of(chosen))
+    right, fewest = prefix_right(test), oracle(prefix_right(test))
+    images = np.arange(len(used))
+    for label, row in enumerate(rows_of(tmp_path / "per_class.csv")):
+        mine = test.labels == label
+        assert (row["class"], int(row["training_images"])) == (data.classes[label], data.counts[label])
+        assert (row["split"], int(row["test_images"])) == (SPLITS_OF[row["class"]], mine.sum())
+        for name, values in {
+            "accuracy": 100 * right[2], "routed_accuracy": 100 * right[used - 1, images],
+            "oracle_accuracy": 100 * right[fewest - 1, images], "mean_experts": used, "oracle_mean_experts": fewest,
+            "share_1": used == 1, "share_2": used == 2, "share_3": used == 3,
+        }.items():  # fmt: skip
+            assert float(row[name]) == pytest.approx(values[mine].mean(), abs=1e-4), name
+    of_split = {split: used[test.labels == data.classes.index(name)] for name, split in SPLITS_OF.items()}
+    assert f"More than one expert: {(of_split['few'] > 1).mean():.1%} of the few-shot images; " in text
+    assert f"one expert only: {(of_split['many'] == 1).mean():.1%} of the many-shot images" in " ".join(text.split())
+    assert f"decisions divided by {len(data.heldout):.2f}" in text
+
+
+def test_a_report_on_other_images_is_refused(untrained, tmp_path, capsys):
+    """What was trained on would be held out, or tested."""
+    run = shutil.copytree(untrained[0], tmp_path / "run")
+    folder = shutil.copytree(checkpoints_of(run)["routers"].recipe.data, tmp_path / "images")
+    (folder / "some" / "0.png").rename(folder / "some" / "zzz.png")
+    for file in run.glob("checkpoints/*/checkpoint.json"):
+        file.write_text(file.read_text().replace(checkpoints_of(untrained[0])["routers"].recipe.data, str(folder)))
+
+    assert main(["report", str(run), "--out", str(tmp_path / "report")]) == 2
+    assert "as many, but some have changed or go by other names" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,56 @@ def test_several_routers_leave_no_single_threshold_to_improve(seed):
         assert measured(predictions, macs, changed)[1] <= measured(predictions, macs, best)[1]
 
 
+def of_kinds(*kinds, labels=None):
+    """
+    Predictions of images of several kinds: (how many, their score after each expert but the last, whether each number
+    of experts is right about them). Two classes, which take turns unless `labels` says otherwise.
+    """
+    scores = np.array([scores for count, scores, _ in kinds for _ in range(count)], np.float32).T
+    right = np.array([right for count, _, right in kinds for _ in range(count)]).T  # (E, N)
+    labels = np.arange(right.shape[1]) % 2 if labels is None else np.array(labels)
+    sums = np.where(right, 1.0, -1.0)[:, :, None] * np.where(np.arange(2) == labels[:, None], 1.0, -1.0)
+    return Predictions(np.diff(sums, axis=0, prepend=0), scores, labels)
+
+
+def test_several_routers_stop_every_image_where_it_is_right():
+    """40 images after one expert, 10 after two, 10 after three: all right, and nobody paid for more."""
+    predictions = of_kinds(
+        (40, (0.1, 0.5), (True, True, True)),
+        (10, (0.9, 0.1), (False, True, True)),
+        (10, (0.9, 0.9), (False, False, True)),
+    )
+    macs = Costs(10, [20, 30, 40], [1, 1])
+    found = {measured(predictions, macs, thresholds) for thresholds in frontier(predictions, [9, 9], macs)}
+
+    assert max(found) == (10 + 21 + 20 / 60 * 31 + 10 / 60 * 40, 1.0)
+    assert min(found) == (31, round(40 / 60, 9))
+
+
+def test_accuracy_is_that_of_classes_not_of_images():
+    """More experts are right about both images of the small class, and wrong about three of ten of the large one."""
+    predictions = of_kinds(
+        (7, (0.5,), (True, True)), (3, (0.5,), (True, False)), (2, (0.5,), (False, True)), labels=[0] * 10 + [1] * 2
+    )
+    found = frontier(predictions, [50, 5], Costs(10, [20, 20], [1]))
+
+    assert {route(predictions.router_scores, thresholds).mean() for thresholds in found} == {1, 2}
+
+
+def test_what_an_expert_costs_counts_not_that_it_is_one():
+    """A hundred times cheaper than the third, the second expert may run for more images, for a little less accuracy."""
+    predictions = of_kinds(
+        (40, (0.1, 0.1), (True, True, True)),
+        (20, (0.6, 0.1), (False, False, False)),
+        (10, (0.6, 0.1), (False, True, True)),
+        (12, (0.9, 0.9), (False, False, True)),
+    )
+    macs = Costs(10, [10, 1, 100], [0, 0])
+    found = {measured(predictions, macs, thresholds) for thresholds in frontier(predictions, [9, 9], macs)}
+
+    assert (20 + 42 / 82, round(50 / 82, 9)) in found
+
+
 def test_thresholds_lie_between_scores():
     """A score that another precision rounds otherwise decides the same."""
     predictions = random_predictions(3, 200, 20, 0)
