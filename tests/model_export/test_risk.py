@@ -42,6 +42,25 @@ def test_the_bound_is_nearly_that_of_the_normal_distribution(worse, better):
     assert distance < np.sqrt(2 * np.log(1 / 0.05) / 5000) / 3
 
 
+@pytest.mark.parametrize("n_images", [7, 400])
+def test_the_bound_is_the_smallest_mean_whose_stake_grows_enough(n_images):
+    """Image by image: each bet is made before its image's loss is seen, by the variance of those before it."""
+    losses, error = draws(np.random.default_rng(2), n_images, 0.1, 0.05), 0.3
+    squares, total, bets = 1.0, 0.0, []
+    for index, loss in enumerate(losses):
+        bets.append(min(0.9, (2 * np.log(1 / error) / (n_images * squares / (index + 1))) ** 0.5))
+        total += loss
+        squares += (loss - total / (index + 2)) ** 2
+
+    def largest_stake(mean):
+        stakes = [np.prod(1 + np.array(bets[:count]) * (mean - losses[:count])) for count in range(1, n_images + 1)]
+        return max(stakes)
+
+    bound = upper_bound(losses, error)
+    assert 0 < bound < 1
+    assert largest_stake(bound) == pytest.approx(1 / error)
+
+
 def test_bounds_at_the_ends():
     """Never lost: near 0, nearer the more images; always lost: 1; nothing seen: 1; always gained: 0."""
     assert upper_bound(np.zeros(5000), 0.05) < 0.001
@@ -77,16 +96,19 @@ def test_certified_thresholds_lose_more_than_the_risk_as_rarely_as_they_should(p
 
 @pytest.mark.parametrize("rule", RULES)
 def test_what_is_recorded_is_what_the_testing_half_lost(rule, predictions):
-    """The bound lies between that loss and the risk, and the halves hold each class alike."""
+    """In all and in each split; the bound lies between that loss and the risk."""
     data = predictions(seed=1, n_images=2000)
     thresholds, risk = certify(data, COUNTS, MACS, rule, 5.0, 0.9)
 
     assert (risk.max_risk, risk.confidence, risk.images) == (5.0, 0.9, 1000)
     assert max(risk.loss, 0) <= risk.upper_bound <= 5.0
-    shares = [risk.loss_by_split[split] for split in ("many", "medium", "few")]
-    sizes = np.bincount(data.labels, minlength=4) / 2
-    weights = np.array([sizes[:2].sum(), sizes[2], sizes[3]])
-    assert np.average(shares, weights=weights) == pytest.approx(risk.loss, abs=0.05)
+    testing = halves(data.labels)[1]
+    rows = Predictions(data.expert_logits[:, testing], data.router_scores[:, testing], data.labels[testing])
+    assert risk.loss == pytest.approx(loss_at(rows, rule, thresholds), abs=1e-4)
+    for split, labels in {"many": (0, 1), "medium": (2,), "few": (3,)}.items():
+        mine = np.isin(rows.labels, labels)
+        part = Predictions(rows.expert_logits[:, mine], rows.router_scores[:, mine], rows.labels[mine])
+        assert risk.loss_by_split[split] == pytest.approx(loss_at(part, rule, thresholds), abs=1e-4)
     assert certify(data, COUNTS, MACS, rule, 5.0, 0.9) == (thresholds, risk)
 
 
@@ -134,6 +156,12 @@ def test_testing_stops_at_the_first_thresholds_that_fail(predictions, monkeypatc
     scores = rule_scores("confidence", data.expert_logits, data.router_scores)[:, testing]
     assert 2.5 < route(scores, thresholds).mean() < 3
     assert len(losses[1]) == len(testing)
+
+    bounds = iter([0.01, 0.02, 0.9])
+    logits = data.expert_logits.copy()
+    logits[:, testing] = np.random.default_rng(0).normal(size=logits[:, testing].shape)
+    changed = dataclasses.replace(data, expert_logits=logits)
+    assert certify(changed, COUNTS, MACS, "confidence", 5.0, 0.95)[0] == thresholds  # the order is not its own
 
 
 def test_the_recorded_bound_is_rounded_up_but_never_above_the_risk(predictions, monkeypatch):
