@@ -18,11 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from model_export import precision
 from model_export.__main__ import main, table
-from model_export.bundle import BundleError, Risk, read_bundle
+from model_export.bundle import Risk, read_bundle
 from model_export.calibrate import RULES
-from model_export.parity import MAX_LOGIT_DIFFERENCE, compare, require, run_variant
+from model_export.parity import MAX_LOGIT_DIFFERENCE, run_variant
 from tests.model_export.conftest import make_run
-from training.evaluate import Predictions
 from training.train import trained_model
 
 
@@ -261,91 +260,6 @@ def test_a_confidence_without_a_risk_is_refused(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(run), "-o", str(tmp_path / "bundle"), "--risk-confidence", "0.9"])
     assert "--risk-confidence: says how sure --max-risk must be, which is not given" in capsys.readouterr().err
-
-
-def test_decisions_parted_elsewhere_are_no_ties(predictions):
-    """A router that always sends on, or that both obey, says nothing of where the two part."""
-    data, counts = predictions(seed=3), [500, 200, 50, 5]
-    scores = data.router_scores.copy()
-    scores[:, 7] = 0.0005, 0.9
-    data = dataclasses.replace(data, router_scores=scores)
-    other = scores.copy()
-    other[1, 7] = 0.1
-    parted = compare(data, dataclasses.replace(data, router_scores=other), "router", (0.0, 0.5), counts, "fp32")
-    assert parted.experts_used_agreement == 1 - 1 / len(data.labels)
-
-    scores[0, 7] = other[0, 7] = 0.5001
-    parted = compare(data, dataclasses.replace(data, router_scores=other), "router", (0.5, 0.5), counts, "fp32")
-    assert parted.experts_used_agreement == 1 - 1 / len(data.labels)
-
-
-def test_parity_counts_disagreements_but_not_ties(predictions):
-    """A flipped class and a flipped decision are found; a score at its threshold may fall either way."""
-    data, counts = predictions(seed=3), [500, 200, 50, 5]
-    same = compare(data, data, "router", (0.5, 0.5), counts, "fp32")
-    assert (same.top1_agreement, same.experts_used_agreement, same.accuracy) == (1, 1, same.checkpoint_accuracy)
-
-    scores = data.router_scores.copy()
-    scores[0, 7] = 0.9 if scores[0, 7] < 0.5 else 0.1
-    wrong = compare(data, dataclasses.replace(data, router_scores=scores), "router", (0.5, 0.5), counts, "fp32")
-    assert wrong.experts_used_agreement == pytest.approx(1 - 1 / 400)
-    assert abs(wrong.mean_experts - wrong.checkpoint_mean_experts) in (pytest.approx(1 / 400), pytest.approx(2 / 400))
-    with pytest.raises(BundleError, match="experts_used_agreement fails on 1 of 400"):
-        require(wrong, "fp32")
-
-    at_threshold = data.router_scores.copy()
-    at_threshold[0, 7] = 0.5
-    below = at_threshold.copy()
-    below[0, 7] = 0.4999
-    ties = [dataclasses.replace(data, router_scores=scores) for scores in (at_threshold, below)]
-    assert compare(*ties, "router", (0.5, 0.5), counts, "fp32").experts_used_agreement == 1
-
-
-def test_graphs_that_give_nan_are_refused():
-    """NaN is greater than nothing: it would pass for no difference at all."""
-    logits = np.zeros((2, 3, 4), np.float32)
-    whole = Predictions(logits, np.zeros((1, 3), np.float32), np.zeros(3, np.int64))
-    broken = dataclasses.replace(whole, expert_logits=np.where(np.arange(3)[:, None] == 1, np.nan, logits))
-
-    with pytest.raises(BundleError, match="variant fp16: NaN or infinity for 1 of 3"):
-        compare(whole, broken, "router", (0.5,), (5, 4, 3, 2), "fp16")
-
-
-def test_parity_is_that_of_the_rule_in_force(predictions):
-    """Other logits move the exits of a rule that reads them; the router's scores are not asked then."""
-    data, counts = predictions(seed=4), [500, 200, 50, 5]
-    louder = dataclasses.replace(data, expert_logits=2 * data.expert_logits)
-
-    assert compare(data, louder, "router", (0.5, 0.5), counts, "fp32").experts_used_agreement == 1
-    parity = compare(data, louder, "confidence", (0.3, 0.3), counts, "fp32")
-    assert parity.experts_used_agreement < 1
-    assert parity.mean_experts < parity.checkpoint_mean_experts
-    with_other_routers = dataclasses.replace(data, router_scores=1 - data.router_scores)
-    assert compare(data, with_other_routers, "confidence", (0.3, 0.3), counts, "fp32").experts_used_agreement == 1
-
-
-def test_experts_that_agree_by_a_hair_may_be_counted_either_way(predictions):
-    """The score of the rule agreement jumps there, by more than any tolerance."""
-    data, counts = predictions(seed=5), [500, 200, 50, 5]
-    theirs = data.expert_logits.copy()
-    theirs[1, 7] = [1.0, 1.0004, -9, -9]
-    ours = theirs.copy()
-    ours[1, 7] = [1.0004, 1.0, -9, -9]
-    pair = [dataclasses.replace(data, expert_logits=logits) for logits in (theirs, ours)]
-
-    assert compare(*pair, "agreement", (0.5, 0.4), counts, "fp32").experts_used_agreement == 1
-
-
-def test_accuracies_of_parity_are_each_side_s_own(predictions):
-    """By split, at the exits that each side takes itself."""
-    data, counts = predictions(seed=6), [500, 200, 50, 5]
-    shuffled = dataclasses.replace(data, expert_logits=np.roll(data.expert_logits, 1, axis=1))
-    parity = compare(data, shuffled, "depth", (1, 1), counts, "fp32")
-
-    for side, accuracy in ((data, parity.checkpoint_accuracy), (shuffled, parity.accuracy)):
-        right = side.expert_logits[0].argmax(axis=1) == data.labels
-        assert accuracy.few == pytest.approx(100 * right[data.labels == 3].mean(), abs=1e-3)
-    assert parity.largest_loss > 5
 
 
 def test_graphs_run_on_the_plain_runtime(exported):
