@@ -57,6 +57,7 @@ def test_calibration_points_are_what_routing_at_their_thresholds_gives(predictio
     assert (table.images, table.risk) == (400, None)
     assert [point.mean_experts for point in table.points] == sorted(point.mean_experts for point in table.points)
     assert {point.rule for point in table.points if point.thresholds == (0.0, 0.0)} == set(RULES)
+    assert {point.rule for point in table.points if point.thresholds == (0.5, 0.5)} == {"router"}  # as published
     for point in table.points:
         used = route(rule_scores(point.rule, data.expert_logits, data.router_scores), point.thresholds)
         right = mean_logits(data.expert_logits, used).argmax(axis=1) == data.labels
@@ -96,9 +97,10 @@ def test_after_one_expert_there_is_nobody_to_agree_with(predictions):
 
 
 def test_thresholds_that_were_chosen_elsewhere_have_their_point(predictions):
-    """Under their rule, measured like all others."""
-    table = calibrate(predictions(), COUNTS, MACS, "noise", chosen=("margin", (0.123456, 0.654321)))
-    assert [point.rule for point in table.points if point.thresholds == (0.123456, 0.654321)] == ["margin"]
+    """Under their rule, measured like all others; also those that send every image the same way as others do."""
+    for thresholds in ((0.123456, 0.654321), (1e-12, 1e-12)):
+        table = calibrate(predictions(), COUNTS, MACS, "noise", chosen=("margin", thresholds))
+        assert [point.rule for point in table.points if point.thresholds == thresholds] == ["margin"]
 
 
 @pytest.mark.parametrize("rule", ["router", "confidence"])
