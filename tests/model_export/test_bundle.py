@@ -11,7 +11,9 @@ from model_export.bundle import (
     MAX_VARIANT_LOSS,
     SCHEMA_VERSION,
     BundleError,
+    Calibration,
     GraphSpec,
+    Risk,
     SplitBounds,
     TensorSpec,
     Variant,
@@ -225,6 +227,7 @@ def test_an_unknown_key_is_refused(bundle, key):
         ("calibration.points.0.accuracy.all", 100.5, "accuracy.all: is 100.5; expected a percentage"),
         ("calibration.points.0.accuracy.few", -1, "accuracy.few: is -1"),
         ("split_bounds.few_below", 102, "split_bounds: few_below is 102 and many_above is 100"),
+        ("split_bounds.few_below", 101, None),
         ("split_bounds.few_below", -1, "split_bounds: few_below is -1"),
         # against each other
         ("classes", [], "classes: is empty"),
@@ -427,6 +430,50 @@ def test_a_variant_is_faithful_as_long_as_no_split_loses_more_than_is_allowed(ma
     assert manifest.variants["int8"].parity.largest_loss == pytest.approx(0.41)
     with pytest.raises(BundleError, match=r"default_variant: is 'int8', which loses 0\.41 points in a split"):
         dataclasses.replace(manifest, default_variant="int8")
+
+
+def test_a_variant_that_broke_the_bound_on_the_risk_is_not_served_unasked(make_bundle):
+    """However faithful it is otherwise; at the bound it may be."""
+    manifest = read_bundle(make_bundle(losses={"fp32": 0.0, "fp16": 0.0, "int8": 0.0})).manifest
+    risk = Risk(**RISK | {"variants": {"fp16": 0.5, "int8": 0.51}})
+    manifest = dataclasses.replace(manifest, calibration=dataclasses.replace(manifest.calibration, risk=risk))
+
+    assert {name for name in manifest.variants if manifest.may_serve(name)} == {"fp32", "fp16"}
+
+
+def test_what_a_variant_loses_is_what_the_worst_split_loses():
+    """Not all of them together."""
+    found = parity(0.2)
+    lower = dataclasses.replace(found.accuracy, all=49.4, many=59.75)
+    assert dataclasses.replace(found, accuracy=lower).largest_loss == 0.25
+
+
+def test_points_are_chosen_by_accuracy_then_by_cost():
+    """Losses count against all experts, though fewer may be better; among points alike, the cheaper or the better."""
+
+    def point(mean_experts, accuracy, macs):
+        first, *_ = operating_points(3)
+        right = dataclasses.replace(first.accuracy, all=accuracy)
+        return dataclasses.replace(first, accuracy=right, mean_experts=mean_experts, mean_macs=macs)
+
+    points = (point(1, 49, 10), point(1.5, 51, 12), point(1.6, 51, 13), point(1.7, 51.5, 13), point(3, 50, 20))
+    table = Calibration("", 100, points, None)
+
+    assert table.cheapest("router", 1.0) == points[0]
+    assert table.cheapest("router", 0.9) == points[1]
+    assert table.cheapest("router", -1.2) == points[3]
+    assert table.most_accurate("router", 1.6) == points[1]
+    assert table.most_accurate("router", 3) == points[3]
+    equals = Calibration("", 100, (point(1, 49, 10), point(1, 49.5, 10), point(3, 50, 20)), None)
+    assert equals.cheapest("router", 1.0).accuracy.all == 49.5
+
+
+def test_a_table_out_of_order_is_refused(make_bundle):
+    """Whoever reads it takes its first point for the thriftiest."""
+    manifest = read_bundle(make_bundle()).manifest
+    points = manifest.calibration.points[::-1]
+    with pytest.raises(BundleError, match="is not in the order of mean_experts; expected it to ascend"):
+        dataclasses.replace(manifest, calibration=dataclasses.replace(manifest.calibration, points=points))
 
 
 def test_operating_points_of_several_rules_stand_in_one_table(make_bundle):
