@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from model_export.bundle import read_bundle
 from service.app import create_app
 from service.classifier import Classifier
-from service.counters import WAS_READY
+from service.counters import DEAD_CPU_S, OWN_CELLS, PID, READY, WAITING, WAS_READY
 from service.engine import open_engine
 from service.metrics import shared_counters
 from service.settings import Settings
@@ -231,7 +231,7 @@ def test_more_workers_than_cores_work_too(serve):
 SUPERVISED = """
 import os, signal, sys, time
 from service import supervisor
-from service.counters import BEAT, OWN_CELLS, READY, WAS_READY, Counters
+from service.counters import BEAT, DEAD_CPU_S, OWN_CELLS, READY, WAITING, WAS_READY, Counters
 from service.logs import set_up
 supervisor.RESTART_PAUSES_S, supervisor.STUCK_S, supervisor.LOOK_EVERY_S = (0.0, 0.1, 0.2), 0.5, 0.05
 set_up("info")
@@ -245,13 +245,21 @@ sys.exit(supervisor.Supervisor(work, [[], []], counters, drain_s=1).run())
 """
 
 
-def supervise(life, **options):
-    """Run a supervisor over two workers that live so; it and its log."""
+def supervise(life, *changes):
+    """Run a supervisor over two workers that live so, in a changed script; its exit code and what it said."""
     script = SUPERVISED.format(life=life)
+    for old, new in changes:
+        assert old in script
+        script = script.replace(old, new, 1)
     run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S, check=False, **options
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     return run.returncode, [json.loads(line) for line in run.stderr.splitlines()]
+
+
+def setting(**values):
+    """A change: these of the supervisor's numbers."""
+    return "set_up(", "".join(f"supervisor.{name} = {value}; " for name, value in values.items()) + "set_up("
 
 
 def test_a_worker_that_keeps_dying_ends_the_service():
@@ -316,28 +324,22 @@ def test_a_worker_whose_event_loop_stands_still_is_replaced():
 
 def test_a_worker_that_never_gets_ready_is_replaced():
     """It would keep its share of the connections waiting for ever; in its first start or in a later one."""
-    script = SUPERVISED.format(life="counters.own[READY] = 1 - number; counters.own[WAS_READY] = 1 - number")
-    script = script.replace("set_up(", "supervisor.STARTING_S, supervisor.STUCK_S = 0.3, 60; set_up(")
-    run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    code, lines = supervise(
+        "counters.own[READY] = 1 - number; counters.own[WAS_READY] = 1 - number",
+        setting(STARTING_S=0.3, STUCK_S=60),
     )
-    lines = [json.loads(line) for line in run.stderr.splitlines()]
 
     assert {line["worker"] for line in lines if line["event"] == "worker_killed" and "SIGKILL" not in line} == {1}
     assert [line["cause"] for line in lines if line["event"] == "worker_died"] == ["SIGKILL"] * 3
-    assert run.returncode == 1
+    assert code == 1
 
 
 def test_a_worker_that_drains_is_not_late():
     """Told to stop by itself, long after its start, it is ready no more but still has work to answer."""
     life = "counters.own[READY] = 1; time.sleep(0.3); counters.own[READY] = 0; time.sleep(1); os.kill(os.getppid(), 15)"
-    script = SUPERVISED.format(life=life + "; sys.exit(0)")
-    script = script.replace("set_up(", "supervisor.STARTING_S, supervisor.STUCK_S = 0.5, 60; set_up(")
-    run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S, check=False
-    )
+    _, lines = supervise(life + "; sys.exit(0)", setting(STARTING_S=0.5, STUCK_S=60))
 
-    assert "worker_killed" not in run.stderr
+    assert "worker_killed" not in {line["event"] for line in lines}
 
 
 def test_a_worker_that_cannot_start_is_not_tried_again():
@@ -346,6 +348,61 @@ def test_a_worker_that_cannot_start_is_not_tried_again():
 
     assert code == 1
     assert not [line for line in lines if line["event"] == "worker_died"]
+
+
+def test_a_worker_that_cannot_start_again_is_tried_a_few_times():
+    """One could, before it: what keeps this one from it, such as memory, may pass."""
+    code, lines = supervise("os._exit(supervisor.START_FAILED) if number else None")
+
+    assert [line["cause"] for line in lines if line["event"] == "worker_died"] == ["exit code 3"] * 3
+    assert code == 1
+
+
+STOP = "os.kill(os.getppid(), signal.SIGTERM)"
+
+
+def test_deaths_far_apart_do_not_add_up():
+    """Whoever has lived long enough is replaced at once, however many died before."""
+    life = f"(time.sleep(0.1), os._exit(1)) if number else (time.sleep(2), {STOP})"
+    _, lines = supervise(life, setting(SHORT_LIFE_S=0.05))
+
+    pauses = [line["restart_in_s"] for line in lines if line["event"] == "worker_died"]
+    assert len(pauses) > 4
+    assert set(pauses) == {0.0}
+    assert "gave_up" not in {line["event"] for line in lines}
+
+
+def test_a_dead_worker_is_not_ready_and_has_no_queue():
+    """What it counted stays, and so does the processor time that it took."""
+    dies = "[sum(range(10**6)) for _ in range(20)], os._exit(1)"
+    looks = "[time.sleep(0.1) for _ in range(100) if not row[DEAD_CPU_S]], time.sleep(0.2)"
+    tells = "print(list(row), file=sys.stderr)"
+    life = f"""own, row = counters.own, counters.row(1)
+    own[READY], own[WAITING], own[OWN_CELLS] = number, 5, 7
+    ({dies}) if number else ({looks}, {tells}, {STOP})"""
+    _, said = supervise(life, ("(0.0, 0.1, 0.2)", "(30,)"), ("(2, OWN_CELLS)", "(2, OWN_CELLS + 1)"))
+
+    (row,) = [line for line in said if isinstance(line, list)]
+    assert (row[PID], row[READY], row[WAITING], row[OWN_CELLS]) == (0, 0, 0, 7)
+    assert row[DEAD_CPU_S] > 0.1
+
+
+def test_ready_is_told_when_the_last_worker_is():
+    """Once."""
+    life = f"time.sleep(0.5 * number); counters.own[WAS_READY] = 1; number or (time.sleep(1), {STOP})"
+    _, lines = supervise(life, ("    counters.own[WAS_READY] = 1\n", ""))
+
+    (ready,) = [line for line in lines if line["event"] == "ready"]
+    assert ready["seconds"] >= 0.5
+
+
+def test_workers_get_the_time_to_drain():
+    """And only then the supervisor loses its patience."""
+    drains = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.6), os._exit(0)))"
+    code, lines = supervise(f"{drains}; number or (time.sleep(0.3), {STOP})", setting(PATIENCE_S=0.1))
+
+    assert "worker_killed" not in {line["event"] for line in lines}
+    assert code == 0
 
 
 @pytest.mark.anyio
