@@ -94,8 +94,10 @@ def test_a_batch_with_one_image_of_a_group_or_none_trains_as_any_other(labels, m
 
 @pytest.mark.parametrize("stopped", [True, False])
 def test_later_experts_train_the_trunk_only_where_the_recipe_lets_them(stopped):
-    """The gradient of the later experts' losses, at the trunk."""
+    """The gradient of the later experts' losses, at the trunk; that of the first expert's always reaches it."""
     model, _ = small_model(group_stop_gradient=stopped)
+    first = model.net(images_of(4)).own_logits[0].square().sum()
+    assert all(slope.any() for slope in torch.autograd.grad(first, [*model.net.trunk.parameters()]))
     model.net(images_of(4)).own_logits[1:].square().sum().backward()
 
     reached = [p.grad is not None and bool(p.grad.any()) for p in model.net.trunk.parameters()]

@@ -189,3 +189,30 @@ def test_impossible_backbones_are_refused(fields, message):
     """Each names the field, the value and what is possible."""
     with pytest.raises(RecipeError, match=message):
         Recipe(name="test", method="ride", **fields)
+
+
+def test_large_resnets_begin_with_the_gain_of_relu():
+    """Convolutions: normal, variance 2/(k² · outputs); the widths change at every stage."""
+    net = build_model(recipe_of("resnet10", 1), 7, *MEAN_STD).net
+    kernels = [module.weight for module in net.modules() if isinstance(module, torch.nn.Conv2d)]
+
+    relative = [kernel.var().item() * kernel.shape[0] * kernel[0, 0].numel() / 2 for kernel in kernels]
+    assert relative == pytest.approx([1] * 12, abs=0.1)
+
+
+def test_dropped_paths_grow_evenly_from_the_first_block_to_the_last():
+    """Of twelve blocks in trunk and expert together."""
+    with FakeTensorMode(), patch("torch.nn.init.trunc_normal_"):
+        net = build_model(recipe_of("swin_t", 1, drop_path=0.22), 7, *MEAN_STD).net
+    shares = [module.p for module in net.modules() if isinstance(module, torchvision.ops.StochasticDepth)]
+
+    assert shares == pytest.approx([0.02 * block for block in range(12)])
+
+
+def test_linear_layers_of_transformers_begin_small():
+    """Deviation 0.02, biases 0."""
+    expert = build_model(recipe_of("swin_t", 2), 7, *MEAN_STD).net.experts[1]
+    layers = [module for module in expert.layers.modules() if isinstance(module, torch.nn.Linear)]
+
+    assert [layer.weight.std().item() for layer in layers] == pytest.approx([0.02] * len(layers), rel=0.02)
+    assert not any(layer.bias.any() for layer in layers if layer.bias is not None)

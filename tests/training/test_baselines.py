@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from tests.training.test_losses import COUNTS, EXACT, LABELS, golden_logits
 from training.average import WeightAverage
+from training.data.samplers import class_aware, class_balanced, shuffled
 from training.data.sets import DataError, Images
 from training.evaluate import macs_of
 from training.loop import judged_in
-from training.methods import bbn, lfme, m2m, oltr, ride
+from training.methods import bbn, lfme, m2m, oltr, ride, single
 from training.methods.decoupled import (
     NearestMeanClassifier,
     ScaledClassifier,
@@ -74,6 +75,15 @@ def test_an_image_that_is_certain_gives_the_focal_loss_no_gradient(gamma):
     assert logits.grad[1, 0] < 0
 
 
+def test_the_focal_factor_has_a_gradient_too():
+    """By hand at p = 3/4, γ = 2: d/dp of (1 − p)²·(−log p) times dp/dz = p(1 − p)."""
+    logits = torch.tensor([[math.log(3.0), 0.0]], requires_grad=True)
+    focal_loss(logits, torch.tensor([0]), 2.0).backward()
+
+    slope = (2 * 0.25 * math.log(0.75) - 0.25**2 / 0.75) * 0.75 * 0.25
+    assert logits.grad[0].tolist() == pytest.approx([slope, -slope], rel=1e-5)
+
+
 def test_class_balanced_focal_loss_weighs_images_but_not_their_probability():
     """By hand: p = 3/4 and 1/2 with weights 1 and 3."""
     logits = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])
@@ -106,6 +116,8 @@ def test_balanced_softmax_and_logit_adjustment_at_tau_1_are_the_same_loss():
         recipe = RECIPES[name]
         found = IndividualLoss(recipe.loss, recipe, COUNTS)(logits, LABELS, 0).item()
         assert found == pytest.approx(expected, rel=1e-6)
+    doubled = dataclasses.replace(RECIPES["logit-adjustment-cifar100"], logit_tau=2.0)  # of which the other takes none
+    assert IndividualLoss("balanced_softmax", doubled, COUNTS)(logits, LABELS, 0).item() == pytest.approx(expected)
 
 
 def test_tau_0_leaves_the_weights_and_tau_1_makes_them_unit_vectors():
@@ -137,11 +149,34 @@ def test_tau_is_what_is_best_on_held_out_images():
     assert classifier.bias.tolist() == [0, 0]
 
 
+def test_tau_may_exceed_1():
+    """Lengths 100 and 1, by hand: right where 100^(1 − τ) lies between 4/50 and 3/20, which τ = 1.5 alone does."""
+    classifier = LinearClassifier(2, 2)
+    classifier.weight.data = torch.tensor([[100.0, 0.0], [0.0, 1.0]])
+    pixels = torch.zeros(2, 1, 1, 3)
+    pixels[:, 0, 0, :2] = torch.tensor([[50.0, 4.0], [20.0, 3.0]])
+    heldout = Images(pixels, torch.tensor([0, 1]))
+
+    with torch.no_grad():
+        assert fit_tau_norm(net_of_features(classifier), None, heldout, heldout)["tau"] == {"0": 1.5}
+
+
+def test_a_tau_of_the_recipe_is_taken_as_it_is():
+    """Whatever held-out images would prefer."""
+    classifier = LinearClassifier(2, 2)
+    classifier.weight.data = torch.tensor([[100.0, 0.0], [0.0, 1.0]])
+    heldout = Images(torch.ones(2, 1, 1, 3), torch.tensor([0, 1]))
+
+    with torch.no_grad():
+        assert fit_tau_norm(net_of_features(classifier), 0.5, heldout, heldout)["tau"] == {"0": 0.5}
+    assert classifier.weight.norm(dim=1).tolist() == pytest.approx([10, 1])
+
+
 @pytest.mark.parametrize("kind", ["un", "l2n", "cl2n"])
 def test_the_nearest_mean_classifier_finds_the_nearest_mean(kind):
     """The linear logits choose the class that a brute-force search over distances chooses."""
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(60) % 5
+    labels = torch.arange(60).sqrt().long() % 5  # of unequal sizes
     features = torch.randn(60, 4, generator=generator) + 2 * F.one_hot(labels, 5)[:, :4] + 1
     asked = 2 * torch.randn(200, 4, generator=generator)
     centre = features.mean(dim=0) if kind == "cl2n" else torch.zeros(4)
@@ -175,6 +210,37 @@ def test_the_kind_of_features_is_what_is_best_on_held_out_images():
     assert found["features"] == {"0": "l2n"}
     assert found["heldout_accuracy"] == {"0": 100.0}
     assert bool(classifier.unit_length)
+    assert not classifier.centre.any()
+    with torch.no_grad():  # unless the recipe names one
+        fit_nearest_means(net_of_features(classifier), "un", train, Images(pixels[6:], labels[6:]))
+    assert not classifier.unit_length
+
+
+def test_features_are_centred_where_that_is_best():
+    """Four classes in the directions of the diagonals, far from the origin, two of them seen long, two short."""
+    directions = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]])
+    labels = torch.arange(8) % 4
+    pixels = torch.zeros(8, 1, 1, 3)
+    pixels[:4, 0, 0, :2] = 100 + directions * torch.tensor([[20.0], [2.0], [20.0], [2.0]])
+    pixels[4:, 0, 0, :2] = 100 + directions * torch.tensor([[5.0], [9.0], [5.0], [9.0]])
+    classifier = NearestMeanClassifier(2, 4)
+    train, heldout = (Images(pixels[rows], labels[rows]) for rows in (slice(4), slice(4, 8)))
+
+    with torch.no_grad():
+        found = fit_nearest_means(net_of_features(classifier), "best", train, heldout)
+
+    assert (found["features"], found["heldout_accuracy"]) == ({"0": "cl2n"}, {"0": 100.0})
+    assert classifier.centre.tolist() == [100, 100]
+
+
+def test_crt_retrains_by_a_schedule_of_its_own():
+    """Class-aware draws in batches of 512, 0.2 along a cosine over 30 epochs, whatever the first stage had."""
+    recipe = dataclasses.replace(RECIPES["crt-cifar100"], weight_decay=1e-4)
+    _, (first, second) = single.build(recipe, COUNTS, *MEAN_STD)
+
+    assert (first.sampler, first.batch_size, first.weight_decay) == (shuffled, 128, 1e-4)
+    assert (second.sampler, second.batch_size, second.weight_decay) == (class_aware, 512, 5e-4)
+    assert [second.lr(epoch) for epoch in (0, 10, 15, 20)] == pytest.approx([0.2, 0.15, 0.1, 0.05])
 
 
 def test_lws_trains_only_the_scales_and_starts_from_the_classifier():
@@ -186,6 +252,10 @@ def test_lws_trains_only_the_scales_and_starts_from_the_classifier():
     assert torch.equal(scaled(features), linear(features))
     scaled.scales[0].data = torch.tensor([2.0, 0.5])
     assert torch.allclose(scaled(features), linear(features) * torch.tensor([2.0, 0.5]))
+    model, stages = single.build(RECIPES["lws-cifar100"], COUNTS, *MEAN_STD)
+    stages[1].arrange()
+    (trained,) = stages[1].part.parameters()
+    assert trained is model.net.experts[0].classifier.scales[0]
 
 
 def test_the_accuracy_that_choices_are_made_by_is_the_mean_over_classes():
@@ -236,6 +306,30 @@ def test_bbn_branches_see_their_own_half_in_training_and_every_image_in_evaluati
     assert first.shape == (4, 128)
     assert torch.equal(first[:, :64], second[:, :64])
     assert not torch.allclose(first[:, 64:], second[:, 64:])
+
+
+def test_bbn_branches_begin_apart():
+    """The re-balancing block is no copy of the other; its batch norms begin as theirs do."""
+    layers = bbn.build(tiny("bbn-cifar100"), [9, 5, 2], *MEAN_STD)[0].net.experts[0].layers
+
+    for name in ("conv1", "conv2"):
+        one, other = getattr(layers.conventional, name).weight, getattr(layers.rebalancing, name).weight
+        assert not torch.isclose(one, other).all(dim=(1, 2, 3)).any()
+        assert one.std().item() == pytest.approx(other.std().item(), rel=0.1)
+
+
+def test_a_bbn_step_takes_a_batch_from_either_sampler():
+    """128 images of each; the loss weighs them by the epoch of the recipe's 200."""
+    _, (stage,) = bbn.build(RECIPES["bbn-cifar100"], [200, 50], *MEAN_STD)
+    labels = torch.repeat_interleave(torch.arange(2), torch.tensor([200, 50]))
+    first = stage.sampler(labels, torch.Generator().manual_seed(0))[: stage.batch_size]
+    seen = Outputs(torch.zeros(1, 128, 2), torch.randn(1, 128, 128, generator=torch.Generator().manual_seed(0)))
+    _, losses = stage.step(lambda images: seen, torch.zeros(256), labels[first], 100, torch.Generator())
+
+    assert (stage.batch_size, stage.nesterov, len(first[:128].unique())) == (256, False, 128)
+    assert labels[first[:128]].float().mean().item() == pytest.approx(0.2, abs=0.08)
+    assert labels[first[128:]].float().mean().item() == pytest.approx(0.8, abs=0.12)
+    assert losses["loss"].item() == pytest.approx((0.75 * losses["uniform"] + 0.25 * losses["reversed"]).item())
 
 
 def test_bbn_costs_what_its_paper_says():
@@ -315,6 +409,46 @@ def test_the_student_is_weighed_on_held_out_images():
     assert student.weights == {"many": 0, "medium": 1, "few": 1}
 
 
+def test_teachers_and_student_are_compared_class_by_class():
+    """
+    By hand, threshold 0.3; twelve numbers of an image are the student's logits, then the teacher's, of four classes.
+
+    The teacher is right about both of its classes, where those of others do not count; the student, for whom they do,
+    about half of one class and all of the other: 1 − 0.75 of the teacher's accuracy, divided by 0.7.
+    """
+    told = torch.tensor([0, 0, 0, 0, 1, 3])  # what each image is
+    said = torch.tensor([0, 0, 1, 2, 1, 2])  # by the student
+    numbers = torch.cat([F.one_hot(said, 4), F.one_hot(told, 4), torch.zeros(6, 4)], dim=1).float()
+    numbers[:5, 4 + 2] = 9  # a class of which the teacher of 0 and 1 knows nothing
+    pixels = numbers.view(6, 3, 1, 4).permute(0, 2, 3, 1)
+    nets = [net_of_features(LinearClassifier(12, 4)) for _ in range(4)]
+    for net, begin in zip(nets, (0, 4, 4, 4), strict=True):
+        net.experts[0].classifier.load_state_dict({"weight": torch.eye(12)[begin : begin + 4], "bias": torch.zeros(4)})
+    classes = {"many": [0, 1], "medium": [2], "few": [3]}
+    model = Model(nets[0], None, dict(zip(classes, nets[1:], strict=True)))
+    student = lfme.Student(tiny("lfme-cifar100"), model, classes)
+
+    with torch.no_grad():
+        student.prepare(None, Images(pixels, told), 0)
+
+    assert student.weights == {"many": pytest.approx(0.25 / 0.7), "medium": 1, "few": 1}  # none held out of medium
+
+
+def test_lfme_teachers_see_their_classes_and_the_student_all_alike():
+    """120 epochs along a cosine, each image of the split once; then the common schedule on class-aware draws."""
+    recipe = dataclasses.replace(RECIPES["lfme-cifar100"], weight_decay=1e-4)
+    _, stages = lfme.build(recipe, [150, 50, 10], *MEAN_STD)
+    labels = torch.repeat_interleave(torch.arange(3), torch.tensor([150, 50, 10]))
+
+    for label, stage in enumerate(stages[:3]):
+        order = stage.sampler(labels, torch.Generator().manual_seed(0))
+        assert torch.equal(order.sort().values, torch.nonzero(labels == label).flatten())
+        assert (stage.epochs, stage.weight_decay) == (120, 5e-4)
+        assert [stage.lr(epoch) for epoch in (0, 40, 60)] == pytest.approx([0.1, 0.075, 0.05])
+    assert (stages[3].sampler, stages[3].epochs, stages[3].weight_decay) == (class_aware, 200, 1e-4)
+    assert [stages[3].lr(epoch) for epoch in (0, 5, 160)] == pytest.approx([0.02, 0.1, 1e-3])
+
+
 def test_a_teacher_is_judged_by_its_own_classes_only():
     """Other classes have no part in its loss, and get no gradient."""
     torch.manual_seed(0)
@@ -351,6 +485,16 @@ def test_m2m_takes_seeds_from_more_frequent_classes_only():
     from_head = (seeds[targets == 2] == 0).double().mean().item()
     head, middle = 1 - 0.999**495, 1 - 0.999**45
     assert from_head == pytest.approx(head / (head + middle), abs=0.05)
+
+
+def test_m2m_keeps_images_by_the_largest_class_of_all():
+    """Not by that of the batch: 5 in 500 of the rare class stay, not 5 in 50."""
+    labels = torch.tensor([1, 2] * 300)
+
+    chosen = m2m.plan(labels, torch.tensor([500, 50, 5]), 0.999, torch.Generator().manual_seed(0))
+
+    assert set(labels[chosen.places].tolist()) == {2}  # none could be made of class 1
+    assert 1 - len(chosen.places) / 300 == pytest.approx(0.01, abs=0.03)
 
 
 def test_m2m_without_a_more_frequent_class_in_the_batch_changes_nothing():
@@ -433,6 +577,75 @@ def test_that_logit_counts_as_the_network_gives_it_before_the_loss_scales_it(two
     torch.testing.assert_close(made(30.0, "cosine"), made(1.0, "linear"))
 
 
+def test_one_step_of_translation_is_a_step_down_each_images_own_slope():
+    """By hand with linear networks: the judge's softmax minus target, plus λ times the other's row, at unit length."""
+    judge, trained = (net_of_features(LinearClassifier(3, 3)) for _ in range(2))
+    rows = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0)) / 100
+    for net, weight in zip((judge, trained), rows, strict=True):
+        net.experts[0].classifier.load_state_dict({"weight": weight, "bias": torch.zeros(3)})
+    recipe = tiny("m2m-cifar100", loss="ce", classifier="linear", m2m_steps=1, m2m_noise=0.0)
+    images = torch.tensor([[100.0, 120.0, 140.0], [30.0, 0.0, 255.0]]).view(2, 1, 1, 3)
+
+    made, _ = m2m.translate(
+        trained, judge, images, torch.tensor([0, 1]), torch.tensor([1, 2]), recipe, torch.Generator()
+    )
+
+    for image, old, new, found in zip(images.flatten(1), (0, 1), (1, 2), made.flatten(1), strict=True):
+        slope = (torch.softmax(rows[0] @ image, dim=0) - F.one_hot(torch.tensor(new), 3)) @ rows[0] + 0.5 * rows[1][old]
+        expected = (image / 255 - 0.1 * slope / slope.norm()).clamp(0, 1)
+        assert found.tolist() == pytest.approx((255 * expected).tolist(), abs=1e-2)
+
+
+def test_translation_starts_from_noise_of_limited_length(two_nets):
+    """Of length ½, half of it upwards, before steps that are too short to matter."""
+    recipe, model = two_nets
+    grey = torch.full((20, 8, 8, 3), 128)
+    arguments = model.net, model.teachers["generator"], grey, torch.zeros(20).long(), torch.ones(20).long()
+    made, _ = m2m.translate(
+        *arguments, dataclasses.replace(recipe, m2m_step_size=1e-6), torch.Generator().manual_seed(0)
+    )
+    noises = ((made - 128) / 255).flatten(1)
+
+    assert noises.norm(dim=1).tolist() == pytest.approx([0.5] * 20, rel=1e-3)
+    assert (noises > 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_m2m_trains_on_the_batch_with_its_accepted_translations(two_nets):
+    """
+    Those that plan, translation and chance give for the same draws; the network translates in evaluation mode and
+    learns in training mode; the loss is that of the epoch counted from the first stage's beginning.
+    """
+    recipe, model = two_nets
+    recipe = dataclasses.replace(recipe, m2m_gamma=0.0, m2m_lambda=300.0, deferred_from=0.8)
+    counts, labels, images = torch.tensor([500, 50, 5]), torch.tensor([0, 1, 2, 0, 0, 1, 2, 2]), noise(8, seed=5)
+    judge, loss = model.teachers["generator"], m2m.SingleLoss(recipe, counts.tolist())
+    draws = torch.Generator().manual_seed(0)
+    chosen = m2m.plan(labels, counts, recipe.m2m_beta, draws)
+    made, _ = m2m.translate(
+        model.net.eval(), judge, images[chosen.seeds], labels[chosen.seeds], labels[chosen.places], recipe, draws
+    )
+    lucky = m2m.accepted(torch.ones(len(made)), chosen.acceptance, 0.0, draws)
+    expected = images.float()
+    expected[chosen.places[lucky]] = made[lucky]
+    said = Outputs(torch.randn(1, 8, 3), torch.zeros(1, 8, 64))
+    shown = []
+
+    def network(batch):
+        shown.append((batch, model.net.training))
+        return said
+
+    model.net.train()
+    _, losses = m2m.step(
+        recipe, model, judge, counts, loss, 160, network, images, labels, 0, torch.Generator().manual_seed(0)
+    )
+    model.eval()
+
+    torch.testing.assert_close(shown[0][0], expected)
+    assert shown[0][1]
+    torch.testing.assert_close(losses["loss"], loss(said, labels, 160)["loss"])
+    assert losses["loss"] != loss(said, labels, 0)["loss"]
+
+
 def test_m2m_replaces_accepted_images_and_keeps_all_labels(two_nets):
     """With γ = 0 all that chance allows, with an impossible γ none; the share is logged."""
     recipe, model = two_nets
@@ -466,6 +679,18 @@ def test_the_schedule_of_m2m_goes_on_where_translation_begins():
         ("generator", 200), ("experts", 160), ("translated", 40)
     ]  # fmt: skip
     assert [stages[1].lr(159), stages[2].lr(0), stages[2].lr(20)] == pytest.approx([0.1, 1e-3, 1e-5])
+    assert [stage.sampler for stage in stages] == [shuffled, shuffled, class_balanced]
+
+
+def test_the_generator_of_m2m_learns_by_plain_cross_entropy():
+    """To the last epoch, whatever the model's own loss and weights are."""
+    recipe = dataclasses.replace(RECIPES["m2m-cifar100"], deferred_from=0.8)
+    _, stages = m2m.build(recipe, COUNTS, *MEAN_STD)
+    logits = golden_logits()[:1]
+
+    found = stages[0].losses(Outputs(logits, logits), LABELS, 199)["loss"].item()
+
+    assert found == pytest.approx(7.572661, **EXACT)
 
 
 @pytest.fixture(scope="module")
@@ -523,6 +748,23 @@ def test_centroids_learn_from_their_own_loss_alone(memory_model):
     assert slope.abs().max() > 0
 
 
+def test_the_centroid_loss_enters_with_its_weight_and_moves_features(memory_model):
+    """A hundredth of it, with margin 10 and a hundredth of what repels; its slope at the features is its own."""
+    model, stages = memory_model
+    labels, memory = torch.tensor([0, 1, 2, 0]), model.net.experts[0].classifier.memory
+    features = (torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0)) / 10).requires_grad_()  # within reach
+    logits = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(1))
+
+    losses = stages[2].losses(Outputs(logits, features), labels, 0)
+
+    own = 0.01 * oltr.centroid_loss(memory, features[0], labels, 10, 0.01)
+    assert losses["centroid"].item() == pytest.approx(own.item())
+    assert losses["loss"].item() == pytest.approx(F.cross_entropy(logits[0], labels).item() + own.item())
+    torch.testing.assert_close(
+        *(torch.autograd.grad(each, features, retain_graph=True)[0] for each in (losses["loss"], own))
+    )
+
+
 def test_attention_begins_as_the_identity_and_then_weighs_places():
     """Against a direct computation; the places' weights sum to 1."""
     torch.manual_seed(0)
@@ -569,6 +811,10 @@ def test_oltr_learns_classifiers_faster_than_features_and_centroids(memory_model
     assert any(parameter is classifier.memory.centroids for parameter in groups[0]["params"])
     assert sum(len(group["params"]) for group in groups) == len(list(model.net.parameters()))
     assert [stages[2].lr(epoch) for epoch in (0, 19, 20, 59)] == pytest.approx([0.01, 0.01, 1e-3, 1e-4])
+    assert (stages[0].sampler, stages[2].sampler) == (shuffled, class_aware)
+    assert [(s.epochs, s.nesterov, s.weight_decay) for s in (stages[0], stages[2])] == [
+        (200, False, 2e-4), (60, False, 5e-4)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

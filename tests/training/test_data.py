@@ -66,6 +66,7 @@ def test_step_profile_has_two_sizes():
     """The first half of the classes is full, the second has 1/factor."""
     assert class_counts(49, 49, 10)[-1] == 1  # not ⌊0.999…⌋
     assert class_counts(500, 100, 6, "step") == [500, 500, 500, 5, 5, 5]
+    assert class_counts(500, 100, 5, "step") == [500, 500, 5, 5, 5]
 
 
 def test_impossible_factor_is_refused():

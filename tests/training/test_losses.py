@@ -1,11 +1,13 @@
 """The losses give the values that the public implementations give on the same input."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
 from training.data.longtail import class_counts
+from training.methods.individual import IndividualLoss
 from training.methods.losses import (
     class_temperatures,
     diversity_loss,
@@ -13,7 +15,7 @@ from training.methods.losses import (
     ldam_loss,
     ldam_margins,
 )
-from training.methods.ride import RideLoss, another_expert_helps
+from training.methods.ride import RideLoss, another_expert_helps, router_losses
 from training.models.multi_expert import Outputs
 from training.recipes import RECIPES
 
@@ -108,6 +110,9 @@ def test_collaborative_and_diversity_are_separate_switches():
     each = sum(torch.nn.functional.cross_entropy(expert, LABELS).item() for expert in logits)
     assert individual == pytest.approx(each, **EXACT)
     assert collaborative == pytest.approx(3 * 5.490708, **EXACT)
+    both = dataclasses.replace(together, diversity_weight=-0.45)
+    diversity = RideLoss(both, COUNTS)(Outputs(logits, logits), LABELS, 0)["diversity"].item()
+    assert diversity == pytest.approx(-3.564109, **EXACT)  # of the experts, not of their mean
 
 
 def test_routers_learn_where_a_longer_prefix_is_right_and_this_one_is_wrong():
@@ -120,3 +125,28 @@ def test_routers_learn_where_a_longer_prefix_is_right_and_this_one_is_wrong():
     helps = another_expert_helps(expert_logits, torch.zeros(5, dtype=torch.long))
 
     assert helps.int().tolist() == [[0, 1, 0, 0, 1], [0, 0, 0, 1, 1]]
+
+
+def test_every_cross_entropy_is_weighed_from_the_deferred_epoch_on():
+    """Σ w_y · (−log p_y) / Σ w_y, with the golden weights of classes with 500, 48 and 5 images; without a margin."""
+    logits, labels = golden_logits()[0, :3], torch.tensor([0, 50, 99])
+    weights = torch.tensor([0.044876, 0.457055, 4.378313], dtype=torch.float64)
+    recipe = dataclasses.replace(RECIPES["ride-cifar100"], loss="ce")
+    adjusted = logits + torch.tensor(COUNTS, dtype=torch.float64).log()
+
+    for name, judged in (("ce", logits), ("balanced_softmax", adjusted), ("logit_adjusted", adjusted)):
+        each = judged.logsumexp(dim=1) - judged[torch.arange(3), labels]
+        before, after = (IndividualLoss(name, recipe, COUNTS)(logits, labels, epoch).item() for epoch in (159, 160))
+        assert before == pytest.approx(each.mean().item(), rel=1e-5)
+        assert after == pytest.approx(((weights * each).sum() / weights.sum()).item(), rel=1e-5)
+
+
+def test_routers_are_judged_by_the_mean_over_images_and_routers():
+    """By hand: two routers, two images; a missed repair costs a hundred times a needless expert."""
+    expert_logits = torch.tensor([[[0.0, 1.0], [1.0, 0.0]], [[3.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    asked = torch.tensor([[-2.0, 1.0], [0.5, -3.0]])  # of which the first alone should have been positive
+
+    loss = router_losses(lambda outputs: asked, 100.0, Outputs(expert_logits, expert_logits), torch.zeros(2).long(), 0)
+
+    each = [100 * math.log1p(math.exp(2.0)), *(math.log1p(math.exp(x)) for x in (1.0, 0.5, -3.0))]
+    assert loss["loss"].item() == pytest.approx(sum(each) / 4)

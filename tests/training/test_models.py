@@ -7,8 +7,9 @@ import torch
 
 from training.evaluate import macs_of, mean_macs
 from training.methods.method import Model, build_model
-from training.models.classifiers import CosineClassifier
+from training.models.classifiers import CosineClassifier, LinearClassifier
 from training.models.macs import count_macs
+from training.models.multi_expert import Outputs
 from training.models.resnet_cifar import BasicBlock
 from training.models.router import Routers
 from training.recipes import RECIPES
@@ -108,6 +109,19 @@ def test_widening_shortcut_keeps_every_second_pixel_and_pads_channels_on_both_si
     assert not out[:, [0, 3]].any()
 
 
+def test_linear_classifiers_begin_with_the_gain_of_relu():
+    """Normal, variance 2/D."""
+    assert LinearClassifier(64, 100).weight.var().item() * 64 / 2 == pytest.approx(1, abs=0.12)
+
+
+def test_cosine_weights_begin_as_directions_to_all_sides():
+    """Of unit length; as many numbers below 0 as above."""
+    weight = CosineClassifier(64, 100, 30).weight
+
+    assert weight.norm(dim=1).tolist() == pytest.approx([1] * 100)
+    assert (weight > 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_that_shortcut_as_a_convolution_is_the_same_to_the_bit(dtype):
     """Odd and even sides; every channel is copied once or zero."""
@@ -129,3 +143,25 @@ def test_routers_share_their_output_layer_and_see_the_mean_logits_sorted():
 
     assert routers.top_k == 5
     torch.testing.assert_close(routers.decide(1, feature, sums), expected)
+
+
+def test_each_router_is_asked_about_its_own_expert_and_those_before_it():
+    """All at once as one by one: the feature of expert i, the logits of experts 0 to i; divided by the temperature."""
+    routers = Routers(n_experts=3, n_features=4, n_classes=5, top_k=3, n_hidden=2)
+    logits, features = torch.randn(3, 6, 5), torch.randn(3, 6, 4)
+
+    asked = routers(Outputs(logits, features))
+
+    one_by_one = [routers.decide(0, features[0], logits[0]), routers.decide(1, features[1], logits[0] + logits[1])]
+    torch.testing.assert_close(asked, torch.stack(one_by_one))
+    routers.temperature = 4.0
+    torch.testing.assert_close(routers.score(0, features[0], logits[0]), torch.sigmoid(one_by_one[0] / 4))
+
+
+def test_convolutions_of_cifar_nets_begin_with_the_gain_of_relu():
+    """Normal, variance 2/(k² · inputs), in each of the 31; the widths change from stage to stage."""
+    net = model_of(1, False).net
+    kernels = [module.weight for module in net.modules() if isinstance(module, torch.nn.Conv2d)]
+
+    relative = [kernel.var().item() * kernel[0].numel() / 2 for kernel in kernels]
+    assert relative == pytest.approx([1] * 31, abs=0.4)

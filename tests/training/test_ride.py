@@ -12,6 +12,7 @@ import torch
 
 from tests.training.test_losses import COUNTS, EXACT, LABELS, golden_logits
 from training.checkpoint import CheckpointError, checkpoints_of
+from training.data.samplers import class_balanced, shuffled
 from training.evaluate import macs_of
 from training.methods.losses import class_temperatures, distillation_loss, pairwise_diversity_loss
 from training.methods.method import build_model
@@ -69,6 +70,17 @@ def test_pairwise_diversity_is_that_of_every_pair():
     assert pairwise_diversity_loss(logits[:1].expand(3, -1, -1), temperatures).item() == pytest.approx(0, abs=1e-12)
     with pytest.raises(ValueError, match="two experts or more, there is 1"):
         pairwise_diversity_loss(logits[:1], temperatures)
+
+
+def test_both_experts_of_a_pair_have_a_gradient():
+    """As of the sum over pairs written out; none of the two is a teacher."""
+    logits = golden_logits().requires_grad_()
+    logs = logits.log_softmax(dim=2)
+    pairs = [(logs[i].exp() * (logs[i] - logs[j])).sum() / 2 / 4 for i in range(3) for j in range(3) if i != j]
+
+    (found,) = torch.autograd.grad(pairwise_diversity_loss(logits, torch.ones(100).double()), logits, retain_graph=True)
+
+    torch.testing.assert_close(found, torch.autograd.grad(sum(pairs), logits)[0])
 
 
 def test_the_recipe_says_which_diversity():
@@ -259,3 +271,27 @@ def test_a_teacher_that_does_not_fit_is_refused(teacher, tmp_path):
         build(dataclasses.replace(recipe, subset_seed=1), TAUGHT, *MEAN_STD)
     with pytest.raises(CheckpointError, match="has image_size 16, this training 32"):
         build(dataclasses.replace(recipe, image_size=32), TAUGHT, *MEAN_STD)
+
+
+def test_images_are_mixed_and_gradients_clipped_as_the_recipe_says():
+    """In the experts' stage alone; the routers' images stay as they are."""
+    recipe = dataclasses.replace(RIDE, mixup=0.8, cutmix=1.0, label_smoothing=0.1, clip_norm=5.0)
+    _, (experts, routers) = build(recipe, COUNTS, *MEAN_STD)
+
+    mixing = experts.mixing
+    assert (mixing.n_classes, mixing.mixup, mixing.cutmix, mixing.smoothing) == (100, 0.8, 1.0, 0.1)
+    assert experts.clip_norm == 5
+    assert routers.mixing is routers.clip_norm is None
+
+
+def test_experts_see_every_image_and_routers_classes_alike():
+    """As published: 200 epochs, batches of 128; 5 of 512, a rate along a cosine, a decay of the routers' own."""
+    _, (experts, routers) = build(dataclasses.replace(RIDE, weight_decay=1e-4), COUNTS, *MEAN_STD)
+
+    assert (experts.sampler, routers.sampler) == (shuffled, class_balanced)
+    assert [(s.epochs, s.batch_size, s.momentum, s.nesterov, s.weight_decay) for s in (experts, routers)] == [
+        (200, 128, 0.9, True, 1e-4), (5, 512, 0.9, True, 5e-4)
+    ]  # fmt: skip
+    assert [routers.lr(epoch) for epoch in range(5)] == pytest.approx(
+        [0.005 * (1 + math.cos(math.pi * epoch / 5)) for epoch in range(5)]
+    )

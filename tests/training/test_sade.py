@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.training.test_losses import COUNTS, EXACT, LABELS, golden_logits
+from training.methods.losses import effective_number_weights
 from training.methods.ride import RideLoss
 from training.methods.sade import SadeLoss, sade_priors
 from training.models.multi_expert import Outputs
@@ -56,3 +57,16 @@ def test_what_sade_is_not_is_refused(fields, message):
     """With the way to get it."""
     with pytest.raises(RecipeError, match=message):
         dataclasses.replace(SADE, **fields)
+
+
+def test_class_weights_apply_where_the_recipe_defers_them():
+    """From their epoch on, on top of the priors: the tail's image decides."""
+    logits = golden_logits()
+    loss = SadeLoss(dataclasses.replace(SADE, deferred_from=0.8), COUNTS)
+    weights = effective_number_weights(COUNTS, 0.9999).double()[LABELS]
+    each = torch.stack([loss(Outputs(logits[:, [b]], logits), LABELS[[b]], 0)["loss"] for b in range(4)])
+
+    before, after = (loss(Outputs(logits, logits), LABELS, epoch)["loss"].item() for epoch in (159, 160))
+
+    assert before == pytest.approx(each.mean().item())
+    assert after == pytest.approx(((weights * each).sum() / weights.sum()).item())

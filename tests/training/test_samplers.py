@@ -33,13 +33,25 @@ def test_balanced_samplers_draw_classes_alike_and_images_within_a_class_alike(sa
     assert rare.max() - rare.min() <= 1
 
 
+@pytest.mark.parametrize("sampler", [class_balanced, class_aware])
+def test_a_class_that_is_used_up_comes_again_in_another_order(sampler):
+    """All twenty images of the rare class, then all of them once more, reshuffled."""
+    order = sampler(LABELS, seeded())
+    first, second = order[LABELS[order] == 2][:40].view(2, 20)
+
+    assert torch.equal(first.sort().values, second.sort().values)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, first.sort().values)
+
+
 def test_class_aware_sampling_takes_four_images_of_each_class_before_any_class_comes_again():
     """Class after class in a fresh order, four images each."""
     labels = LABELS[class_aware(LABELS, seeded())][:480].view(-1, 4)
 
     assert torch.equal(labels, labels[:, :1].expand(-1, 4))
-    passes = labels[:, 0].view(-1, 3).sort(dim=1).values
-    assert torch.equal(passes, torch.arange(3).expand(len(passes), 3))
+    passes = labels[:, 0].view(-1, 3)
+    assert torch.equal(passes.sort(dim=1).values, torch.arange(3).expand(len(passes), 3))
+    assert len(passes.unique(dim=0)) > 1
 
 
 def test_reversed_frequencies_are_inverse_to_class_sizes():
@@ -50,6 +62,8 @@ def test_reversed_frequencies_are_inverse_to_class_sizes():
     drawn = torch.bincount(order, minlength=500)[LABELS == 2]
     assert drawn.sum() / len(drawn) == pytest.approx(drawn.float().mean())
     assert drawn.min() > 0.8 * drawn.float().mean()
+    frequent = torch.bincount(order, minlength=500)[LABELS == 1]
+    assert 0.5 * frequent.float().mean() < frequent.min() <= frequent.max() < 1.6 * frequent.float().mean()
 
 
 def test_bbn_batches_are_half_uniform_and_half_reversed():

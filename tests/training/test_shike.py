@@ -52,6 +52,25 @@ def test_experts_find_both_levels_in_the_trunks_output(side):
             torch.testing.assert_close(outputs.expert_features[index], fused.mean(dim=(2, 3)), atol=1e-2, rtol=1e-3)
 
 
+def test_only_the_shorter_shallow_branch_ends_with_a_relu():
+    """One convolution from the second stage, with it; two from the first, without, at even indices."""
+    net = build_model(dataclasses.replace(SHIKE, n_experts=4), 100, *MEAN_STD).net
+    branches = [expert.layers.shallow for expert in net.experts]
+    maps = [branch(torch.randn(4, branch[0].in_channels, 16, 16)) for branch in branches]
+
+    assert [branch[0].in_channels for branch in branches] == [16, 32, 16, 32]
+    assert [bool((each < 0).any()) for each in maps] == [True, False, True, False]
+
+
+def test_shallow_branches_begin_as_torch_has_it():
+    """Variance 1/(3 · k² · inputs); all else has the gain of ReLU, 2/(k² · inputs)."""
+    layers = build_model(SHIKE, 100, *MEAN_STD).net.experts[0].layers
+
+    for convolution, relative in ((layers.shallow[3], 1 / 3), (layers.deep[1].conv1, 2)):
+        weight = convolution.weight
+        assert weight.var().item() * weight[0].numel() == pytest.approx(relative, rel=0.1)
+
+
 def test_products_of_features_may_exceed_the_range_of_fp16():
     """A model in half precision multiplies in fp32: 1000 times 1000 is no infinity."""
     layers = FusionLayers(index=1, width=48, image_size=8).eval()
@@ -86,6 +105,30 @@ def test_gradients_reach_the_teachers():
     assert (logits.grad - detached.grad)[0, 0, 1].abs() > 1e-3
 
 
+def test_mutual_distillation_moves_teachers_too():
+    """As the sum over ordered pairs written out, divided by images and classes."""
+    logits = golden_logits().requires_grad_()
+    logs = logits.log_softmax(dim=2)
+    pairs = [(logs[j].exp() * (logs[j] - logs[k])).mean() for j in range(3) for k in range(3) if j != k]
+
+    (found,) = torch.autograd.grad(shike.mutual_loss(logits), logits, retain_graph=True)
+
+    torch.testing.assert_close(found, torch.autograd.grad(sum(pairs), logits)[0])
+
+
+def test_the_hardest_class_is_a_wrong_one():
+    """By hand: the true class 0 has the largest mean logit, 1 the largest of the others; the teacher is [0, 2, 3]."""
+    logits = torch.tensor([[[9.0, 4.0, 3.0]], [[8.0, 0.0, -2.0]]], dtype=torch.float64)
+    teacher = torch.tensor([0.0, 2.0, 3.0], dtype=torch.float64).softmax(0)
+    students = logits[:, 0].clone()
+    students[:, 0] = -30
+    divergences = (teacher * (teacher.log() - students.log_softmax(1))).sum(dim=1)
+
+    found = shike.transfer_loss(logits, torch.tensor([0])).item()
+
+    assert found == pytest.approx(divergences.sum().item() / 3)
+
+
 def test_the_second_phase_trains_classifiers_alone_under_balanced_softmax():
     """Its golden value; fresh classifiers; the frozen rest in the loop keeps following with its batch norms."""
     model, stages = shike.build(SHIKE, COUNTS, *MEAN_STD)
@@ -113,6 +156,8 @@ def test_learning_rates_are_those_of_the_authors_code():
 
     _, (_, at_once, _) = shike.build(dataclasses.replace(SHIKE, retrain_warmup_epochs=0), COUNTS, *MEAN_STD)
     assert at_once.lr(0) == pytest.approx(0.1)
+    _, (steps, _, _) = shike.build(dataclasses.replace(SHIKE, schedule="step"), COUNTS, *MEAN_STD)
+    assert [steps.lr(e) for e in (0, 5, 143, 144)] == pytest.approx([0.03, 0.15, 0.15, 1.5e-3])
 
 
 def test_one_expert_has_nobody_to_learn_from():

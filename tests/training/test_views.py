@@ -141,13 +141,45 @@ def test_targets_say_how_much_of_each_image_there_is():
 
 
 def test_a_mixup_is_flat_and_a_cutmix_has_two_colours():
-    """Each kind changes pixels as its paper says; both on, either happens."""
+    """Each kind changes pixels as its paper says; both on, either happens as often as the other."""
     assert Mixing(3, 0.8, 0, 0)(FLAT, LABELS, seeded(3))[0][0].unique().numel() == 1
-    kinds = set()
-    for seed in range(20):
+    cut = 0
+    for seed in range(200):
         images, _ = Mixing(3, 0.8, 1.0, 0)(FLAT, LABELS, seeded(seed))
-        kinds.add(set(images[0].unique().tolist()) <= {10, 40})
-    assert kinds == {True, False}
+        cut += set(images[0].unique().tolist()) <= {10, 40}
+    assert 75 < cut < 130  # half of them, and mixups whose share rounds to all or nothing
+
+
+def test_a_cutmix_takes_the_area_that_its_share_leaves():
+    """
+    Under Beta(1, 1) the side s has s² uniform, and a uniform centre leaves s − s²/4 of it within the border.
+
+    So the mean area is E[(s − s²/4)²] = 1/2 − 1/5 + 1/48.
+    """
+    images = FLAT[:, :1, :1].expand(4, 64, 64, 3)
+    taken = [1 - float(Mixing(3, 0, 1.0, 0)(images, LABELS, seeded(seed))[1][0, 0]) for seed in range(400)]
+
+    assert np.mean(taken) == pytest.approx(1 / 2 - 1 / 5 + 1 / 48, abs=0.04)
+
+
+def test_small_alphas_leave_most_images_almost_alone():
+    """Shares follow Beta(α, α), of variance 1/(4 · (2α + 1)), and mixed pixels are rounded to the nearest."""
+    shares = []
+    for seed in range(300):
+        images, targets = Mixing(3, 0.1, 0, 0)(FLAT, LABELS, seeded(seed))
+        shares.append(float(targets[0, 0]))
+        assert images[0, 0, 0, 0] == pytest.approx(10 * shares[-1] + 40 * (1 - shares[-1]), abs=0.501)
+
+    assert np.var(shares) == pytest.approx(1 / 4.8, abs=0.03)
+
+
+def test_mixed_labels_are_smoothed_too():
+    """0.1 over three classes: a class that is in neither image has a thirtieth."""
+    for mixing in (Mixing(3, 0.8, 0, 0.1), Mixing(3, 0, 1.0, 0.1)):
+        _, targets = mixing(FLAT, LABELS, seeded())
+
+        assert targets[0, 1].item() == pytest.approx(1 / 30)
+        assert targets.sum(dim=1).tolist() == pytest.approx([1] * 4)
 
 
 def test_smoothing_alone_leaves_the_images():
