@@ -12,6 +12,7 @@ from typing import Any, Final
 from service.cores import available_cores
 
 ROOT: Final = Path(__file__).parents[1]
+WRITTEN_HERE: Final = (":!benchmarks/results", ":!benchmarks/contestants/tuned.json")  # by benchmarks: no change of code
 FLAGS: Final = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 PACKAGES: Final = (
     "onnxruntime", "onnxruntime-gpu", "openvino", "numpy", "pillow", "simplejpeg", "fastapi", "starlette",
@@ -25,7 +26,7 @@ def describe(seed: int, more: Mapping[str, Any] | None = None) -> dict[str, Any]
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
         "commit": _git("rev-parse", "--short", "HEAD"),
-        "uncommitted": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "uncommitted": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", *WRITTEN_HERE)),
         "seed": seed,
         "cpu": _cpu("model name"),
         "cpu_flags": [flag for flag in FLAGS if flag in _cpu("flags").split()],

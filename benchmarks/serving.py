@@ -189,7 +189,7 @@ def prepare(bench: Bench) -> list[Contestant]:
 def run(bench: Bench) -> dict[str, Any]:
     """All rounds, then the probes; everything that was measured, as JSON."""
     began = time.monotonic()
-    measured = describe(bench.seed)  # now: tuning below writes into the checkout
+    measured = describe(bench.seed)
     present = prepare(bench)
     floors(bench)
     for round_number in range(bench.plan.rounds):

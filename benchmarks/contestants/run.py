@@ -27,7 +27,7 @@ from benchmarks.contestants.model import Model
 from benchmarks.floor import DEFAULT_BUNDLE
 from benchmarks.images import SIZES, make_images
 from benchmarks.load import LoadResult, closed_loop, fetch
-from benchmarks.machine import describe
+from benchmarks.machine import ROOT, describe
 from benchmarks.messages import Target, ask
 from benchmarks.ours import service_decoder
 from benchmarks.processes import Server, StartError, end_like_an_error, free_port
@@ -139,7 +139,7 @@ def tune(contestant: Contestant, work: Work, seconds: float) -> dict[str, Any]:
             with running(contestant, setting, work) as target:
                 row["rate"] = measure(contestant, target, "32x32", max(CONCURRENCIES), seconds).rate
         except ContestantError as error:
-            row["error"] = str(error)
+            row["error"] = str(error).replace(f"{ROOT}/", "")
         print(f"{contestant.title}: {setting}: {row.get('error', row['rate'])}", file=sys.stderr)
         tried.append(row)
     best = max(tried, key=lambda row: row["rate"])
