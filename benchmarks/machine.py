@@ -12,7 +12,7 @@ from typing import Any, Final
 from service.cores import available_cores
 
 ROOT: Final = Path(__file__).parents[1]
-WRITTEN_HERE: Final = (":!benchmarks/results", ":!benchmarks/contestants/tuned.json")  # by benchmarks: no change of code
+WRITTEN_HERE: Final = (":!benchmarks/results", ":!benchmarks/contestants/tuned.json")  # by benchmarks
 FLAGS: Final = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 PACKAGES: Final = (
     "onnxruntime", "onnxruntime-gpu", "openvino", "numpy", "pillow", "simplejpeg", "fastapi", "starlette",
