@@ -226,6 +226,16 @@ async def test_what_follows_a_good_request_does_not_spoil_its_answer(connect):
     assert answers.index(b"\r\n\r\n1HTTP") < answers.index(b"\r\n\r\n2")
 
 
+def counting_after(go_on):
+    """An application that answers as `count_body`, once it may."""
+
+    async def wait(scope, receive, send):
+        await go_on.wait()
+        await count_body(scope, receive, send)
+
+    return wait
+
+
 async def test_a_body_that_breaks_off_into_nonsense_is_refused(connect):
     """Its request is the one that is being answered."""
     async with connect() as (reader, writer):
@@ -238,12 +248,7 @@ async def test_a_body_that_breaks_off_into_nonsense_is_refused(connect):
 async def test_nonsense_behind_an_unanswered_request_leaves_its_body_alone(connect):
     """The second request's chunks make no sense; nobody takes a 400 for the first one's answer."""
     go_on = asyncio.Event()
-
-    async def wait(scope, receive, send):
-        await go_on.wait()
-        await count_body(scope, receive, send)
-
-    async with connect(wait) as (reader, writer):
+    async with connect(counting_after(go_on)) as (reader, writer):
         writer.write(b"GET /first HTTP/1.1\r\nHost: a\r\n\r\n")
         writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nno size\r\n")
         await asyncio.sleep(0.05)
@@ -328,12 +333,7 @@ async def test_a_client_that_reads_on_is_not_given_up(connect, monkeypatch):
 async def test_half_a_head_does_not_cut_off_the_answer_before_it(connect):
     """It may go on waiting behind the request that is being answered."""
     go_on = asyncio.Event()
-
-    async def wait(scope, receive, send):
-        await go_on.wait()
-        await count_body(scope, receive, send)
-
-    async with connect(wait) as (reader, writer):
+    async with connect(counting_after(go_on)) as (reader, writer):
         writer.write(b"GET /first HTTP/1.1\r\nHost: a\r\n\r\nGET /second HT")
         await asyncio.sleep(0.2)
         go_on.set()

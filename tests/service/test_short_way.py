@@ -322,23 +322,29 @@ async def test_experts_do_not_run_for_a_client_that_is_gone(served, taken, cut):
     assert [stage for stage, _ in service.engine.runs] == ["trunk", "expert_0", "router_0"] * 2
 
 
+@asynccontextmanager
+async def narrow_socket(connect):
+    """A connected socket that takes in next to nothing until it is read."""
+    async with connect() as (_, writer):
+        address = writer.get_extra_info("peername")[:2]
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(client, address)
+        yield client
+
+
 async def test_a_closed_connection_whose_answer_nobody_reads_is_given_up(service, monkeypatch):
     """Also where what is left of it is too little for the application to be held."""
     monkeypatch.setattr(protocol, "SEND_S", 0.1)
     loop, received = asyncio.get_running_loop(), b""
-    async with listening(service, send_buffer=4096) as connect:
-        async with connect() as (_, writer):
-            address = writer.get_extra_info("peername")[:2]
-        with socket.socket() as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            client.setblocking(False)
-            await loop.sock_connect(client, address)
-            asked = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
-            await loop.sock_sendall(client, 4 * asked + asked.replace(b"x", b"x\r\nConnection: close"))
-            await asyncio.sleep(0.5)
-            with suppress(ConnectionResetError):
-                while piece := await asyncio.wait_for(loop.sock_recv(client, 65_536), 10):
-                    received += piece
+    async with listening(service, send_buffer=4096) as connect, narrow_socket(connect) as client:
+        asked = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
+        await loop.sock_sendall(client, 4 * asked + asked.replace(b"x", b"x\r\nConnection: close"))
+        await asyncio.sleep(0.5)
+        with suppress(ConnectionResetError):
+            while piece := await asyncio.wait_for(loop.sock_recv(client, 65_536), 10):
+                received += piece
     assert received.startswith(b"HTTP/1.1 200 OK")
     assert len(received) < 5 * int(re.search(rb"content-length: (\d+)", received)[1])
 
@@ -346,19 +352,13 @@ async def test_a_closed_connection_whose_answer_nobody_reads_is_given_up(service
 async def test_a_client_that_does_not_read_its_answers_goes_the_long_way(service, taken):
     """Which waits for it, so that they do not pile up here; none is lost."""
     loop, sent, received = asyncio.get_running_loop(), 0, b""
-    async with listening(service, send_buffer=4096) as connect:
-        async with connect() as (_, writer):
-            address = writer.get_extra_info("peername")[:2]
-        with socket.socket() as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            client.setblocking(False)
-            await loop.sock_connect(client, address)
-            while len(taken) == sent and sent < 2000:
-                await loop.sock_sendall(client, request(FILES[0]))
-                sent += 1
-                for _ in range(500):  # the next one shall not go the long way for coming before this one's answer
-                    if service.metric("requests_total", code="200") < sent:
-                        await asyncio.sleep(0.001)
-            assert len(taken) == sent - 1
-            while received.count(b"HTTP/1.1 200 OK") < sent:
-                received += await asyncio.wait_for(loop.sock_recv(client, 65_536), 10)
+    async with listening(service, send_buffer=4096) as connect, narrow_socket(connect) as client:
+        while len(taken) == sent and sent < 2000:
+            await loop.sock_sendall(client, request(FILES[0]))
+            sent += 1
+            for _ in range(500):  # the next one shall not go the long way for coming before this one's answer
+                if service.metric("requests_total", code="200") < sent:
+                    await asyncio.sleep(0.001)
+        assert len(taken) == sent - 1
+        while received.count(b"HTTP/1.1 200 OK") < sent:
+            received += await asyncio.wait_for(loop.sock_recv(client, 65_536), 10)

@@ -38,9 +38,7 @@ def by_hand(nesterov):
 def test_rates_momentum_decay_and_average_are_the_stages(nesterov, averaged, tmp_path):
     """Also in the second and third epoch, each with a rate of its own; the model ends with what is asked for."""
     model = Model(nn.Linear(2, 1, bias=False), None)
-    nn.init.zeros_(model.net.weight)
-    with torch.no_grad():
-        model.net.weight += torch.tensor(START, dtype=torch.float32)
+    model.net.weight.data = torch.tensor(START, dtype=torch.float32).unsqueeze(0)
 
     def step(network, images, labels, *_):
         loss = 0.5 * (model.net.weight - torch.tensor(AIM, dtype=torch.float32)).square().sum()
