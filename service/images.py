@@ -46,7 +46,7 @@ SCARCE: Final = {
     "WEBP": (0.6, "three fifths of ")
 }  # of the limit: it takes 18 bytes per pixel and more, others up to 12
 SCALED_MARGIN: Final = 7  # times the input size; below 6, accuracy moved by more than 0.1 points
-EXIF_MARKS: Final = re.compile(rb"Exif\0\0")
+EXIF_MARK: Final = re.compile(rb"Exif\0\0")
 EXIF_SEGMENT: Final = re.compile(rb"\xff\xe1(..)Exif\0\0", re.DOTALL)
 EXIF_WITHIN: Final = 64 * 1024  # it comes among the first segments, of 64 KiB at most
 MAX_EXIF: Final = 64  # Pillow joins them one by one, in a time that grows with the square of their number
@@ -137,8 +137,6 @@ def _refuse_costly(kind: str, data: bytes) -> None:
             "image_unsupported",
             f"JPEG has more than {MAX_SCANS} scans, each of which paints it anew; save it in fewer",
         )
-    if kind == "JPEG" and _has_more(EXIF_MARKS, data, MAX_EXIF):
-        raise ServiceError("image_unsupported", f"JPEG has more than {MAX_EXIF} EXIF segments; save it without them")
     if kind == "BMP" and int.from_bytes(data[BMP_COMPRESSION_AT : BMP_COMPRESSION_AT + 4], "little") in BMP_RUN_LENGTHS:
         raise ServiceError("image_unsupported", "BMP of run lengths; save it without compression, or as PNG")
 
@@ -170,12 +168,12 @@ def _decode_jpeg(data: bytes, spec: InputSpec, max_pixels: int, scaled: bool) ->
     Returns:
         Pixels where they have the input's size already, else an image in RGBX, as Pillow keeps RGB: it need not copy.
     """
+    segment = _exif_segment(data)
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         _check_size("JPEG", width, height, max_pixels)
         if colours == "CMYK":
             return None
-        segment = EXIF_SEGMENT.search(data, 0, EXIF_WITHIN)
         if segment is None and (height, width) == (spec.height, spec.width):
             pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
             return pixels
@@ -190,6 +188,15 @@ def _decode_jpeg(data: bytes, spec: InputSpec, max_pixels: int, scaled: bool) ->
         return image
     end = segment.start(1) + int.from_bytes(segment[1])
     return _turn(image, _orientation(data[segment.end(1) : end]))
+
+
+def _exif_segment(jpeg: bytes) -> re.Match[bytes] | None:
+    """The one that says how the image is turned, if any. Raises ServiceError for more than Pillow can take."""
+    if EXIF_MARK.search(jpeg) is None:  # nearly all, after one look
+        return None
+    if _has_more(EXIF_MARK, jpeg, MAX_EXIF):
+        raise ServiceError("image_unsupported", f"JPEG has more than {MAX_EXIF} EXIF segments; save it without them")
+    return EXIF_SEGMENT.search(jpeg, 0, EXIF_WITHIN)
 
 
 def _scale(height: int, width: int, spec: InputSpec) -> int:

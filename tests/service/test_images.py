@@ -324,9 +324,11 @@ def test_a_png_with_more_than_pixels_is_not_small(extra):
     assert not is_small(data[:33] + extra + data[33:])
 
 
-def test_a_jpeg_of_many_exif_segments_is_refused_before_it_is_opened():
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])  # libjpeg-turbo reads the one, Pillow the other
+def test_a_jpeg_of_many_exif_segments_is_refused_before_it_is_opened(mode):
     """They are joined one by one; a few, as phones write them, turn the image as the first one says."""
-    data = encode(PIXELS, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\x06\0\0\0\0\0\0")
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\x06\0\0\0\0\0\0"
+    data = encode(Image.fromarray(PIXELS).convert(mode), "JPEG", exif=exif)
     at = data.index(b"\xff\xe1")
     segment = data[at : at + 2 + int.from_bytes(data[at + 2 : at + 4])]
     turned = decode(data[:at] + 3 * segment + data[at + len(segment) :], SPEC, 1000)
