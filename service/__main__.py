@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     for listening in groups[0]:
         host, port = listening.getsockname()[:2]
-        log(logging.INFO, "listening", url=f"http://{host}:{port}")
+        log(logging.INFO, "listening", url=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
     if alone:
         code = 1 if DrainingServer(classifier, groups[0]).serve_until_told() else 0
         logging.shutdown()

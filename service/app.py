@@ -134,6 +134,7 @@ def _add_routes(app: FastAPI, classifier: Classifier) -> None:
             return _error(request, error)
         return JSONResponse({"status": "ready"})
 
+    @app.head("/model", include_in_schema=False)
     @app.get("/model", summary="What is served, and the operating points to choose from", response_model=ModelAnswer)
     async def model() -> Response:
         return JSONResponse(_describe(classifier))

@@ -115,9 +115,9 @@ class _Group:
     jobs: list[Job]
     features: Any
     logits_sum: Floats  # (B, C)
-    thresholds: Floats  # (B, E - 1)
+    thresholds: NDArray[np.float64]  # (B, E - 1)
     max_experts: Rows  # (B,)
-    min_confidence: Floats  # (B,)
+    min_confidence: NDArray[np.float64]  # (B,)
     scores: Floats  # (B, E - 1)
     seconds: NDArray[np.float64]  # (B, 2 + E)
     best: Rows  # (B, E), each expert's own best class; kept only where the rule asks for it
@@ -212,9 +212,9 @@ class Cascade:
         return _Group(
             expert=0, jobs=list(jobs), features=features,
             logits_sum=np.zeros((n_jobs, self._n_classes), np.float32),
-            thresholds=np.array([job.thresholds for job in jobs], np.float32).reshape(n_jobs, n_experts - 1),
+            thresholds=np.array([job.thresholds for job in jobs], np.float64).reshape(n_jobs, n_experts - 1),
             max_experts=np.array([job.max_experts for job in jobs]),
-            min_confidence=np.array([job.min_confidence for job in jobs], np.float32),
+            min_confidence=np.array([job.min_confidence for job in jobs], np.float64),
             scores=np.zeros((n_jobs, n_experts - 1), np.float32),
             seconds=seconds,
             best=np.zeros((n_jobs, n_experts if self._rule == "agreement" else 0), np.int64),

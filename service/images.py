@@ -1,9 +1,7 @@
 """From the bytes of one image file to the pixels that the trunk takes."""
 
 import io
-import itertools
 import math
-import re
 from typing import Any, Final
 
 import numpy as np
@@ -14,42 +12,34 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from model_export.bundle import InputSpec
 from service.errors import ServiceError
+from service.structure import (
+    JPEG_START,
+    PNG_START,
+    SCANS,
+    SMALL_SCANS,
+    check_head,
+    check_structure,
+    exif_segment,
+    has_more,
+    has_plain_chunks,
+)
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow would warn at one size and refuse at another; `decode` has the limit
 
 FILTERS: Final = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-JPEG_START: Final = b"\xff\xd8\xff"
-PNG_START: Final = b"\x89PNG\r\n\x1a\n"
 PNG_DEPTH_AT: Final = 24  # in a file whose first chunk is the header, as it must be
 INNER_SHARE: Final = 7 / 8  # of the shorter side, in "inner_crop": 224 of 256
 SMALL_JPEG: Final = 640 * 480  # pixels that take about a millisecond
 SMALL_PNG: Final = 200 * 200
 SMALL_BYTES: Final = 256 * 1024
-SMALL_CHUNKS: Final = 32
-# Those of a PNG that cost nothing; others may hold compressed text, or a TIFF's worth of tags.
-PLAIN_CHUNKS: Final = frozenset(
-    (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"bKGD", b"pHYs", b"tIME")
-)
-# A progressive JPEG is painted over once for each scan; real ones have about 10, a hostile one as many as fit.
-SCAN_MARK: Final = b"\xff\xda"
-SCANS: Final = re.compile(SCAN_MARK)
-JPEG_END: Final = b"\xff\xd9"
-JPEG_MARKER: Final = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # what else follows 0xff says nothing
-MAX_SCANS: Final = 100
-SMALL_SCANS: Final = 16
 TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_TILE_WIDTH, TIFF_TILE_LENGTH = 258, 262, 322, 323
 WHITE_IS_ZERO: Final = 0
 STRIP_PIXELS: Final = 2**18
-BMP_COMPRESSION_AT: Final = 30
-BMP_RUN_LENGTHS: Final = (1, 2)
 SCARCE: Final = {
     "WEBP": (0.6, "three fifths of ")
 }  # of the limit: it takes 18 bytes per pixel and more, others up to 12
 SCALED_MARGIN: Final = 7  # times the input size; below 6, accuracy moved by more than 0.1 points
-EXIF_MARK: Final = re.compile(rb"Exif\0\0")
-EXIF_SEGMENT: Final = re.compile(rb"\xff\xe1(..)Exif\0\0", re.DOTALL)
-EXIF_WITHIN: Final = 64 * 1024  # it comes among the first segments, of 64 KiB at most
-MAX_EXIF: Final = 64  # Pillow joins them one by one, in a time that grows with the square of their number
+XMP: Final = ("xmp", "XML:com.adobe.xmp")
 ORIENTATION_TAG: Final = 0x0112
 # What undoes each EXIF orientation; 1 is upright.
 UPRIGHT: Final = {
@@ -85,9 +75,11 @@ def decode(data: bytes, spec: InputSpec, max_pixels: int, *, scaled: bool = Fals
     if kind is None:
         raise _no_image(data)
     try:
-        _refuse_costly(kind, data)
+        check_structure(kind, data)
         image = _decode_jpeg(data, spec, max_pixels, scaled) if kind == "JPEG" else None
         if image is None:
+            if kind == "JPEG":
+                check_head(data)
             image = _decode_any(kind, data, max_pixels)
         elif isinstance(image, np.ndarray):
             return image
@@ -105,7 +97,7 @@ def is_small(data: bytes) -> bool:
     if len(data) > SMALL_BYTES:
         return False
     if data.startswith(JPEG_START):
-        if _has_more(SCANS, data, SMALL_SCANS):
+        if has_more(SCANS, data, SMALL_SCANS):
             return False
         try:
             height, width, *_ = simplejpeg.decode_jpeg_header(data)
@@ -114,50 +106,7 @@ def is_small(data: bytes) -> bool:
         return bool(height * width <= SMALL_JPEG)
     if data.startswith(PNG_START) and data[12:16] == b"IHDR" and len(data) >= 24:
         width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
-        return width * height <= SMALL_PNG and _has_plain_chunks(data)
-    return False
-
-
-def _has_plain_chunks(png: bytes) -> bool:
-    """Whether a PNG consists of few chunks, all of kinds that take no time beyond that of its pixels."""
-    at = len(PNG_START)
-    for _ in range(SMALL_CHUNKS):
-        if png[at + 4 : at + 8] not in PLAIN_CHUNKS:
-            return False
-        at += 12 + int.from_bytes(png[at : at + 4])  # length, kind, what it holds, checksum
-        if at >= len(png):
-            return True
-    return False
-
-
-def _refuse_costly(kind: str, data: bytes) -> None:
-    """Raise ServiceError image_unsupported for a file that takes far longer than its pixels and bytes let expect."""
-    if kind == "JPEG" and _has_more(SCANS, data, MAX_SCANS) and _has_too_many_scans(data):
-        raise ServiceError(
-            "image_unsupported",
-            f"JPEG has more than {MAX_SCANS} scans, each of which paints it anew; save it in fewer",
-        )
-    if kind == "BMP" and int.from_bytes(data[BMP_COMPRESSION_AT : BMP_COMPRESSION_AT + 4], "little") in BMP_RUN_LENGTHS:
-        raise ServiceError("image_unsupported", "BMP of run lengths; save it without compression, or as PNG")
-
-
-def _has_more(marks: re.Pattern[bytes], data: bytes, limit: int) -> bool:
-    """Whether there are more than `limit` of these marks, in a third of the time that `data.count` takes."""
-    return any(itertools.islice(marks.finditer(data), limit, None))
-
-
-def _has_too_many_scans(data: bytes) -> bool:
-    """Of the image itself, not of its preview or of a video that is appended to it."""
-    at = scans = 0
-    while marker := JPEG_MARKER.search(data, at):
-        at = marker.end()
-        if marker[0] == JPEG_END:
-            break
-        if marker[0] != JPEG_START[:2]:  # all others have a length here
-            at += int.from_bytes(data[at : at + 2])
-        scans += marker[0] == SCAN_MARK
-        if scans > MAX_SCANS:
-            return True
+        return width * height <= SMALL_PNG and has_plain_chunks(data)
     return False
 
 
@@ -168,7 +117,7 @@ def _decode_jpeg(data: bytes, spec: InputSpec, max_pixels: int, scaled: bool) ->
     Returns:
         Pixels where they have the input's size already, else an image in RGBX, as Pillow keeps RGB: it need not copy.
     """
-    segment = _exif_segment(data)
+    segment = exif_segment(data)
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         _check_size("JPEG", width, height, max_pixels)
@@ -190,15 +139,6 @@ def _decode_jpeg(data: bytes, spec: InputSpec, max_pixels: int, scaled: bool) ->
     return _turn(image, _orientation(data[segment.end(1) : end]))
 
 
-def _exif_segment(jpeg: bytes) -> re.Match[bytes] | None:
-    """The one that says how the image is turned, if any. Raises ServiceError for more than Pillow can take."""
-    if EXIF_MARK.search(jpeg) is None:  # nearly all, after one look
-        return None
-    if _has_more(EXIF_MARK, jpeg, MAX_EXIF):
-        raise ServiceError("image_unsupported", f"JPEG has more than {MAX_EXIF} EXIF segments; save it without them")
-    return EXIF_SEGMENT.search(jpeg, 0, EXIF_WITHIN)
-
-
 def _scale(height: int, width: int, spec: InputSpec) -> int:
     """By how much a JPEG may be decoded smaller: 1, 2, 4 or 8; what lies between is no faster than its neighbour."""
     least = SCALED_MARGIN * max(spec.height, spec.width)
@@ -216,10 +156,16 @@ def _decode_any(kind: str, data: bytes, max_pixels: int) -> Image.Image:
             bits, negative = tags.get(TIFF_BITS, (16,))[0], tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO
         elif kind == "PNG":
             _widen_transparency(image, depth=data[PNG_DEPTH_AT])
-        orientation = _orientation(image)  # before loading: of a TIFF, loading undoes and forgets it
-        image.load()
+        _forget_xmp(image)
+        image.load()  # which turns a TIFF upright
         pixels = to_rgb(image, bits=bits, negative=negative)
-        return pixels if kind == "TIFF" else _turn(pixels, orientation)
+        return pixels if kind == "TIFF" else _turn(pixels, _orientation(image))
+
+
+def _forget_xmp(image: Image.Image) -> None:
+    """For want of an EXIF orientation Pillow takes that of an XMP block, where it looks for one; EXIF alone counts."""
+    for key in XMP:
+        image.info.pop(key, None)
 
 
 def _widen_transparency(image: Image.Image, depth: int) -> None:
@@ -317,6 +263,7 @@ def _orientation(image: Image.Image | bytes) -> int:
             exif = Image.Exif()
             exif.load(image)
         else:
+            _forget_xmp(image)  # that of a PNG may come behind its pixels
             exif = image.getexif()
         found: Any = exif.get(ORIENTATION_TAG, 1)
     except Exception:  # EXIF is a TIFF of its own, with as many ways to be broken

@@ -39,6 +39,11 @@ class Exchange:
         self.response_complete = False
         self.hung_up: Callable[[], None] | None = None
 
+    @property
+    def gone(self) -> bool:
+        """Whether the client hung up, though `hung_up` has not been called yet."""
+        return bool(self._protocol.transport.is_closing())
+
     def answer(self, status: int, headers: Headers, content: bytes) -> None:
         """
         Send the answer, head and body. Once, and not after `hung_up`; to nobody where the connection is just closing.
@@ -52,7 +57,7 @@ class Exchange:
             head += (name, b": ", value, b"\r\n")
         head.append(b"content-length: %d\r\n" % len(content))
         head.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
-        if not protocol.transport.is_closing():
+        if not self.gone:
             protocol.transport.write(b"".join((*head, content)))
         self.response_complete = True
         if not self.keep_alive:

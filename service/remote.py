@@ -14,6 +14,7 @@ from service.batcher import MAX_RETRY_S, Batcher, BatcherStoppedError
 from service.cascade import AbandonedError, Job, NotFiniteError, Outcome
 from service.engine import EngineError
 from service.errors import ServiceError
+from service.settings import PREFIX, SettingsError
 from service.slots import Slots
 from service.wire import Connection, Packer
 
@@ -194,8 +195,17 @@ def open_link(fronts: int, image: InputSpec, *, max_queue: int, max_batch: int) 
     Args:
         max_queue: images of one front that may wait.
         max_batch: images of all fronts that the engine may be working on.
+
+    Raises:
+        SettingsError: where there is no memory for so many.
     """
-    slots = Slots(fronts, max_queue + -(-max_batch // fronts), image.height, image.width)
+    try:
+        slots = Slots(fronts, max_queue + -(-max_batch // fronts), image.height, image.width)
+    except (OSError, OverflowError) as error:
+        raise SettingsError(
+            f"{PREFIX}MAX_QUEUE gives each of {fronts} workers {max_queue:,} places, and there is no memory to share "
+            f"for as many images ({error}); lower it"
+        ) from None
     listening = socket.socket(socket.AF_UNIX)
     listening.bind("")  # Linux then chooses a name of its own
     listening.listen()

@@ -101,7 +101,7 @@ class ClassifyRoute:
                         body, lease, max_bytes=settings.max_bytes, max_images=settings.max_images
                     )
                     outcomes = await classifier.classify(uploads, choice)
-        except ClientGoneError:
+        except (ClientGoneError, ServiceError):
             raise
         except Exception as error:
             raise self._explained(error, request_id) from error
@@ -264,6 +264,10 @@ class _ShortRequest:
 
     def _answer(self, future: "asyncio.Future[Outcome]") -> None:
         if self._left:  # too late: given up while this call was waiting for its turn
+            return
+        if self._exchange.gone:
+            self._exchange.hung_up = None
+            self._hung_up()
             return
         try:
             outcome: Classified | ServiceError = Classified(future.result(), self._decode_s)

@@ -15,6 +15,7 @@ from service.errors import ClientGoneError, ServiceError
 MAX_FILENAME = 255  # characters of a client's file name that we repeat
 MAX_PART_HEADERS = 16
 MAX_PART_HEADER_BYTES = 4096
+MAX_EMPTY_PARTS = 16  # besides the images: those of file inputs that were left empty
 DISCARD_S = 1.0  # how long a refused client may go on sending, so that it gets to read the refusal
 
 
@@ -134,13 +135,16 @@ async def read_uploads(body: Body, lease: MemoryLease, *, max_bytes: int, max_im
     kind, options = parse_options_header(body.content_type)
     reader = _Multipart(options.get(b"boundary", b""), max_images) if kind == b"multipart/form-data" else _Raw()
     received = 0
-    async for chunk in body.chunks():
-        received += len(chunk)
-        if received > max_bytes:
-            raise _too_large(received, max_bytes)
-        lease.grow(len(chunk))
-        reader.write(chunk)
-    uploads = reader.finish()
+    try:
+        async for chunk in body.chunks():
+            received += len(chunk)
+            if received > max_bytes:
+                raise _too_large(received, max_bytes)
+            lease.grow(len(chunk))
+            reader.write(chunk)
+        uploads = reader.finish()
+    finally:
+        reader.close()
     if not uploads:
         raise ServiceError(
             "no_image",
@@ -169,6 +173,9 @@ class _Raw:
         data = b"".join(self._pieces)
         return [Upload(None, data)] if data else []
 
+    def close(self) -> None:
+        self._pieces.clear()
+
 
 class _Multipart:
     """A multipart/form-data body: each part that is a file becomes an upload, whatever its field is called."""
@@ -180,6 +187,7 @@ class _Multipart:
             )
         self._max_images = max_images
         self._uploads: list[Upload] = []
+        self._parts = 0
         self._ended = False
         self._header_name = bytearray()
         self._header_value = bytearray()
@@ -222,7 +230,18 @@ class _Multipart:
             )
         return self._uploads
 
+    def close(self) -> None:
+        """Let go of the parser, which holds on to this object: together they would stay until the next collection."""
+        del self._parser
+
     def _on_part_begin(self) -> None:
+        self._parts += 1
+        if self._parts > self._max_images + MAX_EMPTY_PARTS:
+            raise ServiceError(
+                "too_many_images",
+                f"more than {self._max_images + MAX_EMPTY_PARTS} files in one request, empty ones included; the limit "
+                f"is {self._max_images} images (RIDE_MAX_IMAGES); send several",
+            )
         self._headers: dict[bytes, bytes] = {}
         self._pieces: list[bytes] = []
 

@@ -206,6 +206,17 @@ async def test_a_request_may_choose_its_own_threshold(service, tiny_model, thres
         assert {result["experts_used"] for result in results} == {3 if threshold == 0 else 1}
 
 
+async def test_a_threshold_counts_to_its_last_digit(service, tiny_model):
+    """An expert runs where the score reaches it, and not where it is a hair's breadth above: as the answer shows."""
+    images = noise(8)
+    usual = await service.answer(*images, max_experts=2)
+    image, score = next((image, one["router_scores"][0]) for image, one in zip(images, usual, strict=True)
+                        if 0.01 < one["router_scores"][0] < 0.99)  # fmt: skip
+    for threshold, used in ((score, 2), (score + 1e-12, 1)):
+        (found,) = await service.answer(image, threshold=repr(threshold), max_experts=2)
+        assert (found["router_scores"][0], found["thresholds"][0], found["experts_used"]) == (score, threshold, used)
+
+
 @pytest.mark.parametrize(("mode", "threshold"), [("fast", 0.5), ("balanced", 0.2), ("full", 0.0)])
 async def test_a_mode_is_a_word_for_thresholds(tiny_bundle, tiny_model, mode, threshold):
     """fast: the cheapest within 2 points of all experts; balanced: the operator's choice; full: all."""

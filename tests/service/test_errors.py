@@ -1,10 +1,13 @@
 """Every error code, reached from outside: its status, its shape, and a message that names the thing and the limit."""
 
 import asyncio
+import gc
+import weakref
 from contextlib import asynccontextmanager
 
 import pytest
 
+from service import uploads
 from service.classifier import Choice
 from service.engine import open_engine
 from service.errors import STATUS, ServiceError
@@ -165,6 +168,52 @@ async def test_a_file_that_cannot_be_decoded_is_refused(service, content, code):
     """415 for another kind of file, 422 for a damaged one, as a raw body and as a file."""
     refused(await service.client.post("/classify", content=content), code)
     refused(await service.post(content), code)
+
+
+async def test_parts_without_content_are_limited_too(tiny_bundle):
+    """Each costs time of the event loop; as many as a form has inputs that were left empty are let pass."""
+    empty = b"--b\r\nContent-Type: image/png\r\n\r\n\r\n"
+    async with start(tiny_bundle, max_images=3) as service:
+        for count, code, words in (
+            (19, "no_image", "holds no file"),
+            (20, "too_many_images", "more than 19 files in one request, empty ones included; the limit is 3 images"),
+        ):
+            response = await service.client.post("/classify", content=count * empty + b"--b--\r\n", headers=MULTIPART)
+            refused(response, code, words)
+
+
+@pytest.mark.parametrize(
+    ("content", "headers"),
+    [
+        (PART + IMAGE + b"\r\n--b--\r\n", MULTIPART),
+        (PART + IMAGE, MULTIPART),
+        (PART + bytes(5000), MULTIPART),
+        (IMAGE, {}),
+        (bytes(5000), {}),
+    ],
+    ids=["form", "form cut short", "form too large", "image", "image too large"],
+)
+async def test_a_body_is_let_go_with_its_answer(tiny_bundle, monkeypatch, content, headers):
+    """Not only when the garbage collector comes by: until then it would be held beyond the limit."""
+    readers = []
+    for reader in (uploads._Multipart, uploads._Raw):
+
+        def note(self, *arguments, _begin=reader.__init__):
+            readers.append(weakref.ref(self))
+            _begin(self, *arguments)
+
+        monkeypatch.setattr(reader, "__init__", note)
+
+    async def pieces():
+        yield content
+
+    async with start(tiny_bundle, max_bytes=4000) as service:
+        gc.disable()
+        try:
+            await service.client.post("/classify", content=pieces(), headers=headers)
+            assert [reader() for reader in readers] == [None]
+        finally:
+            gc.enable()
 
 
 async def test_an_empty_file_says_so(service):

@@ -177,6 +177,21 @@ async def test_a_client_that_hangs_up_is_not_worked_for(served, taken):
     assert [count for stage, count in service.engine.runs if stage == "trunk"] == [1]
 
 
+async def test_a_client_that_half_closes_has_hung_up(served, taken):
+    """Nothing can be sent to it any more, so it is counted as gone, also where its answer was just being made."""
+    service, connect = served
+    for number in range(20):
+        async with connect() as (reader, writer):
+            writer.write(request(FILES[0]))
+            writer.write_eof()
+            assert await reader.read() == b""
+        await until(lambda: service.metric("requests_total", code="499") == number + 1)  # noqa: B023, used at once
+    assert service.metric("requests_total", code="200") == 0
+    assert taken == [True] * 20
+    assert await service.classifier.drain(30)
+    assert service.classifier.upload_memory.held == 0
+
+
 async def test_an_answer_that_takes_too_long_is_given_up(tiny_bundle, taken):
     """504 within the time, the connection lives on, and the image that was given up is answered to nobody."""
     async with start(tiny_bundle, timeout_s=0.2) as service, listening(service) as connect:

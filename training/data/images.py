@@ -16,6 +16,7 @@ MAX_PIXELS = 200_000_000
 PNG_DEPTH_AT = 24  # in a file whose first chunk is the header, as it must be
 TIFF_BITS, TIFF_PHOTOMETRIC = 258, 262
 WHITE_IS_ZERO = 0
+XMP = ("xmp", "XML:com.adobe.xmp")
 INNER_SHARE = 7 / 8  # of the shorter side, in "inner_crop": 224 of 256
 
 
@@ -49,12 +50,20 @@ def decode(encoded: bytes) -> Image.Image:
                 bits, negative = tags.get(TIFF_BITS, (16,))[0], tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO
             elif image.format == "PNG":
                 _widen_transparency(image, depth=encoded[PNG_DEPTH_AT])
-            image.load()
+            _forget_xmp(image)
+            image.load()  # which turns a TIFF upright
+            _forget_xmp(image)  # that of a PNG may come behind its pixels
             return to_rgb(ImageOps.exif_transpose(image), bits=bits, negative=negative)
     except UnidentifiedImageError:
         raise ValueError(f"not a readable image ({len(encoded):,} bytes): neither {' nor '.join(FORMATS)}") from None
     except Exception as error:  # a decoder may stumble over damaged bytes in any way
         raise ValueError(f"not a readable image ({len(encoded):,} bytes): {error}") from error
+
+
+def _forget_xmp(image: Image.Image) -> None:
+    """For want of an EXIF orientation Pillow takes that of an XMP block, where it looks for one; EXIF alone counts."""
+    for key in XMP:
+        image.info.pop(key, None)
 
 
 def _widen_transparency(image: Image.Image, depth: int) -> None:

@@ -1,0 +1,170 @@
+"""What the structure of an image file would cost a decoder, seen before it is opened; what is absurd is refused."""
+
+import itertools
+import re
+import struct
+from collections.abc import Iterator
+from typing import Final
+
+from PIL.JpegImagePlugin import MARKER
+
+from service.errors import ServiceError
+
+JPEG_START: Final = b"\xff\xd8\xff"
+PNG_START: Final = b"\x89PNG\r\n\x1a\n"
+# A progressive JPEG is painted over once for each scan; real ones have about 10, a hostile one as many as fit.
+SCAN_MARK: Final = b"\xff\xda"
+SCANS: Final = re.compile(SCAN_MARK)
+JPEG_END: Final = b"\xff\xd9"
+JPEG_MARKER: Final = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # what else follows 0xff says nothing
+MAX_SCANS: Final = 100
+SMALL_SCANS: Final = 16
+MAX_MARKERS: Final = 1000  # of a JPEG that Pillow reads, one by one
+EXIF_MARK: Final = re.compile(rb"Exif\0\0")
+EXIF_SEGMENT: Final = re.compile(rb"\xff\xe1(..)Exif\0\0", re.DOTALL)
+EXIF_WITHIN: Final = 64 * 1024  # it comes among the first segments, of 64 KiB at most
+MAX_EXIF: Final = 64  # Pillow joins them one by one, in a time that grows with the square of their number
+SMALL_CHUNKS: Final = 32
+MAX_CHUNKS: Final = 20_000  # of a PNG; usual ones are of 8 KiB or more
+# Those of a PNG that cost nothing; others may hold compressed text, or a TIFF's worth of tags.
+PLAIN_CHUNKS: Final = frozenset(
+    (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"bKGD", b"pHYs", b"tIME")
+)
+GIF_HEADER_BYTES: Final = 13
+MAX_GIF_BLOCKS: Final = 10_000  # before the first frame; a comment has one for each 255 bytes
+BMP_HEADER_AT, BMP_COMPRESSION_AT = 14, 30
+BMP_LEAST_HEADER: Final = 40  # of those that name a compression
+BMP_RUN_LENGTHS: Final = (1, 2)
+TIFF_PIECES: Final = (273, 279, 324, 325)  # where strips and tiles are, and their sizes
+MAX_TIFF_PIECES: Final = 2**16
+MAX_TIFF_VALUES: Final = 3 * 2**16  # of any other tag: as many as the largest palette has
+TIFF_BYTES: Final = (1, 2, 7)  # types that stay bytes
+
+
+def check_structure(kind: str, data: bytes) -> None:
+    """
+    Raise ServiceError image_unsupported for a file that takes far longer than its pixels and bytes let expect.
+
+    Args:
+        kind: Pillow's name of the format.
+    """
+    too_many = None
+    if kind == "JPEG":
+        if has_more(SCANS, data, MAX_SCANS) and _has_too_many_scans(data):
+            too_many = f"{MAX_SCANS} scans, each of which paints it anew"
+    elif kind == "PNG":
+        if any(True for _ in itertools.islice(_chunks(data), MAX_CHUNKS, None)):
+            too_many = f"{MAX_CHUNKS:,} chunks"
+    elif kind == "GIF":
+        if any(True for _ in itertools.islice(_gif_blocks(data), MAX_GIF_BLOCKS, None)):
+            too_many = f"{MAX_GIF_BLOCKS:,} blocks before its first frame"
+    elif kind == "TIFF":
+        for tag, value_type, count in _tiff_tags(data):
+            if tag in TIFF_PIECES and count > MAX_TIFF_PIECES:
+                too_many = f"{MAX_TIFF_PIECES:,} strips or tiles"
+            elif count > MAX_TIFF_VALUES and value_type not in TIFF_BYTES:
+                too_many = f"{MAX_TIFF_VALUES:,} values in tag {tag}"
+    elif kind == "BMP" and _bmp_has_run_lengths(data):
+        raise ServiceError("image_unsupported", "BMP of run lengths; save it without compression, or as PNG")
+    if too_many is not None:
+        raise ServiceError("image_unsupported", f"{kind} has more than {too_many}; save it in fewer")
+
+
+def check_head(jpeg: bytes) -> None:
+    """Raise ServiceError image_unsupported for a JPEG before whose first scan Pillow would find no end of markers."""
+    at = len(JPEG_START) - 1
+    for _ in range(MAX_MARKERS):
+        code = int.from_bytes(jpeg[at : at + 2])
+        if at + 2 > len(jpeg) or code == int.from_bytes(SCAN_MARK):
+            return
+        if code in MARKER:
+            has_length = MARKER[code][2] is not None
+            at += 2 + (int.from_bytes(jpeg[at + 2 : at + 4]) if has_length else 0)
+        else:  # a stray byte
+            at += 1
+    raise ServiceError(
+        "image_unsupported",
+        f"JPEG has more than {MAX_MARKERS:,} markers and stray bytes before its image; save it anew",
+    )
+
+
+def exif_segment(jpeg: bytes) -> re.Match[bytes] | None:
+    """The one that says how the image is turned, if any. Raises ServiceError for more than Pillow can take."""
+    if EXIF_MARK.search(jpeg) is None:  # nearly all, after one look
+        return None
+    if has_more(EXIF_MARK, jpeg, MAX_EXIF):
+        raise ServiceError("image_unsupported", f"JPEG has more than {MAX_EXIF} EXIF segments; save it without them")
+    return EXIF_SEGMENT.search(jpeg, 0, EXIF_WITHIN)
+
+
+def has_more(marks: re.Pattern[bytes], data: bytes, limit: int) -> bool:
+    """Whether there are more than `limit` of these marks, in a third of the time that `data.count` takes."""
+    return any(itertools.islice(marks.finditer(data), limit, None))
+
+
+def has_plain_chunks(png: bytes) -> bool:
+    """Whether a PNG consists of few chunks, all of kinds that take no time beyond that of its pixels."""
+    first = list(itertools.islice(_chunks(png), SMALL_CHUNKS + 1))
+    return len(first) <= SMALL_CHUNKS and PLAIN_CHUNKS.issuperset(first)
+
+
+def _chunks(png: bytes) -> Iterator[bytes]:
+    """The kinds of a PNG's chunks, to its end."""
+    at = len(PNG_START)
+    while at < len(png):
+        kind = png[at + 4 : at + 8]
+        yield kind
+        if kind == b"IEND":
+            return
+        at += 12 + int.from_bytes(png[at : at + 4])  # length, kind, what it holds, checksum
+
+
+def _gif_blocks(gif: bytes) -> Iterator[int]:
+    """Where each sub-block or stray byte before the first frame begins: what Pillow reads one by one."""
+    flags = gif[GIF_HEADER_BYTES - 3] if len(gif) >= GIF_HEADER_BYTES else 0
+    at = GIF_HEADER_BYTES + (3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else 0)
+    while at < len(gif) and gif[at] not in b",;":
+        yield at
+        if gif[at] == ord("!"):
+            at += 2
+            while at < len(gif) and gif[at]:
+                yield at
+                at += 1 + gif[at]
+        at += 1
+
+
+def _tiff_tags(tiff: bytes) -> Iterator[tuple[int, int, int]]:
+    """Tag, type and number of values of each entry in the first directory, as far as it is there."""
+    order = "<" if tiff.startswith(b"II") else ">"
+    big = b"+" in tiff[2:4]
+    offset, count, entry = ("Q", "Q", "HHQ8x") if big else ("I", "H", "HHI4x")
+    try:
+        (at,) = struct.unpack_from(order + offset, tiff, 8 if big else 4)
+        (n_entries,) = struct.unpack_from(order + count, tiff, at)
+        layout = struct.Struct(order + entry)
+        for index in range(n_entries):
+            yield layout.unpack_from(tiff, at + struct.calcsize(count) + index * layout.size)
+    except struct.error:  # it ends too early, which is for the decoder to say
+        return
+
+
+def _bmp_has_run_lengths(bmp: bytes) -> bool:
+    """Whether a few bytes may stand for a million pixels."""
+    header = int.from_bytes(bmp[BMP_HEADER_AT : BMP_HEADER_AT + 4], "little")
+    compression = int.from_bytes(bmp[BMP_COMPRESSION_AT : BMP_COMPRESSION_AT + 4], "little")
+    return header >= BMP_LEAST_HEADER and compression in BMP_RUN_LENGTHS
+
+
+def _has_too_many_scans(data: bytes) -> bool:
+    """Of the image itself, not of its preview or of a video that is appended to it."""
+    at = scans = 0
+    while marker := JPEG_MARKER.search(data, at):
+        at = marker.end()
+        if marker[0] == JPEG_END:
+            break
+        if marker[0] != JPEG_START[:2]:  # all others have a length here
+            at += int.from_bytes(data[at : at + 2])
+        scans += marker[0] == SCAN_MARK
+        if scans > MAX_SCANS:
+            return True
+    return False
