@@ -19,7 +19,7 @@ from service.structure import (
     SMALL_SCANS,
     check_head,
     check_structure,
-    exif_segment,
+    exif_of,
     has_more,
     has_plain_chunks,
 )
@@ -117,13 +117,13 @@ def _decode_jpeg(data: bytes, spec: InputSpec, max_pixels: int, scaled: bool) ->
     Returns:
         Pixels where they have the input's size already, else an image in RGBX, as Pillow keeps RGB: it need not copy.
     """
-    segment = exif_segment(data)
+    exif = exif_of(data)
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         _check_size("JPEG", width, height, max_pixels)
         if colours == "CMYK":
             return None
-        if segment is None and (height, width) == (spec.height, spec.width):
+        if exif is None and (height, width) == (spec.height, spec.width):
             pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
             return pixels
         by = _scale(height, width, spec) if scaled else 1
@@ -133,10 +133,7 @@ def _decode_jpeg(data: bytes, spec: InputSpec, max_pixels: int, scaled: bool) ->
     except ValueError:  # damaged; Pillow decides how badly
         return None
     image = Image.frombuffer("RGBX", (pixels.shape[1], pixels.shape[0]), pixels, "raw", "RGBX", 0, 1)
-    if segment is None:
-        return image
-    end = segment.start(1) + int.from_bytes(segment[1])
-    return _turn(image, _orientation(data[segment.end(1) : end]))
+    return image if exif is None else _turn(image, _orientation(exif))
 
 
 def _scale(height: int, width: int, spec: InputSpec) -> int:

@@ -20,9 +20,9 @@ JPEG_MARKER: Final = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # what else f
 MAX_SCANS: Final = 100
 SMALL_SCANS: Final = 16
 MAX_MARKERS: Final = 1000  # of a JPEG that Pillow reads, one by one
-EXIF_MARK: Final = re.compile(rb"Exif\0\0")
-EXIF_SEGMENT: Final = re.compile(rb"\xff\xe1(..)Exif\0\0", re.DOTALL)
-EXIF_WITHIN: Final = 64 * 1024  # it comes among the first segments, of 64 KiB at most
+APP1: Final = b"\xff\xe1"
+EXIF_START: Final = b"Exif\0\0"
+EXIF_MARK: Final = re.compile(EXIF_START)
 MAX_EXIF: Final = 64  # Pillow joins them one by one, in a time that grows with the square of their number
 SMALL_CHUNKS: Final = 32
 MAX_CHUNKS: Final = 20_000  # of a PNG; usual ones are of 8 KiB or more
@@ -72,29 +72,35 @@ def check_structure(kind: str, data: bytes) -> None:
 
 def check_head(jpeg: bytes) -> None:
     """Raise ServiceError image_unsupported for a JPEG before whose first scan Pillow would find no end of markers."""
-    at = len(JPEG_START) - 1
-    for _ in range(MAX_MARKERS):
-        code = int.from_bytes(jpeg[at : at + 2])
-        if at + 2 > len(jpeg) or code == int.from_bytes(SCAN_MARK):
-            return
-        if code in MARKER:
-            has_length = MARKER[code][2] is not None
-            at += 2 + (int.from_bytes(jpeg[at + 2 : at + 4]) if has_length else 0)
-        else:  # a stray byte
-            at += 1
-    raise ServiceError(
-        "image_unsupported",
-        f"JPEG has more than {MAX_MARKERS:,} markers and stray bytes before its image; save it anew",
-    )
+    if any(True for _ in itertools.islice(_segments(jpeg), MAX_MARKERS - 1, None)):
+        raise ServiceError(
+            "image_unsupported",
+            f"JPEG has {MAX_MARKERS:,} markers and stray bytes, or more, before its image; save it anew",
+        )
 
 
-def exif_segment(jpeg: bytes) -> re.Match[bytes] | None:
-    """The one that says how the image is turned, if any. Raises ServiceError for more than Pillow can take."""
+def exif_of(jpeg: bytes) -> bytes | None:
+    """The EXIF block that says how the image is turned, if any. Raises ServiceError for more than Pillow can take."""
     if EXIF_MARK.search(jpeg) is None:  # nearly all, after one look
         return None
     if has_more(EXIF_MARK, jpeg, MAX_EXIF):
         raise ServiceError("image_unsupported", f"JPEG has more than {MAX_EXIF} EXIF segments; save it without them")
-    return EXIF_SEGMENT.search(jpeg, 0, EXIF_WITHIN)
+    for marker, segment in itertools.islice(_segments(jpeg), MAX_MARKERS):
+        if marker == APP1 and segment.startswith(EXIF_START):
+            return segment[len(EXIF_START) :]
+    return None
+
+
+def _segments(jpeg: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Markers before the first scan, as Pillow reads them, and what they hold; a stray byte comes with nothing."""
+    at = len(JPEG_START) - 1
+    while at + 2 <= len(jpeg) and (marker := jpeg[at : at + 2]) != SCAN_MARK:
+        code, end = int.from_bytes(marker), at + 1
+        if code in MARKER:
+            has_length = MARKER[code][2] is not None
+            end = at + 2 + (int.from_bytes(jpeg[at + 2 : at + 4]) if has_length else 0)
+        yield marker, jpeg[at + 4 : end]
+        at = end
 
 
 def has_more(marks: re.Pattern[bytes], data: bytes, limit: int) -> bool:

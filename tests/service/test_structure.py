@@ -13,6 +13,7 @@ from service.images import decode
 from tests.service.conftest import encode
 from tests.service.test_images import PIXELS, SPEC, chunk
 from tests.tiny import SIZE
+from training.data.images import read_image
 
 
 def jpeg(mode, before=b""):
@@ -66,10 +67,10 @@ def tiff(*, strips, big=False):
         (
             jpeg("CMYK", 900 * b"\xff\xfe\0\2"),
             jpeg("CMYK", 1000 * b"\xff\xfe\0\2"),
-            "JPEG has more than 1,000 markers and stray bytes before its image; save it anew",
+            "JPEG has 1,000 markers and stray bytes, or more, before its image; save it anew",
         ),
-        (jpeg("CMYK", 900 * b"\xff"), jpeg("CMYK", 1000 * b"\xff"), "JPEG has more than 1,000 markers and stray"),
-        (jpeg("CMYK", b"\xff\xfe\1\0" + bytes(254)), jpeg("CMYK", 1000 * b"\xff\xd0"), "JPEG has more than 1,000"),
+        (jpeg("CMYK", 900 * b"\xff"), jpeg("CMYK", 1000 * b"\xff"), "JPEG has 1,000 markers"),
+        (jpeg("CMYK", b"\xff\xfe\1\0" + bytes(254)), jpeg("CMYK", 1000 * b"\xff\xd0"), "JPEG has 1,000 markers"),
     ],
     ids=["chunks", "comment", "stray bytes", "strips", "big TIFF", "markers", "fill bytes", "without lengths"],
 )
@@ -123,7 +124,24 @@ def test_only_exif_turns_an_image(kind):
         data = file.getvalue()
     with Image.open(io.BytesIO(data)) as opened:
         assert b"Orientation" in str(opened.info).encode()
+    np.testing.assert_array_equal(read_image(data, SIZE), decode(data, SPEC, 10**6))
     np.testing.assert_array_equal(
         decode(data, SPEC, 10**6),
         decode(encode(PIXELS, kind, **({"lossless": True} if kind == "WEBP" else {})), SPEC, 10**6),
     )
+
+
+def test_exif_turns_a_jpeg_wherever_it_stands():
+    """Behind large segments of other programs, too; bytes that only look like EXIF do not."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    data = encode(PIXELS, "JPEG", exif=exif)
+    at, plain = data.index(b"\xff\xe1"), encode(PIXELS, "JPEG")
+    segment = data[at : at + 2 + int.from_bytes(data[at + 2 : at + 4])]
+    other = b"\xff\xed\xff\xff" + bytes(65533)
+    late = plain[:2] + 2 * other + segment + plain[2:]
+    comment = plain[:2] + b"\xff\xfe" + (2 + len(segment)).to_bytes(2) + segment + plain[2:]
+
+    np.testing.assert_array_equal(decode(late, SPEC, 10**6), decode(plain, SPEC, 10**6)[::-1, ::-1])
+    np.testing.assert_array_equal(read_image(late, SIZE), read_image(plain, SIZE)[::-1, ::-1])
+    np.testing.assert_array_equal(decode(comment, SPEC, 10**6), decode(plain, SPEC, 10**6))
