@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from model_export.bundle import (
 )
 from model_export.calibrate import by_rule, calibrate, choose
 from model_export.parity import compare, count_unusable, require, run_variant
-from model_export.precision import write_graphs
+from model_export.precision import Graphs, write_graphs
 from model_export.risk import certify
 from training.checkpoint import Checkpoint, CheckpointError
 from training.data.images import INTERPOLATION
@@ -151,6 +152,7 @@ def _write(
     written = {graphs.precision: graphs for graphs in write_graphs(model, images.train, precisions, directory)}
     found = {precision: run_variant(directory, graphs, pixels, n_classes) for precision, graphs in written.items()}
     published = (PUBLISHED_THRESHOLD,) * len(macs.routers) if origin and rule == "router" else None
+    _leave_out_unusable(written, found, directory)
     calibration, thresholds = _operating_points(heldout, found, images, macs, wish, rule, published)
     variants: dict[str, Variant] = {}
     for precision, graphs in written.items():
@@ -179,6 +181,21 @@ def _write(
     write_manifest(directory, manifest)
     read_bundle(directory)
     return manifest
+
+
+def _leave_out_unusable(written: dict[Precision, Graphs], found: dict[Precision, Predictions], directory: Path) -> None:
+    """Drop every precision but fp32, with its files, whose range the model's numbers leave, and say so."""
+    for precision in [name for name in written if name != "fp32"]:
+        if unusable := count_unusable(found[precision]):
+            n_images = found.pop(precision).expert_logits.shape[1]
+            print(
+                f"variant {precision} is left out: NaN or infinity for {unusable} of {n_images} held-out images; "
+                "numbers in the network leave its range",
+                file=sys.stderr,
+            )
+            dropped = {graph.file for graph in written.pop(precision).graphs}
+            for file in dropped - {graph.file for other in written.values() for graph in other.graphs}:
+                (directory / file).unlink()
 
 
 def _without_directories(recipe: Recipe) -> dict[str, Any]:

@@ -44,6 +44,11 @@ class Graphs:
     experts: tuple[GraphSpec, ...]
     routers: tuple[GraphSpec, ...]
 
+    @property
+    def graphs(self) -> tuple[GraphSpec, ...]:
+        """All of them."""
+        return (self.trunk, *self.experts, *self.routers)
+
 
 def parse_precisions(text: str) -> tuple[Precision, ...]:
     """

@@ -92,7 +92,7 @@ def test_the_three_commands_lead_from_images_to_a_service(tiny_folder, tmp_path)
         next(line for line in commands(program) if "mine" in line)
         for program in ("ride-train", "ride-export", "ride-serve")
     )
-    train = train.replace("path/to/images", str(tiny_folder)) + " --smoke --set image_size=16"
+    train = train.replace("path/to/images", str(tiny_folder)) + " --smoke"
     for command in (train, export):
         subprocess.run(
             [BIN / shlex.split(command)[0], *shlex.split(command)[1:]], cwd=tmp_path, check=True, capture_output=True

@@ -238,6 +238,20 @@ def test_damaged_weights_are_named(image_folder, tmp_path, capsys):
     assert re.search(r"NaN or infinity for \d+ of \d+ held-out images; its weights", capsys.readouterr().err)
 
 
+def test_a_precision_whose_range_the_network_leaves_is_left_out(image_folder, tmp_path, capsys):
+    """As may happen after few steps of training: the others are written, and the bundle has none of its files."""
+    directory = make_run(image_folder, tmp_path / "run")
+    file = directory / "checkpoints" / "routers-0001" / "model.safetensors"
+    weights = load_file(file)
+    norm = next(name for name in weights if name.startswith("net.trunk") and name.endswith("bn2.weight"))
+    weights[norm] *= 1e6  # fp16 ends at 65,504
+    save_file(weights, file)
+    assert main([str(directory), "-o", str(tmp_path / "bundle"), "--variants", "fp16,int8"]) == 0
+    assert re.search(r"variant fp16 is left out: NaN or infinity for \d+ of \d+ held-out", capsys.readouterr().err)
+    assert read_bundle(tmp_path / "bundle").manifest.variants.keys() == {"fp32", "int8"}
+    assert not list((tmp_path / "bundle").glob("*fp16*"))
+
+
 @pytest.mark.parametrize(
     ("wish", "message"),
     [
