@@ -120,7 +120,8 @@ def _report(options: argparse.Namespace) -> int:
     from training.router_report import ReportError, report
 
     try:
-        text = report(options.run, options.out or options.run / "report", options.max_mean_experts)
+        out = options.out or options.run / "report"
+        text = report(options.run, out, options.max_mean_experts, data=options.data)
     except (CheckpointError, DataError, ReportError) as error:
         return _fail(error)
     print(text)
@@ -272,6 +273,7 @@ def _report_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--out", type=Path, metavar="DIR", help="directory of the report [default: RUN/report]")
+    parser.add_argument("--data", help="where the images lie now, if not where the recipe says")
     parser.add_argument(
         "--max-mean-experts", type=float, metavar="X",
         help="look closely at the best thresholds of at most so many experts [default: at 0.5, as published]",

@@ -23,7 +23,8 @@ class InParts(nn.Module):
 
     Args:
         network: from (B, ...) to a named tuple of tensors (E, B, ...) or (B, C), or None.
-        parts: how many, of equal size or one row less.
+        parts: how many, of equal size or one row less; fewer where a part would have a single row, which has no
+            variance to normalise by.
 
     Source: activation checkpointing, arXiv:1604.06174.
     """
@@ -34,12 +35,12 @@ class InParts(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         """The network's outputs for `images` (B, ...)."""
-        parts = [part for part in images.tensor_split(self.parts) if len(part)]
+        parts = images.tensor_split(max(1, min(self.parts, len(images) // 2)))
         outputs = [
             checkpoint(self.network, part, use_reentrant=False, context_fn=self._contexts)
             if torch.is_grad_enabled()
             else self.network(part)
-            for part in parts or [images]
+            for part in parts
         ]
         return type(outputs[0])(
             *(None if each[0] is None else torch.cat(each, batch_axis(each[0])) for each in zip(*outputs, strict=True))

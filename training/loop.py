@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from training.average import WeightAverage
 from training.checkpoint import Checkpoint, save_checkpoint
+from training.data.samplers import batch_sizes
 from training.data.sets import AnyImages
 from training.data.streamed import StreamedImages
 from training.data.views import train_views
@@ -275,11 +276,11 @@ def has_bf16_units(device: torch.device) -> bool:
 def batches(
     images: AnyImages, order: Tensor, batch_size: int, recipe: Recipe, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented images (B, H, W, 3) uint8 and labels (B,) in `order`; the last batch may be smaller."""
+    """Augmented images (B, H, W, 3) uint8 and labels (B,) in `order`, in batches as `batch_sizes` has them."""
     if isinstance(images, StreamedImages):
         yield from images.training_batches(order, batch_size, generator)
         return
-    for chosen in order.to(images.labels.device).split(batch_size):
+    for chosen in order.to(images.labels.device).split(batch_sizes(len(order), batch_size)):
         yield train_views(images.pixels[chosen], recipe, generator), images.labels[chosen]
 
 

@@ -83,7 +83,7 @@ def oracle(right: np.ndarray) -> np.ndarray:
     return np.asarray(np.where(right.any(axis=0), right.argmax(axis=0) + 1, 1))
 
 
-def report(run: Path, out: Path, max_mean_experts: float | None = None) -> str:
+def report(run: Path, out: Path, max_mean_experts: float | None = None, *, data: str | None = None) -> str:
     """
     Write report.md, per_class.csv, curve.csv and the plots of a finished run in `out`.
 
@@ -93,6 +93,7 @@ def report(run: Path, out: Path, max_mean_experts: float | None = None) -> str:
 
     Args:
         max_mean_experts: look closely at the most accurate thresholds of at most so many; None: at 0.5, as published.
+        data: where the images of the run lie now; None: where the recipe says.
 
     Returns:
         The Markdown.
@@ -110,17 +111,17 @@ def report(run: Path, out: Path, max_mean_experts: float | None = None) -> str:
         raise ReportError(f"{run}: its routers were never trained (router_epochs=0)")
     if max_mean_experts is not None and not max_mean_experts >= 1:  # NaN is not
         raise ReportError(f"--max-mean-experts {max_mean_experts:g}: every image uses one expert at least")
-    data = load_data(recipe)
-    refuse_other_images(checkpoint, data)
+    images = load_data(recipe if data is None else recipe.override({"data": data}))
+    refuse_other_images(checkpoint, images)
     device = best_device()
     model.to(device)
     macs = macs_of(model, recipe.image_size)
-    temperature = fill_scores(model, data.heldout)
+    temperature = fill_scores(model, images.heldout)
     on_heldout, judge = (
-        _Judge(predict(model, images.to(device)), data.counts, macs) for images in (data.heldout, data.test)
+        _Judge(predict(model, part.to(device)), images.counts, macs) for part in (images.heldout, images.test)
     )
 
-    candidates = frontier(on_heldout.predictions, data.counts, macs)
+    candidates = frontier(on_heldout.predictions, images.counts, macs)
     curve = sorted((judge.routed("routed", thresholds) for thresholds in candidates), key=lambda point: point.macs)
     chosen = judge.routed("routed, thresholds 0.5 as published", (PUBLISHED_THRESHOLD,) * (recipe.n_experts - 1))
     points = [*judge.prefixes(), chosen]
@@ -131,15 +132,15 @@ def report(run: Path, out: Path, max_mean_experts: float | None = None) -> str:
     points.append(judge.oracle())
 
     out.mkdir(parents=True, exist_ok=True)
-    text = _text(run, judge, points, chosen, curve, data.heldout_note, temperature)
+    text = _text(run, judge, points, chosen, curve, images.heldout_note, temperature)
     write_atomically(out / "report.md", text)
     _write_curve(out / "curve.csv", [*points, *curve])
-    _write_classes(out / "per_class.csv", judge, chosen, points[-1], data.classes)
+    _write_classes(out / "per_class.csv", judge, chosen, points[-1], images.classes)
     plot_shares({scope: shares for scope, shares in judge.shares(chosen).items() if shares}, out / "shares.png")
     used = {
         name: judge.by_class(point.used.astype(float)) for name, point in (("router", chosen), ("oracle", points[-1]))
     }
-    plot_experts({name: _by_frequency(values, data.counts) for name, values in used.items()}, out / "experts.png")
+    plot_experts({name: _by_frequency(values, images.counts) for name, values in used.items()}, out / "experts.png")
     _plot_curve(curve, points, recipe.n_experts, chosen, out / "curve.png")
     return text
 

@@ -29,6 +29,7 @@ METHODS: dict[str, Method] = {
     "bbn": bbn.build, "oltr": oltr.build, "lfme": lfme.build, "m2m": m2m.build,
 }  # fmt: skip
 PUBLISHED_THRESHOLD = 0.5
+PLACES = ("data", "image_root")
 
 
 def train(recipe: Recipe, run: Path) -> dict[str, Any]:
@@ -181,8 +182,9 @@ def refuse_other_images(checkpoint: Checkpoint, data: Data) -> None:
 
 
 def _refuse_other_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
-    """A run goes on only under the recipe that began it; what decides nothing may change."""
-    different = checkpoint.recipe.differences(recipe, DECIDE_NOTHING)
+    """A run goes on only under the recipe that began it; what decides nothing may change, and where the images lie."""
+    places = PLACES if checkpoint.images_digest else ()  # else nothing would tell that they are others
+    different = checkpoint.recipe.differences(recipe, DECIDE_NOTHING + places)
     if recipe.decoding not in ("auto", checkpoint.decoding):
         different["decoding"] = checkpoint.decoding, recipe.decoding
     if different:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from training import loop
 from training.checkpoint import CheckpointError, checkpoints_of
+from training.data.sets import load_data
 from training.methods.method import Stage, build_model
 from training.methods.ride import build
 from training.models import backbones
@@ -289,3 +290,13 @@ def test_torchvision_is_asked_only_for_what_it_has(monkeypatch):
     assert asked == ["Swin_T_Weights.IMAGENET1K_V1"]
     with pytest.raises(RecipeError, match="pretrained=torchvision: it has no resnet32_cifar; a run of ours"):
         dataclasses.replace(RECIPES["ride-cifar100"], pretrained="torchvision")
+
+
+@pytest.mark.parametrize(("left", "accumulate"), [(1, 1), (5, 4)])
+def test_one_image_left_over_ends_no_training(small_nets, folder, tmp_path, left, accumulate):
+    """At 32x32 a ResNet's last feature map is one pixel, which batch norm cannot normalise for an image alone."""
+    recipe = dataclasses.replace(BASE, data=str(folder), epochs=1, router_epochs=1, crop="padded", colour_jitter=0.0)
+    recipe = dataclasses.replace(
+        recipe, batch_size=len(load_data(recipe).train) - left, router_batch_size=16, accumulate=accumulate
+    )
+    assert train(recipe, tmp_path / "run")["experts"]

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from training.data.samplers import class_aware, class_balanced, of_classes, reversed_frequency, uniform_and_reversed
+from training.data.samplers import (
+    batch_sizes,
+    class_aware,
+    class_balanced,
+    of_classes,
+    reversed_frequency,
+    uniform_and_reversed,
+)
 
 COUNTS = (400, 80, 20)
 LABELS = torch.repeat_interleave(torch.arange(3), torch.tensor(COUNTS))[torch.randperm(500)]
@@ -92,3 +99,11 @@ def test_an_order_is_decided_by_its_seed(sampler):
     """The same seed, the same order; another seed, another one."""
     assert torch.equal(sampler(LABELS, seeded(1)), sampler(LABELS, seeded(1)))
     assert not torch.equal(sampler(LABELS, seeded(1)), sampler(LABELS, seeded(2)))
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(1, [1]), (3, [3]), (4, [4]), (5, [5]), (6, [4, 2]), (8, [4, 4]), (9, [4, 5]), (0, [])]
+)
+def test_no_image_is_left_for_a_batch_of_its_own(count, sizes):
+    """Nor lost: it joins the batch before, where there is one."""
+    assert batch_sizes(count, 4) == sizes

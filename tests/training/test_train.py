@@ -105,6 +105,18 @@ def test_resuming_under_another_recipe_is_refused(finished_run, tiny_arguments, 
     assert "made with lr=0.1 (now 0.2)" in capsys.readouterr().err
 
 
+def test_the_same_images_may_lie_elsewhere(folder, finished_run, tiny_arguments, tmp_path, capsys):
+    """Moved, or by another path: a run goes on, and is reported on."""
+    moved = Path(shutil.copytree(folder, tmp_path / "moved"))
+    arguments = [str(moved) if argument == str(folder) else argument for argument in tiny_arguments]
+    assert main([*arguments, "--out", str(finished_run), "--resume"]) == 0
+    report = ["report", str(finished_run), "--out", str(tmp_path / "report")]
+    assert main([*report, "--data", str(moved)]) == 0
+    (moved / "class 3" / "0.png").unlink()
+    assert main([*report, "--data", str(moved)]) == 2
+    assert "was trained on other images than are there now" in capsys.readouterr().err
+
+
 def test_resuming_on_other_images_is_refused(folder, finished_run, tiny_arguments, tmp_path, capsys):
     """A renamed class, a lost image, or names that sort otherwise: what was trained on would be tested on."""
     copy = Path(shutil.copytree(folder, tmp_path / "images"))

@@ -90,3 +90,17 @@ def _next_images(labels: Tensor, drawn: Tensor, generator: torch.Generator) -> T
 
 
 SAMPLERS = {"shuffled": shuffled, "class_balanced": class_balanced, "class_aware": class_aware}
+
+
+def batch_sizes(count: int, batch_size: int) -> list[int]:
+    """
+    Of an epoch's batches. The last may be smaller; a single image left over joins the batch before, as batch norms have
+    nothing to normalise one by where its last feature map has one pixel.
+    """
+    sizes = [batch_size] * (count // batch_size)
+    left = count % batch_size
+    if left == 1 and sizes:
+        sizes[-1] += 1
+    elif left:
+        sizes.append(left)
+    return sizes

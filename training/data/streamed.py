@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from training.data.images import decode
 from training.data.report import MOST_SHOWN, DataError
+from training.data.samplers import batch_sizes
 from training.data.sources import Source
 from training.data.views import test_view, train_view
 from training.distributed import gather_rows, own_rows
@@ -67,13 +69,13 @@ class StreamedImages:
         self, order: Tensor, batch_size: int, generator: torch.Generator
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """
-        Augmented images (B, S, S, 3) uint8 and labels (B,) in `order`; the last batch may be smaller.
+        Augmented images (B, S, S, 3) uint8 and labels (B,) in `order`, in batches as `batch_sizes` has them.
 
         What is drawn for an image depends on the seed of `generator` and the image's place in `order` alone, not on
         workers, processes or batch size. Of several processes each decodes its own rows and gets all.
         """
         positions = order.numpy()
-        batches = _chunks(len(positions), batch_size)
+        batches = _ranges(batch_sizes(len(positions), batch_size))
         own = [batch[own_rows(len(batch))] for batch in batches]
         for batch, pixels in zip(batches, self._decoded(positions, own, generator.initial_seed()), strict=True):
             yield gather_rows(pixels, len(batch)), self.labels[order[batch[0] : batch[-1] + 1].to(self.labels.device)]
@@ -137,6 +139,11 @@ def free_memory() -> int:
         return min(free, limit - int((group / "memory.current").read_text(encoding="ascii")))
     except (OSError, ValueError):  # no such group, or its limit is "max"
         return free
+
+
+def _ranges(sizes: Sequence[int]) -> list[range]:
+    ends = [*itertools.accumulate(sizes)]
+    return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
 def _chunks(count: int, size: int) -> list[range]:
