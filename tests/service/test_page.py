@@ -47,6 +47,30 @@ def test_every_colour_that_the_script_uses_exists_in_light_and_dark():
         assert used <= set(re.findall(r"(--[\w-]+):", scheme))
 
 
+def contrast(one, other):
+    """WCAG 2's contrast ratio of two colours, #rgb or #rrggbb."""
+    darker, lighter = sorted(map(luminance, (one, other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def luminance(colour):
+    """WCAG 2's relative luminance, 0 to 1."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    shares = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shares)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_text_stands_out_from_what_is_behind_it():
+    """Links and text have a contrast of 4.5 : 1 on every background, light and dark."""
+    assert contrast("#fff", "#000") == pytest.approx(21)
+    for scheme in re.findall(r":root \{(.*?)\}", STYLE, re.DOTALL):
+        colours = dict(re.findall(r"--([\w-]+): (#\w+)", scheme))
+        for text in ("accent", "text", "quiet"):
+            for behind in ("page", "card", "track"):
+                assert contrast(colours[text], colours[behind]) >= 4.5, (text, behind)
+
+
 MODEL = {
     "name": "pets", "version": "7", "variant": "fp32", "provider": "cpu", "experts": 3, "max_experts": 3,
     "classes": [
