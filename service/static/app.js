@@ -6,6 +6,13 @@ const REASONS = {
   last: "every expert was needed",
   budget: "stopped at the limit on experts",
 };
+const SCORES = {
+  router: "the router's score",
+  confidence: "one minus the highest probability",
+  margin: "one minus the lead of the most probable class over the next",
+  agreement: "the share of the experts so far that disagree with their mean (1 after the first)",
+};
+const ORDINALS = ["first", "second", "third", "fourth", "fifth"];
 
 const byId = (id) => document.getElementById(id);
 const percent = (share, digits = 0) => `${(100 * share).toFixed(digits)}\u00a0%`;
@@ -57,20 +64,32 @@ function describeModel() {
   showThresholds();
 }
 
-/** The thresholds in force for the next images, and what calibration measured with them on held-out images. */
+/** Which images the next expert sees, and how many experts calibration measured so on held-out images. */
 function showThresholds() {
   if (!model) return;
   const mode = byId("mode").value;
+  const own = Number(byId("threshold").value);
   byId("threshold").hidden = mode !== "own";
-  byId("threshold-value").textContent = mode === "own" ? Number(byId("threshold").value).toFixed(2) : "";
-  const thresholds = mode === "own" ? null : (model.modes[mode] ?? model.thresholds);
+  byId("threshold-value").textContent = mode === "own" ? own.toFixed(2) : "";
+  const limit = Number(byId("max-experts").value) || model.max_experts;
+  const chosen = mode === "own" ? model.thresholds.map(() => own) : (model.modes[mode] ?? model.thresholds);
   const calibrated = model.calibration.points.find(
-    ({ rule, thresholds: measured }) => rule === model.rule && `${measured}` === `${thresholds}`,
+    ({ rule, thresholds }) => limit === model.experts && rule === model.rule && `${thresholds}` === `${chosen}`,
   );
-  byId("threshold-says").textContent =
-    `From this score of the rule "${model.rule}" the next expert runs` +
-    (thresholds ? `: ${thresholds.map((t) => t.toFixed(2)).join(", ") || "none"}` : "") +
-    (calibrated && model.max_experts === model.experts ? ` (${calibrated.mean_experts.toFixed(2)} experts per image).` : ".");
+  byId("threshold-says").textContent = inWords(chosen.slice(0, limit - 1), calibrated);
+}
+
+function inWords(thresholds, calibrated) {
+  if (!thresholds.length) return "Only one expert runs: there is nothing to decide.";
+  const fixed = model.rule === "depth"; // its score is always 0.5
+  const stop = thresholds.findIndex((threshold) => threshold > (fixed ? 0.5 : 0));
+  if (fixed && stop === 0) return "Only the first expert runs, on every image.";
+  if (fixed || stop < 0) return `${stop < 0 ? thresholds.length + 1 : stop + 1} experts run on every image.`;
+  const values = thresholds.map((threshold) => threshold.toFixed(2));
+  const places = values.map((value, router) => `${value} after the ${ORDINALS[router] ?? `${router + 1}th`}`);
+  const least = new Set(values).size === 1 ? values[0] : new Intl.ListFormat("en-GB").format(places);
+  const cost = calibrated ? `: ${calibrated.mean_experts.toFixed(2)} experts per image on held-out images` : "";
+  return `The ${values.length === 1 ? "second" : "next"} expert runs where ${SCORES[model.rule]} is at least ${least}${cost}.`;
 }
 
 // Sending -----------------------------------------------------------------------------------------------------------
@@ -263,6 +282,7 @@ document.addEventListener("drop", (event) => {
   classify(event.dataTransfer.files);
 });
 document.addEventListener("paste", (event) => classify(event.clipboardData.files));
+byId("max-experts").addEventListener("change", showThresholds);
 byId("mode").addEventListener("change", showThresholds);
 byId("threshold").addEventListener("input", showThresholds);
 

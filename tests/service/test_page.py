@@ -102,25 +102,36 @@ ANSWERS = {
 ASKED = {"tiger.png": "mode=fast", "notes.txt": "threshold=0.5"}
 # What a person would do: choose a mode, paste a picture, choose a threshold, paste something else.
 DRIVER = """
-const until = async (done) => { while (!done()) await new Promise((next) => setTimeout(next, 20)); };
-const choose = (mode) => {
-  document.body.append(document.getElementById("threshold-says").textContent);
-  document.getElementById("mode").value = mode;
-  document.getElementById("mode").dispatchEvent(new Event("change"));
+choose("mode", "fast");
+paste(await picture("tiger.png"));
+await answered(1);
+choose("mode", "own");
+paste(new File(["hello"], "notes.txt", { type: "text/plain" }));
+await answered(2);
+"""
+DRIVEN = """
+const wait = (seconds) => new Promise((next) => setTimeout(next, 1000 * seconds));
+const until = async (done) => { while (!done()) await wait(0.02); };
+const answered = (cards) => until(() => document.querySelectorAll("article:not(.waiting)").length === cards);
+const note = (text) => document.body.append(` ${text} `);
+const says = () => note(document.getElementById("threshold-says").textContent);
+const choose = (id, value) => {
+  says();
+  document.getElementById(id).value = value;
+  document.getElementById(id).dispatchEvent(new Event(id === "threshold" ? "input" : "change"));
 };
-const paste = async (file, cards) => {
+const picture = async (name) => {
+  const canvas = Object.assign(document.createElement("canvas"), { width: 8, height: 8 });
+  return new File([await new Promise((done) => canvas.toBlob(done))], name, { type: "image/png" });
+};
+const paste = (...files) => {
   const clipboardData = new DataTransfer();
-  clipboardData.items.add(file);
+  for (const file of files) clipboardData.items.add(file);
   document.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true }));
-  await until(() => document.querySelectorAll("article:not(.waiting)").length === cards);
 };
 await until(() => document.getElementById("model").textContent.startsWith("pets"));
-choose("fast");
-const canvas = Object.assign(document.createElement("canvas"), { width: 8, height: 8 });
-const picture = await new Promise((done) => canvas.toBlob(done));
-await paste(new File([picture], "tiger.png", { type: "image/png" }), 1);
-choose("own");
-await paste(new File(["hello"], "notes.txt", { type: "text/plain" }), 2);
+%s
+says();
 document.body.dataset.driven = "yes";
 """
 
@@ -133,9 +144,9 @@ class PageServer(BaseHTTPRequestHandler):
         if self.path == "/drive":
             self._send(HTML + '<script type="module" src="driver.js"></script>', "text/html")
         elif self.path == "/driver.js":
-            self._send(DRIVER, "text/javascript")
+            self._send(DRIVEN % self.server.driver, "text/javascript")
         elif self.path == "/model":
-            self._send(json.dumps(MODEL), "application/json")
+            self._send(json.dumps(self.server.model), "application/json")
         else:
             file = STATIC / self.path.rpartition("/")[2]
             kind = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}[file.suffix]
@@ -167,10 +178,10 @@ def test_the_answers_below_are_of_the_service_s_shapes():
     ErrorAnswer.model_validate(ANSWERS["notes.txt"])
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-def test_a_browser_shows_answers_and_errors(tmp_path):
-    """In a real browser: a pasted picture becomes a card with the answer, a pasted text a card with the error."""
+def drive(tmp_path, driver, model=MODEL):
+    """What a real browser's page says once it was driven."""
     with ThreadingHTTPServer(("127.0.0.1", 0), PageServer) as server:
+        server.driver, server.model = driver, model
         Thread(target=server.serve_forever, daemon=True).start()
         dom = subprocess.run(
             [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -181,12 +192,22 @@ def test_a_browser_shows_answers_and_errors(tmp_path):
         ).stdout  # fmt: skip
         server.shutdown()
     assert 'data-driven="yes"' in dom
-    words = re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", dom)))
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", dom)))
+
+
+in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+
+
+@in_a_browser
+def test_a_browser_shows_answers_and_errors(tmp_path):
+    """In a real browser: a pasted picture becomes a card with the answer, a pasted text a card with the error."""
+    words = drive(tmp_path, DRIVER)
     for said in (
         "pets 7: 2 classes, 3 experts",
-        "the model's fast full my own 0.50 From this score of the rule \"router\" the next expert runs.",
-        "the next expert runs: 0.50, 0.40 (1.52 experts per image).",
-        "the next expert runs: 0.90, 0.80 (1.20 experts per image).",
+        "the model's fast full my own 0.50 The next expert runs where the router's score is at least 0.50.",
+        "The next expert runs where the router's score is at least 0.50 after the first and 0.40 after the second: "
+        "1.52 experts per image on held-out images.",
+        "is at least 0.90 after the first and 0.80 after the second: 1.20 experts per image on held-out images.",
         "1 image this session: 2 experts 100 %",
         "tiger.png tiger few: 9 training images 2 of 3 experts", "<b>cat</b> 39.0 %",
         "Scores: the score fell below its threshold",
@@ -194,3 +215,41 @@ def test_a_browser_shows_answers_and_errors(tmp_path):
         "notes.txt image_unsupported : 5 bytes are no known image (request r2)",
     ):  # fmt: skip
         assert said in words
+
+
+@in_a_browser
+@pytest.mark.parametrize(
+    ("rule", "thresholds", "choices", "said"),
+    [
+        ("router", [], [], ["Only one expert runs: there is nothing to decide."]),
+        ("router", [0.5, 0.4], [("max-experts", 1), ("max-experts", 2), ("mode", "full")],
+         ["at least 0.50 after the first and 0.40 after the second: 1.25 experts per image on held-out images.",
+          "Only one expert runs: there is nothing to decide.",
+          "The second expert runs where the router's score is at least 0.50.",
+          "2 experts run on every image."]),
+        ("confidence", [0.35], [("mode", "own"), ("threshold", 0.6)],
+         [*["The second expert runs where one minus the highest probability is at least 0.35: "
+            "1.25 experts per image on held-out images."] * 2,
+          "The second expert runs where one minus the highest probability is at least 0.60."]),
+        ("margin", [0.5, 0.4, 0.3], [],
+         ["The next expert runs where one minus the lead of the most probable class over the next is at least "
+          "0.50 after the first, 0.40 after the second and 0.30 after the third: "
+          "1.25 experts per image on held-out images."]),
+        ("agreement", [0.5, 0.5], [],
+         ["The next expert runs where the share of the experts so far that disagree with their mean "
+          "(1 after the first) is at least 0.50: 1.25 experts per image on held-out images."]),
+        ("depth", [0, 1], [("mode", "own"), ("threshold", 0.6), ("mode", "full")],
+         ["2 experts run on every image.", "3 experts run on every image.",
+          "Only the first expert runs, on every image.", "3 experts run on every image."]),
+    ],
+)  # fmt: skip
+def test_the_page_says_in_words_where_the_next_expert_runs(tmp_path, rule, thresholds, choices, said):
+    """By every rule, for every number of experts, and for what is chosen on the page."""
+    n_experts = len(thresholds) + 1
+    model = MODEL | {
+        "experts": n_experts, "max_experts": n_experts, "rule": rule, "thresholds": thresholds,
+        "modes": {"balanced": thresholds, "full": [0] * len(thresholds)},
+        "calibration": {"points": [{"rule": rule, "thresholds": thresholds, "mean_experts": 1.25}]},
+    }  # fmt: skip
+    words = drive(tmp_path, "".join(f'choose("{name}", "{value}");' for name, value in choices), model)
+    assert words.endswith("".join(f"{sentence} " for sentence in said))
