@@ -1,6 +1,7 @@
 // The web page: sends images to POST /classify and shows what came back. Talks to nothing else than this service.
 
 const REQUESTS_AT_ONCE = 4; // of one file each: limits on a request then meet single files, and first answers come early
+const RETRIES = 5; // of a file that is refused because the queue is full
 const REASONS = {
   confident: "the score fell below its threshold",
   last: "every expert was needed",
@@ -17,6 +18,7 @@ const ORDINALS = ["first", "second", "third", "fourth", "fifth"];
 const byId = (id) => document.getElementById(id);
 const percent = (share, digits = 0) => `${(100 * share).toFixed(digits)}\u00a0%`;
 const milliseconds = (ms) => `${ms.toFixed(ms < 10 ? 1 : 0)}\u00a0ms`;
+const seconds = (s) => new Promise((next) => setTimeout(next, 1000 * s));
 const expertColour = (number) => `var(--expert-${Math.min(number, 6)})`;
 
 /** An element with properties and children; text is never read as HTML. */
@@ -114,9 +116,14 @@ async function classify(files) {
 async function send({ file, card }, options) {
   const body = new FormData();
   body.append("file", file, file.name);
+  const ask = () => fetch(`classify?${options}`, { method: "POST", body });
   let answer;
   try {
-    const response = await fetch(`classify?${options}`, { method: "POST", body });
+    let response = await ask();
+    for (let retry = 0; response.status === 429 && retry < RETRIES; retry++) {
+      await seconds(Number(response.headers.get("retry-after")) || 1);
+      response = await ask();
+    }
     answer = await response.json();
   } catch (error) {
     answer = { error: { code: "no answer", message: `${error.message}. Is the service running?` } };

@@ -99,6 +99,9 @@ ANSWERS = {
     "tiger.png": {"request_id": "r1", "model": {"name": "pets", "version": "7"}, "results": [ANSWERED]},
     "notes.txt": {"request_id": "r2", "error": FAILED["error"], "results": [FAILED]},
 }
+ANSWERS["busy.png"] = ANSWERS["tiger.png"]
+FULL = {"request_id": "r3", "error": {"code": "overloaded", "message": "256 images are waiting; retry in 3 s"}}
+REFUSALS = {"busy.png": 2, "full.png": 1000}  # requests until a file's first answer
 ASKED = {"tiger.png": "mode=fast", "notes.txt": "threshold=0.5"}
 # What a person would do: choose a mode, paste a picture, choose a threshold, paste something else.
 DRIVER = """
@@ -108,6 +111,14 @@ await answered(1);
 choose("mode", "own");
 paste(new File(["hello"], "notes.txt", { type: "text/plain" }));
 await answered(2);
+"""
+REFUSED = """
+for (const name of ["busy.png", "full.png"]) {
+  const started = performance.now();
+  paste(await picture(name));
+  await answered(name === "busy.png" ? 1 : 2);
+  note(`${name} took ${Math.round((performance.now() - started) / 1000)} s`);
+}
 """
 DRIVEN = """
 const wait = (seconds) => new Promise((next) => setTimeout(next, 1000 * seconds));
@@ -156,11 +167,17 @@ class PageServer(BaseHTTPRequestHandler):
         """The fixed answer for the file, once the question was looked at: every file has a request of its own."""
         body = self.rfile.read(int(self.headers["Content-Length"]))
         (name,) = re.findall(rb'name="file"; filename="(.*?)"', body)
-        assert self.path == f"/classify?{ASKED[name.decode()]}"
-        self._send(json.dumps(ANSWERS[name.decode()]), "application/json")
+        name = name.decode()
+        if name in ASKED:
+            assert self.path == f"/classify?{ASKED[name]}"
+        self.server.asked.append(name)
+        refused = self.server.asked.count(name) <= REFUSALS.get(name, 0)
+        self._send(json.dumps(FULL if refused else ANSWERS[name]), "application/json", 429 if refused else 200)
 
-    def _send(self, text: str, kind: str) -> None:
-        self.send_response(200)
+    def _send(self, text: str, kind: str, status: int = 200) -> None:
+        self.send_response(status)
+        if status == 429:
+            self.send_header("Retry-After", "3")
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(text.encode())))
         self.send_header("Content-Security-Policy", PAGE_POLICY.decode())
@@ -179,20 +196,20 @@ def test_the_answers_below_are_of_the_service_s_shapes():
 
 
 def drive(tmp_path, driver, model=MODEL):
-    """What a real browser's page says once it was driven."""
+    """What a real browser's page says once it was driven, and the names of the files it sent, in order."""
     with ThreadingHTTPServer(("127.0.0.1", 0), PageServer) as server:
-        server.driver, server.model = driver, model
+        server.driver, server.model, server.asked = driver, model, []
         Thread(target=server.serve_forever, daemon=True).start()
         dom = subprocess.run(
             [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
              "--disable-background-networking", "--disable-component-update", "--disable-sync",
-             f"--user-data-dir={tmp_path}", "--virtual-time-budget=20000", "--dump-dom",
+             f"--user-data-dir={tmp_path}", "--virtual-time-budget=60000", "--dump-dom",
              f"http://127.0.0.1:{server.server_port}/drive"],
             capture_output=True, text=True, check=True, timeout=120,
         ).stdout  # fmt: skip
         server.shutdown()
     assert 'data-driven="yes"' in dom
-    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", dom)))
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", dom))), server.asked
 
 
 in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
@@ -201,7 +218,7 @@ in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not inst
 @in_a_browser
 def test_a_browser_shows_answers_and_errors(tmp_path):
     """In a real browser: a pasted picture becomes a card with the answer, a pasted text a card with the error."""
-    words = drive(tmp_path, DRIVER)
+    words, _ = drive(tmp_path, DRIVER)
     for said in (
         "pets 7: 2 classes, 3 experts",
         "the model's fast full my own 0.50 The next expert runs where the router's score is at least 0.50.",
@@ -215,6 +232,17 @@ def test_a_browser_shows_answers_and_errors(tmp_path):
         "notes.txt image_unsupported : 5 bytes are no known image (request r2)",
     ):  # fmt: skip
         assert said in words
+
+
+@in_a_browser
+def test_what_a_full_queue_refuses_is_sent_again(tmp_path):
+    """After as many seconds as the answer says, five times at most; only then the error is shown."""
+    words, asked = drive(tmp_path, REFUSED)
+    assert asked == ["busy.png"] * 3 + ["full.png"] * 6
+    waited = [int(seconds) for seconds in re.findall(r"(?:busy|full)\.png took (\d+) s", words)]
+    assert waited == [pytest.approx(2 * 3, abs=2), pytest.approx(5 * 3, abs=2)]  # by the browser's clock
+    assert "busy.png tiger few: 9 training images 2 of 3 experts" in words
+    assert words.count("overloaded : 256 images are waiting; retry in 3 s (request r3)") == 1
 
 
 @in_a_browser
@@ -251,5 +279,5 @@ def test_the_page_says_in_words_where_the_next_expert_runs(tmp_path, rule, thres
         "modes": {"balanced": thresholds, "full": [0] * len(thresholds)},
         "calibration": {"points": [{"rule": rule, "thresholds": thresholds, "mean_experts": 1.25}]},
     }  # fmt: skip
-    words = drive(tmp_path, "".join(f'choose("{name}", "{value}");' for name, value in choices), model)
+    words, _ = drive(tmp_path, "".join(f'choose("{name}", "{value}");' for name, value in choices), model)
     assert words.endswith("".join(f"{sentence} " for sentence in said))
