@@ -34,6 +34,7 @@ function make(tag, properties = {}, ...children) {
 }
 
 const session = new Map(); // experts used -> images
+let sending = new AbortController(); // of all that was chosen since the last "Clear"
 let model = null; // as GET /model describes it
 let cards = 0;
 
@@ -99,6 +100,7 @@ function inWords(thresholds, calibrated) {
 async function classify(files) {
   const images = [...files];
   if (!images.length) return;
+  const { signal } = sending;
   const options = new URLSearchParams();
   if (byId("max-experts").value) options.set("max_experts", byId("max-experts").value);
   const mode = byId("mode").value;
@@ -108,15 +110,15 @@ async function classify(files) {
   const waiting = images.map((file) => ({ file, card: newCard(file) }));
   byId("results").prepend(...waiting.map(({ card }) => card));
   const sendNext = async () => {
-    while (waiting.length) await send(waiting.shift(), options);
+    while (waiting.length && !signal.aborted) await send(waiting.shift(), options, signal);
   };
   await Promise.all(Array.from({ length: REQUESTS_AT_ONCE }, sendNext));
 }
 
-async function send({ file, card }, options) {
+async function send({ file, card }, options, signal) {
   const body = new FormData();
   body.append("file", file, file.name);
-  const ask = () => fetch(`classify?${options}`, { method: "POST", body });
+  const ask = () => fetch(`classify?${options}`, { method: "POST", body, signal });
   let answer;
   try {
     let response = await ask();
@@ -128,6 +130,7 @@ async function send({ file, card }, options) {
   } catch (error) {
     answer = { error: { code: "no answer", message: `${error.message}. Is the service running?` } };
   }
+  if (signal.aborted) return;
   const result = answer.results?.[0] ?? { error: answer.error };
   card.classList.remove("waiting");
   card.append(...(result.error ? showError(card, result.error, answer.request_id) : showResult(card, result)));
@@ -265,7 +268,10 @@ function showSession() {
 }
 
 byId("clear").addEventListener("click", () => {
+  sending.abort();
+  sending = new AbortController();
   session.clear();
+  byId("news").textContent = "";
   byId("results").replaceChildren();
   byId("session").hidden = true;
   byId("files").focus();

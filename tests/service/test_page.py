@@ -112,6 +112,22 @@ choose("mode", "own");
 paste(new File(["hello"], "notes.txt", { type: "text/plain" }));
 await answered(2);
 """
+# While one file waits to be sent again, four are under way and two wait for their turn.
+CLEARED = """
+choose("mode", "fast");
+paste(await picture("tiger.png"));
+await answered(1);
+paste(await picture("full.png"));
+await wait(1);
+paste(...await Promise.all(Array(6).fill("tiger.png").map(picture)));
+document.getElementById("clear").click();
+await wait(30);
+note(`Cards: ${document.querySelectorAll("article").length}`);
+note(`Session: ${document.getElementById("session").hidden ? "hidden" : "shown"}`);
+note(`News: "${document.getElementById("news").textContent}"`);
+paste(await picture("tiger.png"));
+await answered(1);
+"""
 REFUSED = """
 for (const name of ["busy.png", "full.png"]) {
   const started = performance.now();
@@ -243,6 +259,16 @@ def test_what_a_full_queue_refuses_is_sent_again(tmp_path):
     assert waited == [pytest.approx(2 * 3, abs=2), pytest.approx(5 * 3, abs=2)]  # by the browser's clock
     assert "busy.png tiger few: 9 training images 2 of 3 experts" in words
     assert words.count("overloaded : 256 images are waiting; retry in 3 s (request r3)") == 1
+
+
+@in_a_browser
+def test_clear_stops_what_was_chosen_before(tmp_path):
+    """What is under way, waits for its turn or to be sent again is not sent, shown or counted; the next file is."""
+    words, asked = drive(tmp_path, CLEARED)
+    assert 'Cards: 0 Session: hidden News: ""' in words
+    assert "1 image this session: 2 experts 100 %" in words
+    assert asked.count("full.png") == 1
+    assert asked.count("tiger.png") <= 2 + 4  # those under way may have arrived
 
 
 @in_a_browser
