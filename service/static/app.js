@@ -1,15 +1,24 @@
 // The web page: sends images to POST /classify and shows what came back. Talks to nothing else than this service.
 
 const REQUESTS_AT_ONCE = 4; // of one file each: limits on a request then meet single files, and first answers come early
+const RETRIES = 5; // of a file that is refused because the queue is full
 const REASONS = {
   confident: "the score fell below its threshold",
   last: "every expert was needed",
   budget: "stopped at the limit on experts",
 };
+const SCORES = {
+  router: "the router's score",
+  confidence: "one minus the highest probability",
+  margin: "one minus the lead of the most probable class over the next",
+  agreement: "the share of the experts so far that disagree with their mean (1 after the first)",
+};
+const ORDINALS = ["first", "second", "third", "fourth", "fifth"];
 
 const byId = (id) => document.getElementById(id);
 const percent = (share, digits = 0) => `${(100 * share).toFixed(digits)}\u00a0%`;
 const milliseconds = (ms) => `${ms.toFixed(ms < 10 ? 1 : 0)}\u00a0ms`;
+const seconds = (s) => new Promise((next) => setTimeout(next, 1000 * s));
 const expertColour = (number) => `var(--expert-${Math.min(number, 6)})`;
 
 /** An element with properties and children; text is never read as HTML. */
@@ -25,6 +34,7 @@ function make(tag, properties = {}, ...children) {
 }
 
 const session = new Map(); // experts used -> images
+let sending = new AbortController(); // of all that was chosen since the last "Clear"
 let model = null; // as GET /model describes it
 let cards = 0;
 
@@ -57,20 +67,32 @@ function describeModel() {
   showThresholds();
 }
 
-/** The thresholds in force for the next images, and what calibration measured with them on held-out images. */
+/** Which images the next expert sees, and how many experts calibration measured so on held-out images. */
 function showThresholds() {
   if (!model) return;
   const mode = byId("mode").value;
+  const own = Number(byId("threshold").value);
   byId("threshold").hidden = mode !== "own";
-  byId("threshold-value").textContent = mode === "own" ? Number(byId("threshold").value).toFixed(2) : "";
-  const thresholds = mode === "own" ? null : (model.modes[mode] ?? model.thresholds);
+  byId("threshold-value").textContent = mode === "own" ? own.toFixed(2) : "";
+  const limit = Number(byId("max-experts").value) || model.max_experts;
+  const chosen = mode === "own" ? model.thresholds.map(() => own) : (model.modes[mode] ?? model.thresholds);
   const calibrated = model.calibration.points.find(
-    ({ rule, thresholds: measured }) => rule === model.rule && `${measured}` === `${thresholds}`,
+    ({ rule, thresholds }) => limit === model.experts && rule === model.rule && `${thresholds}` === `${chosen}`,
   );
-  byId("threshold-says").textContent =
-    `From this score of the rule "${model.rule}" the next expert runs` +
-    (thresholds ? `: ${thresholds.map((t) => t.toFixed(2)).join(", ") || "none"}` : "") +
-    (calibrated && model.max_experts === model.experts ? ` (${calibrated.mean_experts.toFixed(2)} experts per image).` : ".");
+  byId("threshold-says").textContent = inWords(chosen.slice(0, limit - 1), calibrated);
+}
+
+function inWords(thresholds, calibrated) {
+  if (!thresholds.length) return "Only one expert runs: there is nothing to decide.";
+  const fixed = model.rule === "depth"; // its score is always 0.5
+  const stop = thresholds.findIndex((threshold) => threshold > (fixed ? 0.5 : 0));
+  if (fixed && stop === 0) return "Only the first expert runs, on every image.";
+  if (fixed || stop < 0) return `${stop < 0 ? thresholds.length + 1 : stop + 1} experts run on every image.`;
+  const values = thresholds.map((threshold) => threshold.toFixed(2));
+  const places = values.map((value, router) => `${value} after the ${ORDINALS[router] ?? `${router + 1}th`}`);
+  const least = new Set(values).size === 1 ? values[0] : new Intl.ListFormat("en-GB").format(places);
+  const cost = calibrated ? `: ${calibrated.mean_experts.toFixed(2)} experts per image on held-out images` : "";
+  return `The ${values.length === 1 ? "second" : "next"} expert runs where ${SCORES[model.rule]} is at least ${least}${cost}.`;
 }
 
 // Sending -----------------------------------------------------------------------------------------------------------
@@ -78,6 +100,7 @@ function showThresholds() {
 async function classify(files) {
   const images = [...files];
   if (!images.length) return;
+  const { signal } = sending;
   const options = new URLSearchParams();
   if (byId("max-experts").value) options.set("max_experts", byId("max-experts").value);
   const mode = byId("mode").value;
@@ -87,21 +110,27 @@ async function classify(files) {
   const waiting = images.map((file) => ({ file, card: newCard(file) }));
   byId("results").prepend(...waiting.map(({ card }) => card));
   const sendNext = async () => {
-    while (waiting.length) await send(waiting.shift(), options);
+    while (waiting.length && !signal.aborted) await send(waiting.shift(), options, signal);
   };
   await Promise.all(Array.from({ length: REQUESTS_AT_ONCE }, sendNext));
 }
 
-async function send({ file, card }, options) {
+async function send({ file, card }, options, signal) {
   const body = new FormData();
   body.append("file", file, file.name);
+  const ask = () => fetch(`classify?${options}`, { method: "POST", body, signal });
   let answer;
   try {
-    const response = await fetch(`classify?${options}`, { method: "POST", body });
+    let response = await ask();
+    for (let retry = 0; response.status === 429 && retry < RETRIES; retry++) {
+      await seconds(Number(response.headers.get("retry-after")) || 1);
+      response = await ask();
+    }
     answer = await response.json();
   } catch (error) {
     answer = { error: { code: "no answer", message: `${error.message}. Is the service running?` } };
   }
+  if (signal.aborted) return;
   const result = answer.results?.[0] ?? { error: answer.error };
   card.classList.remove("waiting");
   card.append(...(result.error ? showError(card, result.error, answer.request_id) : showResult(card, result)));
@@ -239,7 +268,10 @@ function showSession() {
 }
 
 byId("clear").addEventListener("click", () => {
+  sending.abort();
+  sending = new AbortController();
   session.clear();
+  byId("news").textContent = "";
   byId("results").replaceChildren();
   byId("session").hidden = true;
   byId("files").focus();
@@ -263,6 +295,7 @@ document.addEventListener("drop", (event) => {
   classify(event.dataTransfer.files);
 });
 document.addEventListener("paste", (event) => classify(event.clipboardData.files));
+byId("max-experts").addEventListener("change", showThresholds);
 byId("mode").addEventListener("change", showThresholds);
 byId("threshold").addEventListener("input", showThresholds);
 

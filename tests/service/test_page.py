@@ -47,6 +47,30 @@ def test_every_colour_that_the_script_uses_exists_in_light_and_dark():
         assert used <= set(re.findall(r"(--[\w-]+):", scheme))
 
 
+def contrast(one, other):
+    """WCAG 2's contrast ratio of two colours, #rgb or #rrggbb."""
+    darker, lighter = sorted(map(luminance, (one, other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def luminance(colour):
+    """WCAG 2's relative luminance, 0 to 1."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    shares = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shares)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_text_stands_out_from_what_is_behind_it():
+    """Links and text have a contrast of 4.5 : 1 on every background, light and dark."""
+    assert contrast("#fff", "#000") == pytest.approx(21)
+    for scheme in re.findall(r":root \{(.*?)\}", STYLE, re.DOTALL):
+        colours = dict(re.findall(r"--([\w-]+): (#\w+)", scheme))
+        for text in ("accent", "text", "quiet"):
+            for behind in ("page", "card", "track"):
+                assert contrast(colours[text], colours[behind]) >= 4.5, (text, behind)
+
+
 MODEL = {
     "name": "pets", "version": "7", "variant": "fp32", "provider": "cpu", "experts": 3, "max_experts": 3,
     "classes": [
@@ -75,28 +99,66 @@ ANSWERS = {
     "tiger.png": {"request_id": "r1", "model": {"name": "pets", "version": "7"}, "results": [ANSWERED]},
     "notes.txt": {"request_id": "r2", "error": FAILED["error"], "results": [FAILED]},
 }
+ANSWERS["busy.png"] = ANSWERS["tiger.png"]
+FULL = {"request_id": "r3", "error": {"code": "overloaded", "message": "256 images are waiting; retry in 3 s"}}
+REFUSALS = {"busy.png": 2, "full.png": 1000}  # requests until a file's first answer
 ASKED = {"tiger.png": "mode=fast", "notes.txt": "threshold=0.5"}
 # What a person would do: choose a mode, paste a picture, choose a threshold, paste something else.
 DRIVER = """
-const until = async (done) => { while (!done()) await new Promise((next) => setTimeout(next, 20)); };
-const choose = (mode) => {
-  document.body.append(document.getElementById("threshold-says").textContent);
-  document.getElementById("mode").value = mode;
-  document.getElementById("mode").dispatchEvent(new Event("change"));
+choose("mode", "fast");
+paste(await picture("tiger.png"));
+await answered(1);
+choose("mode", "own");
+paste(new File(["hello"], "notes.txt", { type: "text/plain" }));
+await answered(2);
+"""
+# While one file waits to be sent again, four are under way and two wait for their turn.
+CLEARED = """
+choose("mode", "fast");
+paste(await picture("tiger.png"));
+await answered(1);
+paste(await picture("full.png"));
+await wait(1);
+paste(...await Promise.all(Array(6).fill("tiger.png").map(picture)));
+document.getElementById("clear").click();
+await wait(30);
+note(`Cards: ${document.querySelectorAll("article").length}`);
+note(`Session: ${document.getElementById("session").hidden ? "hidden" : "shown"}`);
+note(`News: "${document.getElementById("news").textContent}"`);
+paste(await picture("tiger.png"));
+await answered(1);
+"""
+REFUSED = """
+for (const name of ["busy.png", "full.png"]) {
+  const started = performance.now();
+  paste(await picture(name));
+  await answered(name === "busy.png" ? 1 : 2);
+  note(`${name} took ${Math.round((performance.now() - started) / 1000)} s`);
+}
+"""
+DRIVEN = """
+const wait = (seconds) => new Promise((next) => setTimeout(next, 1000 * seconds));
+const until = async (done) => { while (!done()) await wait(0.02); };
+const answered = (cards) => until(() => document.querySelectorAll("article:not(.waiting)").length === cards);
+const note = (text) => document.body.append(` ${text} `);
+const says = () => note(document.getElementById("threshold-says").textContent);
+const choose = (id, value) => {
+  says();
+  document.getElementById(id).value = value;
+  document.getElementById(id).dispatchEvent(new Event(id === "threshold" ? "input" : "change"));
 };
-const paste = async (file, cards) => {
+const picture = async (name) => {
+  const canvas = Object.assign(document.createElement("canvas"), { width: 8, height: 8 });
+  return new File([await new Promise((done) => canvas.toBlob(done))], name, { type: "image/png" });
+};
+const paste = (...files) => {
   const clipboardData = new DataTransfer();
-  clipboardData.items.add(file);
+  for (const file of files) clipboardData.items.add(file);
   document.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true }));
-  await until(() => document.querySelectorAll("article:not(.waiting)").length === cards);
 };
 await until(() => document.getElementById("model").textContent.startsWith("pets"));
-choose("fast");
-const canvas = Object.assign(document.createElement("canvas"), { width: 8, height: 8 });
-const picture = await new Promise((done) => canvas.toBlob(done));
-await paste(new File([picture], "tiger.png", { type: "image/png" }), 1);
-choose("own");
-await paste(new File(["hello"], "notes.txt", { type: "text/plain" }), 2);
+%s
+says();
 document.body.dataset.driven = "yes";
 """
 
@@ -109,9 +171,9 @@ class PageServer(BaseHTTPRequestHandler):
         if self.path == "/drive":
             self._send(HTML + '<script type="module" src="driver.js"></script>', "text/html")
         elif self.path == "/driver.js":
-            self._send(DRIVER, "text/javascript")
+            self._send(DRIVEN % self.server.driver, "text/javascript")
         elif self.path == "/model":
-            self._send(json.dumps(MODEL), "application/json")
+            self._send(json.dumps(self.server.model), "application/json")
         else:
             file = STATIC / self.path.rpartition("/")[2]
             kind = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}[file.suffix]
@@ -121,11 +183,17 @@ class PageServer(BaseHTTPRequestHandler):
         """The fixed answer for the file, once the question was looked at: every file has a request of its own."""
         body = self.rfile.read(int(self.headers["Content-Length"]))
         (name,) = re.findall(rb'name="file"; filename="(.*?)"', body)
-        assert self.path == f"/classify?{ASKED[name.decode()]}"
-        self._send(json.dumps(ANSWERS[name.decode()]), "application/json")
+        name = name.decode()
+        if name in ASKED:
+            assert self.path == f"/classify?{ASKED[name]}"
+        self.server.asked.append(name)
+        refused = self.server.asked.count(name) <= REFUSALS.get(name, 0)
+        self._send(json.dumps(FULL if refused else ANSWERS[name]), "application/json", 429 if refused else 200)
 
-    def _send(self, text: str, kind: str) -> None:
-        self.send_response(200)
+    def _send(self, text: str, kind: str, status: int = 200) -> None:
+        self.send_response(status)
+        if status == 429:
+            self.send_header("Retry-After", "3")
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(text.encode())))
         self.send_header("Content-Security-Policy", PAGE_POLICY.decode())
@@ -143,26 +211,36 @@ def test_the_answers_below_are_of_the_service_s_shapes():
     ErrorAnswer.model_validate(ANSWERS["notes.txt"])
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-def test_a_browser_shows_answers_and_errors(tmp_path):
-    """In a real browser: a pasted picture becomes a card with the answer, a pasted text a card with the error."""
+def drive(tmp_path, driver, model=MODEL):
+    """What a real browser's page says once it was driven, and the names of the files it sent, in order."""
     with ThreadingHTTPServer(("127.0.0.1", 0), PageServer) as server:
+        server.driver, server.model, server.asked = driver, model, []
         Thread(target=server.serve_forever, daemon=True).start()
         dom = subprocess.run(
             [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
              "--disable-background-networking", "--disable-component-update", "--disable-sync",
-             f"--user-data-dir={tmp_path}", "--virtual-time-budget=20000", "--dump-dom",
+             f"--user-data-dir={tmp_path}", "--virtual-time-budget=60000", "--dump-dom",
              f"http://127.0.0.1:{server.server_port}/drive"],
             capture_output=True, text=True, check=True, timeout=120,
         ).stdout  # fmt: skip
         server.shutdown()
     assert 'data-driven="yes"' in dom
-    words = re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", dom)))
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", dom))), server.asked
+
+
+in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+
+
+@in_a_browser
+def test_a_browser_shows_answers_and_errors(tmp_path):
+    """In a real browser: a pasted picture becomes a card with the answer, a pasted text a card with the error."""
+    words, _ = drive(tmp_path, DRIVER)
     for said in (
         "pets 7: 2 classes, 3 experts",
-        "the model's fast full my own 0.50 From this score of the rule \"router\" the next expert runs.",
-        "the next expert runs: 0.50, 0.40 (1.52 experts per image).",
-        "the next expert runs: 0.90, 0.80 (1.20 experts per image).",
+        "the model's fast full my own 0.50 The next expert runs where the router's score is at least 0.50.",
+        "The next expert runs where the router's score is at least 0.50 after the first and 0.40 after the second: "
+        "1.52 experts per image on held-out images.",
+        "is at least 0.90 after the first and 0.80 after the second: 1.20 experts per image on held-out images.",
         "1 image this session: 2 experts 100 %",
         "tiger.png tiger few: 9 training images 2 of 3 experts", "<b>cat</b> 39.0 %",
         "Scores: the score fell below its threshold",
@@ -170,3 +248,62 @@ def test_a_browser_shows_answers_and_errors(tmp_path):
         "notes.txt image_unsupported : 5 bytes are no known image (request r2)",
     ):  # fmt: skip
         assert said in words
+
+
+@in_a_browser
+def test_what_a_full_queue_refuses_is_sent_again(tmp_path):
+    """After as many seconds as the answer says, five times at most; only then the error is shown."""
+    words, asked = drive(tmp_path, REFUSED)
+    assert asked == ["busy.png"] * 3 + ["full.png"] * 6
+    waited = [int(seconds) for seconds in re.findall(r"(?:busy|full)\.png took (\d+) s", words)]
+    assert waited == [pytest.approx(2 * 3, abs=2), pytest.approx(5 * 3, abs=2)]  # by the browser's clock
+    assert "busy.png tiger few: 9 training images 2 of 3 experts" in words
+    assert words.count("overloaded : 256 images are waiting; retry in 3 s (request r3)") == 1
+
+
+@in_a_browser
+def test_clear_stops_what_was_chosen_before(tmp_path):
+    """What is under way, waits for its turn or to be sent again is not sent, shown or counted; the next file is."""
+    words, asked = drive(tmp_path, CLEARED)
+    assert 'Cards: 0 Session: hidden News: ""' in words
+    assert "1 image this session: 2 experts 100 %" in words
+    assert asked.count("full.png") == 1
+    assert asked.count("tiger.png") <= 2 + 4  # those under way may have arrived
+
+
+@in_a_browser
+@pytest.mark.parametrize(
+    ("rule", "thresholds", "choices", "said"),
+    [
+        ("router", [], [], ["Only one expert runs: there is nothing to decide."]),
+        ("router", [0.5, 0.4], [("max-experts", 1), ("max-experts", 2), ("mode", "full")],
+         ["at least 0.50 after the first and 0.40 after the second: 1.25 experts per image on held-out images.",
+          "Only one expert runs: there is nothing to decide.",
+          "The second expert runs where the router's score is at least 0.50.",
+          "2 experts run on every image."]),
+        ("confidence", [0.35], [("mode", "own"), ("threshold", 0.6)],
+         [*["The second expert runs where one minus the highest probability is at least 0.35: "
+            "1.25 experts per image on held-out images."] * 2,
+          "The second expert runs where one minus the highest probability is at least 0.60."]),
+        ("margin", [0.5, 0.4, 0.3], [],
+         ["The next expert runs where one minus the lead of the most probable class over the next is at least "
+          "0.50 after the first, 0.40 after the second and 0.30 after the third: "
+          "1.25 experts per image on held-out images."]),
+        ("agreement", [0.5, 0.5], [],
+         ["The next expert runs where the share of the experts so far that disagree with their mean "
+          "(1 after the first) is at least 0.50: 1.25 experts per image on held-out images."]),
+        ("depth", [0, 1], [("mode", "own"), ("threshold", 0.6), ("mode", "full")],
+         ["2 experts run on every image.", "3 experts run on every image.",
+          "Only the first expert runs, on every image.", "3 experts run on every image."]),
+    ],
+)  # fmt: skip
+def test_the_page_says_in_words_where_the_next_expert_runs(tmp_path, rule, thresholds, choices, said):
+    """By every rule, for every number of experts, and for what is chosen on the page."""
+    n_experts = len(thresholds) + 1
+    model = MODEL | {
+        "experts": n_experts, "max_experts": n_experts, "rule": rule, "thresholds": thresholds,
+        "modes": {"balanced": thresholds, "full": [0] * len(thresholds)},
+        "calibration": {"points": [{"rule": rule, "thresholds": thresholds, "mean_experts": 1.25}]},
+    }  # fmt: skip
+    words, _ = drive(tmp_path, "".join(f'choose("{name}", "{value}");' for name, value in choices), model)
+    assert words.endswith("".join(f"{sentence} " for sentence in said))
