@@ -160,7 +160,7 @@ EXPECTED = {
 def test_everything_wrong_is_told_at_once(listed, tmp_path, capsys):
     """Every kind there is, in one message on standard error, and no run directory: nothing was trained."""
     spoil(listed)
-    of_others = {"class without such images", "not taken for an image", "sorted"}
+    of_others = {"class without such images", "not taken", "not taken for an image", "sorted"}
     assert EXPECTED.keys() | of_others == ERRORS.keys() | WARNINGS.keys()
 
     assert main(["ride-own", "--data", str(listed), "--set", "workers=0", "--out", str(tmp_path / "run")]) == 2
@@ -259,6 +259,46 @@ def test_a_folder_with_validation_images_keeps_them_for_holding_out(tmp_path):
     tested = load_data(recipe_for(tmp_path))
     assert [len(part) for part in (tested.train, tested.heldout, tested.test)] == [4, 2, 6]
     assert tested.test.pixels.equal(whole.heldout.pixels)
+
+
+def test_directories_of_parts_are_known_in_any_case_and_by_other_words(tmp_path):
+    """What lies beside them and is none is told."""
+    for names in (("Train", "Valid", "TEST"), ("training", "Validation", "Testing")):
+        root = tmp_path / names[0]
+        fill(root, {f"{part}/{label}": "0.png 1.png 2.png" for part in (*names, "extra") for label in "ab"})
+        found = open_set(recipe_for(root))
+
+        assert {part: Path(source.images.name(0)).parent.parent.name for part, source in found.parts().items()} == dict(
+            zip(("train", "heldout", "test"), names, strict=True)
+        )
+        assert found.report.findings == {"not taken": [f"{root}/extra: neither training, validation nor test images"]}
+
+
+def test_of_two_directories_for_a_part_one_is_not_taken(tmp_path):
+    """Its images would be gone without a word."""
+    root = fill(tmp_path, {f"{part}/{label}": "0.png" for part in ("train", "val", "heldout") for label in "ab"})
+    report = open_set(recipe_for(root)).report
+
+    assert report.findings == {"not taken": [f"{root}/heldout: neither training, validation nor test images"]}
+
+
+@pytest.mark.parametrize("parts", [("val", "Test"), ("train/training", "train/testing")])
+def test_parts_are_not_taken_for_classes(tmp_path, parts):
+    """A classifier of validation against test images would train well."""
+    root = fill(tmp_path, {f"{part}/{label}": "0.png 1.png 2.png 3.png" for part in parts for label in "ab"})
+    with pytest.raises(DataError, match=r"directories .* are named like parts of a set, not like classes; name a"):
+        open_set(recipe_for(root))
+
+
+def test_a_class_named_train_is_taken_for_a_part_and_the_way_out_is_told(tmp_path):
+    """Which works."""
+    root = fill(tmp_path / "set", dict.fromkeys(("Train", "Bus", "Car"), "0.png 1.png"))
+    with pytest.raises(DataError, match=r"Train: 0 class directories; .* is a class itself, move all classes into"):
+        open_set(recipe_for(root))
+
+    (tmp_path / "whole").mkdir()
+    root.rename(tmp_path / "whole" / "train")
+    assert open_set(recipe_for(tmp_path / "whole")).classes == ["Bus", "Car", "Train"]
 
 
 def fill(root: Path, files: dict[str, str]) -> Path:

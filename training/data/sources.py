@@ -19,7 +19,9 @@ from training.recipe import Recipe
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
-HELDOUT_NAMES = ("val", "validation", "heldout")
+HELDOUT_NAMES = ("val", "valid", "validation", "heldout")
+PART_DIRECTORIES = {"train": ("train", "training"), "heldout": HELDOUT_NAMES, "test": ("test", "testing")}
+PART_WORDS = {name for names in PART_DIRECTORIES.values() for name in names}
 MOST_NAMES = 20
 
 
@@ -140,7 +142,8 @@ def open_set(recipe: Recipe) -> ImageSet:
     The images that `recipe.data` names, none of them decoded.
 
     A directory holds, in this order of precedence: list files, where the recipe names some or there is exactly one
-    *train*.txt; train*.parquet; train/, val/ and test/ of class folders; class folders.
+    *train*.txt; train*.parquet; train/, val/ and test/ of class folders, by any of `PART_DIRECTORIES` and in any case
+    of letters; class folders.
 
     Where there are validation images but no test images, the validation images are the test images.
 
@@ -181,16 +184,30 @@ def _no_directory(directory: Path) -> ImageSet:
 def _open_folders(name: str, directory: Path) -> ImageSet:
     """train/, val/ and test/, or the classes themselves."""
     report = Report()
-    if not (directory / "train").is_dir():
+    parts = _part_directories(directory)
+    if "train" not in parts:
         classes, train = _open_folder(directory, report)
         return ImageSet(name, classes, train, report=report)
-    classes, train = _open_folder(directory / "train", report)
+    classes, train = _open_folder(parts["train"], report)
+    others = {part: _open_folder(home, report, classes)[1] for part, home in parts.items() if part != "train"}
+    left_out = set(_directories(directory)) - set(parts.values())
+    report.add_all("not taken", (f"{home}: neither training, validation nor test images" for home in sorted(left_out)))
+    return ImageSet(name, classes, train, others.get("heldout"), others.get("test"), report)
 
-    def other(names: Sequence[str]) -> Source | None:
-        found = next((directory / part for part in names if (directory / part).is_dir()), None)
-        return None if found is None else _open_folder(found, report, classes)[1]
 
-    return ImageSet(name, classes, train, other(HELDOUT_NAMES), other(("test",)), report)
+def _part_directories(directory: Path) -> dict[str, Path]:
+    """By "train", "heldout", "test"; of several for one part that whose name comes first in `PART_DIRECTORIES`."""
+    found = _directories(directory)
+    fitting = {
+        part: [home for name in names for home in found if home.name.lower() == name]
+        for part, names in PART_DIRECTORIES.items()
+    }
+    return {part: homes[0] for part, homes in fitting.items() if homes}
+
+
+def _directories(directory: Path) -> list[Path]:
+    """Those in `directory` that are not hidden, in alphabetical order."""
+    return sorted(entry for entry in directory.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
 
 
 def _open_folder(directory: Path, report: Report, wanted: Sequence[str] | None = None) -> tuple[list[str], Source]:
@@ -200,9 +217,9 @@ def _open_folder(directory: Path, report: Report, wanted: Sequence[str] | None =
     Args:
         wanted: the classes of the training images, where these are others; some may be missing here.
     """
-    classes = sorted(entry.name for entry in directory.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
-    if len(classes) < 2 and wanted is None:
-        raise DataError(f"{directory}: {len(classes)} class directories; a classifier needs two or more")
+    classes = [home.name for home in _directories(directory)]
+    if wanted is None:
+        _check_classes(directory, classes)
     if wanted is not None:
         if odd := sorted(set(classes) - set(wanted)):
             raise DataError(f"{directory}: classes without training images: {', '.join(odd[:MOST_NAMES])}")
@@ -228,6 +245,20 @@ def _open_folder(directory: Path, report: Report, wanted: Sequence[str] | None =
         if endings and (home != directory or wanted is None):
             report.add("not taken for an image", f"{home}: {', '.join(f'{n} {end}' for end, n in endings.items())}")
     return classes, Source(np.array(labels, np.int64), Files(files))
+
+
+def _check_classes(directory: Path, classes: Sequence[str]) -> None:
+    if len(classes) < 2:
+        hint = "; if it is a class itself, move all classes into a directory train/"
+        raise DataError(
+            f"{directory}: {len(classes)} class directories; a classifier needs two or more"
+            + (hint if directory.name.lower() in PART_WORDS else "")
+        )
+    if {name.lower() for name in classes} <= PART_WORDS:
+        raise DataError(
+            f"{directory}: its directories {', '.join(classes)} are named like parts of a set, not like classes; "
+            "name a directory that holds train/, with a directory for each class in it"
+        )
 
 
 def _is_hidden(name: str) -> bool:
