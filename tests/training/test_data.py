@@ -17,6 +17,7 @@ from training.data.images import read_image
 from training.data.longtail import SPLITS, class_counts, draw_subset, split_of
 from training.data.samplers import class_balanced, shuffled
 from training.data.sets import DataError, channel_statistics, load_data
+from training.data.sources import open_set
 from training.recipe import Recipe
 
 
@@ -203,6 +204,23 @@ def test_parquet_is_read_as_bytes_or_struct(tmp_path, struct, names):
     assert data.test.pixels[3, 0, 0].tolist() == [3, 10, 0]
     assert len(data.heldout) == 8
     assert "none for" in data.heldout_note
+
+
+@pytest.mark.parametrize("other", ["test-00000-of-00001", "train-2", "val"])
+@pytest.mark.parametrize("names", [["dog", "cat"], ["cat", "dog", "owl"]])
+def test_parquet_files_must_name_their_classes_alike(tmp_path, other, names):
+    """The same labels would mean other classes; a file without names follows."""
+    write_parquet(tmp_path, struct=False, names=["cat", "dog"])
+    table = pyarrow.parquet.read_table(tmp_path / "test-00000-of-00001.parquet")
+    pyarrow.parquet.write_table(table.replace_schema_metadata(None), tmp_path / f"{other}.parquet")
+    assert open_set(recipe_for(tmp_path)).classes == ["cat", "dog"]
+
+    features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+    table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+    pyarrow.parquet.write_table(table, tmp_path / f"{other}.parquet")
+    differing = "class 0 'cat', .* 'dog'" if names[0] == "dog" else "class 2 None, .* 'owl'"
+    with pytest.raises(DataError, match=rf"train-0.*names {differing}; write all with the same class names"):
+        open_set(recipe_for(tmp_path))
 
 
 def test_held_out_images_are_those_the_subset_leaves_out(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections import Counter
@@ -296,16 +297,35 @@ def _names_of_directories(entries: ListFile, n_classes: int) -> list[str] | None
 def _open_parquet(name: str, directory: Path) -> ImageSet:
     """train*.parquet, val*.parquet, test*.parquet; bytes or the {bytes, path} struct of Hugging Face."""
     report = Report()
-    train, names = _read_parquet(sorted(directory.glob("train*.parquet")), report)
+    train, naming = _read_parquet(sorted(directory.glob("train*.parquet")), report)
     sources = {"train": train}
     for part, patterns in (("heldout", HELDOUT_NAMES), ("test", ("test",))):
         files = sorted({file for pattern in patterns for file in directory.glob(f"{pattern}*.parquet")})
         if files:
-            sources[part] = _read_parquet(files, report)[0]
-    return _checked(name, directory, _names_beside(directory) or names, sources, report)
+            sources[part], others = _read_parquet(files, report)
+            naming |= others
+    return _checked(name, directory, _names_beside(directory) or _agreed_names(naming), sources, report)
 
 
-def _read_parquet(files: list[Path], report: Report) -> tuple[Source, list[str] | None]:
+def _agreed_names(naming: dict[Path, list[str]]) -> list[str] | None:
+    """
+    The one list of class names that all files carry, if any does.
+
+    Raises:
+        DataError: where two files name the classes differently, so that a label means one thing here and another there.
+    """
+    for (file, names), (other, others) in itertools.pairwise(naming.items()):
+        if names != others:
+            pairs = enumerate(itertools.zip_longest(names, others))
+            label, (one, another) = next((label, pair) for label, pair in pairs if pair[0] != pair[1])
+            raise DataError(
+                f"{file} names class {label} {one!r}, {other} names it {another!r}; write all with the same class names"
+            )
+    return next(iter(naming.values()), None)
+
+
+def _read_parquet(files: list[Path], report: Report) -> tuple[Source, dict[Path, list[str]]]:
+    """Their rows, and the class names that each of the files carries, if it does."""
     import pyarrow
     import pyarrow.compute
     import pyarrow.parquet
@@ -313,7 +333,8 @@ def _read_parquet(files: list[Path], report: Report) -> tuple[Source, list[str] 
     if not files:
         raise DataError("no train*.parquet there")
     try:
-        table = pyarrow.concat_tables([pyarrow.parquet.read_table(file) for file in files])
+        tables = [pyarrow.parquet.read_table(file) for file in files]
+        table = pyarrow.concat_tables(tables)
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{files[0].parent}: the parquet files cannot be read: {error}") from None
     image = _column(files[0], table.column_names, IMAGE_COLUMNS)
@@ -332,7 +353,8 @@ def _read_parquet(files: list[Path], report: Report) -> tuple[Source, list[str] 
             what = "image bytes" if kind == "missing" else "label"
             report.add_all(kind, (f"{rows.name(int(row))} has no {what}" for row in empty))
     labels = table[label].fill_null(-1).to_numpy().astype(np.int64)
-    return Source(labels, rows), _feature_names(table, label)
+    named = {file: _feature_names(each, label) for file, each in zip(files, tables, strict=True)}
+    return Source(labels, rows), {file: names for file, names in named.items() if names}
 
 
 def _column(file: Path, found: list[str], wanted: Sequence[str]) -> str:
