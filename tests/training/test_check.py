@@ -354,6 +354,12 @@ def test_rare_classes_may_have_no_test_images(tmp_path):
         open_set(recipe_for(root))
 
 
+def test_a_last_class_with_one_image_is_told(tmp_path):
+    """In sets sorted by size the rarest class comes last."""
+    root = fill(tmp_path, {"a": "0.png 1.png", "b": "0.png"})
+    assert check_data(recipe_for(root)).findings == {"class with one image": [f"b: {root}/b/0.png"]}
+
+
 def test_a_smoke_run_takes_few_images_of_a_natural_set_too(tmp_path):
     """At most n_max of each class, held-out and test images among them; the same ones every time."""
     root = fill(tmp_path, {"a": " ".join(f"{n}.png" for n in range(60)), "b": " ".join(f"{n}.png" for n in range(8))})
