@@ -360,6 +360,31 @@ def test_a_last_class_with_one_image_is_told(tmp_path):
     assert check_data(recipe_for(root)).findings == {"class with one image": [f"b: {root}/b/0.png"]}
 
 
+def test_classes_too_small_for_a_drawn_part_are_told(tmp_path):
+    """The figures on that part leave them out."""
+    root = fill(tmp_path, {"a2": "0.png 1.png", "b3": "0.png 1.png 2.png", "c4": "0.png 1.png 2.png 3.png"})
+    data = load_data(recipe_for(root))
+
+    assert data.report.findings["class without such images"] == [
+        "a2: 2 are too few to draw test images", "a2: 2 are too few to draw held-out images",
+        "b3: 3 are too few to draw held-out images",
+    ]  # fmt: skip
+    assert data.heldout_note == "10% of each class's training images, seed 0; none for 2 of 3 classes"
+
+
+@pytest.mark.parametrize(("own_test", "test_share", "least"), [(False, 0.1, 4), (False, 0.4, 5), (True, 0.1, 3)])
+def test_a_set_too_small_to_hold_out_any_image_is_refused(tmp_path, own_test, test_share, least):
+    """The message says how many would do; more, where test images are drawn first."""
+    test = dict.fromkeys(("test/a", "test/b"), "0.png") if own_test else {}
+    for size in (least, least - 1):
+        names = " ".join(f"{n}.png" for n in range(size))
+        fill(tmp_path / str(size), test | dict.fromkeys(("train/a", "train/b"), names))
+
+    assert len(load_data(recipe_for(tmp_path / str(least), test_share=test_share)).heldout) == 2
+    with pytest.raises(DataError, match=f"no images are left for the held-out set; classes need {least} or more each"):
+        load_data(recipe_for(tmp_path / str(least - 1), test_share=test_share))
+
+
 def test_a_smoke_run_takes_few_images_of_a_natural_set_too(tmp_path):
     """At most n_max of each class, held-out and test images among them; the same ones every time."""
     root = fill(tmp_path, {"a": " ".join(f"{n}.png" for n in range(60)), "b": " ".join(f"{n}.png" for n in range(8))})
