@@ -127,6 +127,45 @@ def test_two_lists_that_could_be_meant_are_refused(listed):
     assert load_data(recipe_for(listed, train_list="Set_LT_train.txt")).counts == (8, 4, 2)
 
 
+@pytest.mark.parametrize("name", ["latest.txt", "constraints.txt", "Eval.txt"])
+def test_a_text_that_has_the_word_within_another_is_no_list(listed, tmp_path, name):
+    """Neither in a folder set nor beside lists."""
+    root = fill(tmp_path / "folders", {"a": "0.png 1.png", "b": "0.png 1.png"})
+    for home in (root, listed):
+        (home / name).write_text("anything\n")
+    found = open_set(recipe_for(root))
+
+    assert (found.classes, "not taken" in found.report.findings) == (["a", "b"], False)
+    assert load_data(recipe_for(listed)).counts == (8, 4, 2)
+
+
+@pytest.mark.parametrize("names", [["test.txt"], ["LT_val.txt"], ["test-1.txt", "test-2.txt"]])
+def test_lists_without_one_for_training_are_told_and_not_taken(tmp_path, names):
+    """The directory is what else it is."""
+    root = fill(tmp_path, {"a": "0.png 1.png", "b": "0.png 1.png"})
+    for name in names:
+        (root / name).write_text("anything\n")
+    found = open_set(recipe_for(root))
+
+    assert found.classes == ["a", "b"]
+    assert found.report.findings["not taken"] == [f"{root / name}: no list for training is beside it" for name in names]
+
+
+@pytest.mark.parametrize("name", ["README-train.txt", "train.v2.txt", "Training_LT.txt", "lt train2018.txt"])
+def test_list_files_have_the_part_in_their_names_as_a_word(listed, name):
+    """Wherever it stands."""
+    (listed / "Set_LT_train.txt").rename(listed / name)
+    assert load_data(recipe_for(listed)).counts == (8, 4, 2)
+
+
+def test_a_named_list_needs_one_for_training(tmp_path):
+    """The message says what to set."""
+    root = fill(tmp_path, {"a": "0.png"})
+    (root / "mine.txt").write_text("a/0.png 0\n")
+    with pytest.raises(DataError, match=r"mine.txt, but no list for training such as train.txt; set train_list"):
+        open_set(recipe_for(root, test_list="mine.txt"))
+
+
 def spoil(root: Path) -> None:
     """One of everything that can be wrong with a set of list files."""
     (root / "images/c0/0.png").unlink()

@@ -13,16 +13,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from training.data.lists import ListFile, image_root_of, lists_of, read_list
+from training.data.lists import PART_WORDS, ListFile, image_root_of, lists_for, lists_of, read_list
 from training.data.report import DataError, Report
 from training.recipe import Recipe
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
-HELDOUT_NAMES = ("val", "valid", "validation", "heldout")
-PART_DIRECTORIES = {"train": ("train", "training"), "heldout": HELDOUT_NAMES, "test": ("test", "testing")}
-PART_WORDS = {name for names in PART_DIRECTORIES.values() for name in names}
 MOST_NAMES = 20
 
 
@@ -142,8 +139,8 @@ def open_set(recipe: Recipe) -> ImageSet:
     """
     The images that `recipe.data` names, none of them decoded.
 
-    A directory holds, in this order of precedence: list files, where the recipe names some or there is exactly one
-    *train*.txt; train*.parquet; train/, val/ and test/ of class folders, by any of `PART_DIRECTORIES` and in any case
+    A directory holds, in this order of precedence: list files, where the recipe names some or there is one
+    such as train.txt; train*.parquet; train/, val/ and test/ of class folders, by any of `PART_WORDS` and in any case
     of letters; class folders.
 
     Where there are validation images but no test images, the validation images are the test images.
@@ -173,9 +170,10 @@ def _open(recipe: Recipe) -> ImageSet:
     lists = lists_of(directory, recipe.train_list, recipe.val_list, recipe.test_list)
     if lists:
         return _open_lists(name, directory, lists, recipe.image_root)
-    if list(directory.glob("train*.parquet")):
-        return _open_parquet(name, directory)
-    return _open_folders(name, directory)
+    opened = (_open_parquet if list(directory.glob("train*.parquet")) else _open_folders)(name, directory)
+    stray = lists_for("heldout", directory) + lists_for("test", directory)
+    opened.report.add_all("not taken", (f"{file}: no list for training is beside it" for file in stray))
+    return opened
 
 
 def _no_directory(directory: Path) -> ImageSet:
@@ -197,11 +195,11 @@ def _open_folders(name: str, directory: Path) -> ImageSet:
 
 
 def _part_directories(directory: Path) -> dict[str, Path]:
-    """By "train", "heldout", "test"; of several for one part that whose name comes first in `PART_DIRECTORIES`."""
+    """By "train", "heldout", "test"; of several for one part that whose name comes first in `PART_WORDS`."""
     found = _directories(directory)
     fitting = {
         part: [home for name in names for home in found if home.name.lower() == name]
-        for part, names in PART_DIRECTORIES.items()
+        for part, names in PART_WORDS.items()
     }
     return {part: homes[0] for part, homes in fitting.items() if homes}
 
@@ -249,13 +247,14 @@ def _open_folder(directory: Path, report: Report, wanted: Sequence[str] | None =
 
 
 def _check_classes(directory: Path, classes: Sequence[str]) -> None:
+    words = set(itertools.chain(*PART_WORDS.values()))
     if len(classes) < 2:
         hint = "; if it is a class itself, move all classes into a directory train/"
         raise DataError(
             f"{directory}: {len(classes)} class directories; a classifier needs two or more"
-            + (hint if directory.name.lower() in PART_WORDS else "")
+            + (hint if directory.name.lower() in words else "")
         )
-    if {name.lower() for name in classes} <= PART_WORDS:
+    if {name.lower() for name in classes} <= words:
         raise DataError(
             f"{directory}: its directories {', '.join(classes)} are named like parts of a set, not like classes; "
             "name a directory that holds train/, with a directory for each class in it"
@@ -299,8 +298,8 @@ def _open_parquet(name: str, directory: Path) -> ImageSet:
     report = Report()
     train, naming = _read_parquet(sorted(directory.glob("train*.parquet")), report)
     sources = {"train": train}
-    for part, patterns in (("heldout", HELDOUT_NAMES), ("test", ("test",))):
-        files = sorted({file for pattern in patterns for file in directory.glob(f"{pattern}*.parquet")})
+    for part in ("heldout", "test"):
+        files = sorted({file for pattern in PART_WORDS[part] for file in directory.glob(f"{pattern}*.parquet")})
         if files:
             sources[part], others = _read_parquet(files, report)
             naming |= others
