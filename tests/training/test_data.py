@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import warnings
 
 import numpy as np
@@ -266,6 +267,38 @@ def test_parquet_without_known_columns_is_refused(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"picture": [b""], "label": [0]}), tmp_path / "train.parquet")
     with pytest.raises(DataError, match="columns picture, label; one of them must be named image or img"):
         load_data(recipe_for(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("images", "kind"),
+    [
+        (["a.png", "b.png"], "string"),
+        ([{"path": "a.png"}, {"path": "b.png"}], "struct<path: string>"),
+        ([{"bytes": "a", "path": "a.png"}, None], "struct<bytes: string, path: string>"),
+        ([[1, 2], [3]], "list<"),
+    ],
+)
+def test_parquet_images_that_are_no_bytes_are_refused(tmp_path, images, kind):
+    """The message names the column, what it holds and what it should."""
+    pyarrow.parquet.write_table(pyarrow.table({"image": images, "label": [0, 1]}), tmp_path / "train.parquet")
+    wanted = re.escape(f"train.parquet: column image holds {kind}") + ".*; image files are wanted as binary, or as"
+    with pytest.raises(DataError, match=wanted):
+        open_set(recipe_for(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "kind", [pyarrow.large_binary(), pyarrow.binary_view(), pyarrow.dictionary(pyarrow.int32(), pyarrow.binary())]
+)
+@pytest.mark.parametrize("label", [pyarrow.uint8(), pyarrow.uint64(), pyarrow.int16()])
+def test_parquet_columns_may_be_of_any_kind_of_bytes_and_whole_numbers(tmp_path, kind, label):
+    """Writers differ."""
+    images = [png((n, n, n)) for n in range(8)]
+    table = pyarrow.table({"image": pyarrow.array(images).cast(kind), "label": pyarrow.array([0, 1] * 4, label)})
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+
+    found = open_set(recipe_for(tmp_path))
+    assert found.train.labels.tolist() == [0, 1] * 4
+    assert [found.train.images.read(n) for n in range(8)] == images
 
 
 def test_channel_statistics_are_of_the_training_images(colours):

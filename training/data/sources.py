@@ -339,8 +339,13 @@ def _read_parquet(files: list[Path], report: Report) -> tuple[Source, dict[Path,
     image = _column(files[0], table.column_names, IMAGE_COLUMNS)
     label = _column(files[0], table.column_names, LABEL_COLUMNS)
     images = table[image]
-    if pyarrow.types.is_struct(images.type):
+    if pyarrow.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0:
         images = pyarrow.compute.struct_field(images, "bytes")
+    if not _is_binary(images.type):
+        raise DataError(
+            f"{files[0]}: column {image} holds {table[image].type}; image files are wanted as binary, or as bytes in a "
+            "struct of bytes and path"
+        )
     if not len(images):
         raise DataError(f"{files[0].parent}: no rows in {', '.join(file.name for file in files)}")
     if not pyarrow.types.is_integer(table[label].type):
@@ -351,9 +356,18 @@ def _read_parquet(files: list[Path], report: Report) -> tuple[Source, dict[Path,
             empty = np.flatnonzero(column.is_null().to_numpy())
             what = "image bytes" if kind == "missing" else "label"
             report.add_all(kind, (f"{rows.name(int(row))} has no {what}" for row in empty))
-    labels = table[label].fill_null(-1).to_numpy().astype(np.int64)
+    labels = table[label].cast(pyarrow.int64(), safe=False).fill_null(-1).to_numpy()
     named = {file: _feature_names(each, label) for file, each in zip(files, tables, strict=True)}
     return Source(labels, rows), {file: names for file, names in named.items() if names}
+
+
+def _is_binary(kind: Any) -> bool:
+    """Whether the elements of a pyarrow.DataType are bytes in Python."""
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    tests = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
+    return any(test(kind) for test in tests)
 
 
 def _column(file: Path, found: list[str], wanted: Sequence[str]) -> str:
