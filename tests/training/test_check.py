@@ -350,6 +350,24 @@ def fill(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
+def test_linked_directories_are_followed_once_and_never_in_circles(tmp_path):
+    """As a set is put together of several disks; a broken link is a missing image."""
+    root = fill(tmp_path / "set", {"a": "0.png", "b/deeper": "0.png 1.png"})
+    fill(tmp_path / "elsewhere", {"more/deep": "7.png 8.png", "c": "9.png"})
+    for link, target in (
+        ("a/linked", tmp_path / "elsewhere" / "more"), ("a/again", tmp_path / "elsewhere" / "more" / "deep"),
+        ("c", tmp_path / "elsewhere" / "c"), ("b/deeper/up", ".."), ("b/root", root), ("b/self", "self"),
+        ("b/2.png", root / "gone.png"),
+    ):  # fmt: skip
+        (root / link).symlink_to(target)
+    found = open_set(recipe_for(root))
+
+    assert [str(Path(path).relative_to(root)) for path in found.train.images.paths] == [
+        "a/0.png", "a/again/7.png", "a/again/8.png", "b/2.png", "b/deeper/0.png", "b/deeper/1.png", "c/9.png",
+    ]  # fmt: skip
+    assert check_data(recipe_for(root)).findings["missing"] == [f"{root}/b/2.png"]
+
+
 def test_files_beside_the_images_are_told_and_hidden_ones_are_none(tmp_path):
     """What systems leave between one's images is no image; what may be one by mistake is counted by its ending."""
     root = fill(tmp_path, {

@@ -228,10 +228,7 @@ def _open_folder(directory: Path, report: Report, wanted: Sequence[str] | None =
     left_out = {directory: [entry for entry in directory.iterdir() if entry.is_file() and not _is_hidden(entry.name)]}
     for label, name in enumerate(classes):
         home = directory / name
-        inside = [
-            path for path in sorted(home.rglob("*"))
-            if not any(map(_is_hidden, path.relative_to(home).parts)) and not path.is_dir()
-        ]  # fmt: skip
+        inside = _files_below(home)
         found = [path for path in inside if path.suffix.lower() in IMAGE_SUFFIXES]
         left_out[home] = [path for path in inside if path.suffix.lower() not in IMAGE_SUFFIXES]
         if not found:
@@ -244,6 +241,18 @@ def _open_folder(directory: Path, report: Report, wanted: Sequence[str] | None =
         if endings and (home != directory or wanted is None):
             report.add("not taken for an image", f"{home}: {', '.join(f'{n} {end}' for end, n in endings.items())}")
     return classes, Source(np.array(labels, np.int64), Files(files))
+
+
+def _files_below(home: Path) -> list[Path]:
+    """In alphabetical order, none of them hidden. Links are followed, to each directory once and to none around."""
+    found: list[Path] = []
+    seen = {str(around) for around in Path(os.path.realpath(home)).parents}
+    for place, directories, names in os.walk(home, followlinks=True):
+        real = os.path.realpath(place)
+        directories[:] = [] if real in seen else sorted(name for name in directories if not _is_hidden(name))
+        found += [Path(place, name) for name in names if real not in seen and not _is_hidden(name)]
+        seen.add(real)
+    return sorted(found)
 
 
 def _check_classes(directory: Path, classes: Sequence[str]) -> None:
