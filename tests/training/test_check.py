@@ -166,6 +166,21 @@ def test_a_named_list_needs_one_for_training(tmp_path):
         open_set(recipe_for(root, test_list="mine.txt"))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("/photos/a.png 0\n/photos/b.png 1\n", "none of its 2 lines .*; train.txt line 1: '/photos/a.png' leaves"),
+        ("\na.png,0\n", r"; train.txt line 2: 'a.png,0' is not a path, a space, a whole number$"),
+        ("", "none of its 0 lines is a path below the root, a space, a label$"),
+    ],
+)
+def test_a_list_in_which_no_line_fits_is_refused(tmp_path, text, message):
+    """The message says of the first what is wrong with it."""
+    (tmp_path / "train.txt").write_text(text)
+    with pytest.raises(DataError, match=message):
+        open_set(recipe_for(tmp_path))
+
+
 def spoil(root: Path) -> None:
     """One of everything that can be wrong with a set of list files."""
     (root / "images/c0/0.png").unlink()

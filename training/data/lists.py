@@ -90,6 +90,7 @@ def read_list(file: Path, report: Report) -> ListFile:
     """
     paths: list[str] = []
     labels: list[int] = []
+    wrong: list[str] = []
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -100,14 +101,16 @@ def read_list(file: Path, report: Report) -> ListFile:
         path, _, label = line.strip().rpartition(" ")
         parts = path.strip().split("/")
         if not path.strip() or not label.removeprefix("-").isdecimal():
-            report.add("malformed", f"{file.name} line {number}: {line[:80]!r} is not a path, a space, a whole number")
+            wrong.append(f"{file.name} line {number}: {line[:80]!r} is not a path, a space, a whole number")
         elif os.path.isabs(path) or ".." in parts:
-            report.add("malformed", f"{file.name} line {number}: {path[:80]!r} leaves the image root")
+            wrong.append(f"{file.name} line {number}: {path[:80]!r} leaves the image root")
         else:
             paths.append(path.strip())
             labels.append(max(min(int(label), 2**62), -(2**62)))
     if not paths:
-        raise DataError(f"{file}: none of its {len(lines)} lines is a path, a space and a label")
+        first = f"; {wrong[0]}" if wrong else ""
+        raise DataError(f"{file}: none of its {len(lines)} lines is a path below the root, a space, a label{first}")
+    report.add_all("malformed", wrong)
     return ListFile(file, paths, np.array(labels, np.int64))
 
 
