@@ -301,6 +301,36 @@ def test_parquet_columns_may_be_of_any_kind_of_bytes_and_whole_numbers(tmp_path,
     assert [found.train.images.read(n) for n in range(8)] == images
 
 
+@pytest.mark.parametrize("size", [16, 32, 48])
+@pytest.mark.parametrize("test_fit", ["crop", "inner_crop"])
+def test_cifar_is_fitted_to_the_size_wherever_it_comes_from(tmp_path, monkeypatch, size, test_fit):
+    """Arrays from torchvision become the same pixels as parquet rows."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+
+    class Downloaded:
+        def __init__(self, root: object, train: bool, download: bool) -> None:
+            self.data, self.targets = (pixels, [0, 1] * 20) if train else (pixels[:4], [0, 1] * 2)
+            self.classes = ["class 0", "class 1"]
+
+    (tmp_path / "cifar10").mkdir()
+    for part, rows in (("train", pixels), ("test", pixels[:4])):
+        images = [io.BytesIO() for _ in rows]
+        for row, buffer in zip(rows, images, strict=True):
+            Image.fromarray(row).save(buffer, "PNG")
+        table = pyarrow.table({"image": [each.getvalue() for each in images], "label": [0, 1] * (len(rows) // 2)})
+        pyarrow.parquet.write_table(table, tmp_path / "cifar10" / f"{part}.parquet")
+    recipe = recipe_for("cifar10", image_size=size, test_fit=test_fit, decoding="resident")
+    monkeypatch.setenv("RIDE_DATA", str(tmp_path))
+    stored = load_data(recipe)
+    monkeypatch.delenv("RIDE_DATA")
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Downloaded)
+    downloaded = load_data(recipe)
+
+    assert downloaded.train.pixels.shape[1:] == (size, size, 3)
+    for part in ("train", "heldout", "test"):
+        assert getattr(downloaded, part).pixels.equal(getattr(stored, part).pixels)
+
+
 def test_channel_statistics_are_of_the_training_images(colours):
     """Mean and deviation per channel of pixels in [0, 1]."""
     data = load_data(recipe_for(colours, holdout_share=0.2, test_share=0.2))

@@ -11,10 +11,11 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from training.data.check import Depth, check_data, examine, workers_for
-from training.data.images import Fit, read_image
+from training.data.images import Fit, fit, read_image
 from training.data.longtail import class_counts, draw_subset
 from training.data.report import DataError, Report
 from training.data.sources import ImageSet, Source, open_set
@@ -216,7 +217,10 @@ def _decoded(source: Source, positions: np.ndarray, size: int, how: Fit, report:
     for row, position in enumerate(positions):
         try:
             content = source.images.read(int(position))
-            pixels[row] = content if isinstance(content, np.ndarray) else read_image(content, size, how)
+            if isinstance(content, bytes):
+                pixels[row] = read_image(content, size, how)
+            else:
+                pixels[row] = np.asarray(fit(Image.fromarray(content), size, size, how))
         except (OSError, ValueError) as error:
             report.add("unreadable", f"{source.images.name(int(position))}: {error}")
     return Images(torch.from_numpy(pixels), torch.from_numpy(source.labels[positions]))
