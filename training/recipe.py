@@ -37,7 +37,7 @@ class Recipe:
         loss: of each expert on its own: "ce", "focal", "ldam", "balanced_softmax" or "logit_adjusted".
         data: "cifar10", "cifar100", or a directory: with list files such as train.txt, with train*.parquet, or of class
             directories.
-        train_list, val_list, test_list: list files below `data`; None: the only *train*.txt and so on there.
+        train_list, val_list, test_list: list files below `data`; None: those there, such as train.txt.
         image_root: directory that the paths in list files start from; None: `data`.
         decoding: "resident": all images are decoded once and stay in memory; "streamed": worker processes decode each
             when it is needed; "auto": streamed where all would take more than a quarter of the free memory, and always

@@ -127,6 +127,60 @@ def test_two_lists_that_could_be_meant_are_refused(listed):
     assert load_data(recipe_for(listed, train_list="Set_LT_train.txt")).counts == (8, 4, 2)
 
 
+@pytest.mark.parametrize("name", ["latest.txt", "constraints.txt", "Eval.txt"])
+def test_a_text_that_has_the_word_within_another_is_no_list(listed, tmp_path, name):
+    """Neither in a folder set nor beside lists."""
+    root = fill(tmp_path / "folders", {"a": "0.png 1.png", "b": "0.png 1.png"})
+    for home in (root, listed):
+        (home / name).write_text("anything\n")
+    found = open_set(recipe_for(root))
+
+    assert (found.classes, "not taken" in found.report.findings) == (["a", "b"], False)
+    assert load_data(recipe_for(listed)).counts == (8, 4, 2)
+
+
+@pytest.mark.parametrize("names", [["test.txt"], ["LT_val.txt"], ["test-1.txt", "test-2.txt"]])
+def test_lists_without_one_for_training_are_told_and_not_taken(tmp_path, names):
+    """The directory is what else it is."""
+    root = fill(tmp_path, {"a": "0.png 1.png", "b": "0.png 1.png"})
+    for name in names:
+        (root / name).write_text("anything\n")
+    found = open_set(recipe_for(root))
+
+    assert found.classes == ["a", "b"]
+    assert found.report.findings["not taken"] == [f"{root / name}: no list for training is beside it" for name in names]
+
+
+@pytest.mark.parametrize("name", ["README-train.txt", "train.v2.txt", "Training_LT.txt", "lt train2018.txt"])
+def test_list_files_have_the_part_in_their_names_as_a_word(listed, name):
+    """Wherever it stands."""
+    (listed / "Set_LT_train.txt").rename(listed / name)
+    assert load_data(recipe_for(listed)).counts == (8, 4, 2)
+
+
+def test_a_named_list_needs_one_for_training(tmp_path):
+    """The message says what to set."""
+    root = fill(tmp_path, {"a": "0.png"})
+    (root / "mine.txt").write_text("a/0.png 0\n")
+    with pytest.raises(DataError, match=r"mine.txt, but no list for training such as train.txt; set train_list"):
+        open_set(recipe_for(root, test_list="mine.txt"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("/photos/a.png 0\n/photos/b.png 1\n", "none of its 2 lines .*; train.txt line 1: '/photos/a.png' leaves"),
+        ("\na.png,0\n", r"; train.txt line 2: 'a.png,0' is not a path, a space, a whole number$"),
+        ("", "none of its 0 lines is a path below the root, a space, a label$"),
+    ],
+)
+def test_a_list_in_which_no_line_fits_is_refused(tmp_path, text, message):
+    """The message says of the first what is wrong with it."""
+    (tmp_path / "train.txt").write_text(text)
+    with pytest.raises(DataError, match=message):
+        open_set(recipe_for(tmp_path))
+
+
 def spoil(root: Path) -> None:
     """One of everything that can be wrong with a set of list files."""
     (root / "images/c0/0.png").unlink()
@@ -160,7 +214,7 @@ EXPECTED = {
 def test_everything_wrong_is_told_at_once(listed, tmp_path, capsys):
     """Every kind there is, in one message on standard error, and no run directory: nothing was trained."""
     spoil(listed)
-    of_others = {"class without such images", "not taken for an image", "sorted"}
+    of_others = {"class without such images", "not taken", "not taken for an image", "sorted"}
     assert EXPECTED.keys() | of_others == ERRORS.keys() | WARNINGS.keys()
 
     assert main(["ride-own", "--data", str(listed), "--set", "workers=0", "--out", str(tmp_path / "run")]) == 2
@@ -261,6 +315,46 @@ def test_a_folder_with_validation_images_keeps_them_for_holding_out(tmp_path):
     assert tested.test.pixels.equal(whole.heldout.pixels)
 
 
+def test_directories_of_parts_are_known_in_any_case_and_by_other_words(tmp_path):
+    """What lies beside them and is none is told."""
+    for names in (("Train", "Valid", "TEST"), ("training", "Validation", "Testing")):
+        root = tmp_path / names[0]
+        fill(root, {f"{part}/{label}": "0.png 1.png 2.png" for part in (*names, "extra") for label in "ab"})
+        found = open_set(recipe_for(root))
+
+        assert {part: Path(source.images.name(0)).parent.parent.name for part, source in found.parts().items()} == dict(
+            zip(("train", "heldout", "test"), names, strict=True)
+        )
+        assert found.report.findings == {"not taken": [f"{root}/extra: neither training, validation nor test images"]}
+
+
+def test_of_two_directories_for_a_part_one_is_not_taken(tmp_path):
+    """Its images would be gone without a word."""
+    root = fill(tmp_path, {f"{part}/{label}": "0.png" for part in ("train", "val", "heldout") for label in "ab"})
+    report = open_set(recipe_for(root)).report
+
+    assert report.findings == {"not taken": [f"{root}/heldout: neither training, validation nor test images"]}
+
+
+@pytest.mark.parametrize("parts", [("val", "Test"), ("train/training", "train/testing")])
+def test_parts_are_not_taken_for_classes(tmp_path, parts):
+    """A classifier of validation against test images would train well."""
+    root = fill(tmp_path, {f"{part}/{label}": "0.png 1.png 2.png 3.png" for part in parts for label in "ab"})
+    with pytest.raises(DataError, match=r"directories .* are named like parts of a set, not like classes; name a"):
+        open_set(recipe_for(root))
+
+
+def test_a_class_named_train_is_taken_for_a_part_and_the_way_out_is_told(tmp_path):
+    """Which works."""
+    root = fill(tmp_path / "set", dict.fromkeys(("Train", "Bus", "Car"), "0.png 1.png"))
+    with pytest.raises(DataError, match=r"Train: 0 class directories; .* is a class itself, move all classes into"):
+        open_set(recipe_for(root))
+
+    (tmp_path / "whole").mkdir()
+    root.rename(tmp_path / "whole" / "train")
+    assert open_set(recipe_for(tmp_path / "whole")).classes == ["Bus", "Car", "Train"]
+
+
 def fill(root: Path, files: dict[str, str]) -> Path:
     """Images of these names in these directories, no two alike."""
     seed = 0
@@ -269,6 +363,24 @@ def fill(root: Path, files: dict[str, str]) -> Path:
         for name in names.split():
             (root / where / name).write_bytes(image(seed := seed + 1))
     return root
+
+
+def test_linked_directories_are_followed_once_and_never_in_circles(tmp_path):
+    """As a set is put together of several disks; a broken link is a missing image."""
+    root = fill(tmp_path / "set", {"a": "0.png", "b/deeper": "0.png 1.png"})
+    fill(tmp_path / "elsewhere", {"more/deep": "7.png 8.png", "c": "9.png"})
+    for link, target in (
+        ("a/linked", tmp_path / "elsewhere" / "more"), ("a/again", tmp_path / "elsewhere" / "more" / "deep"),
+        ("c", tmp_path / "elsewhere" / "c"), ("b/deeper/up", ".."), ("b/root", root), ("b/self", "self"),
+        ("b/2.png", root / "gone.png"),
+    ):  # fmt: skip
+        (root / link).symlink_to(target)
+    found = open_set(recipe_for(root))
+
+    assert [str(Path(path).relative_to(root)) for path in found.train.images.paths] == [
+        "a/0.png", "a/again/7.png", "a/again/8.png", "b/2.png", "b/deeper/0.png", "b/deeper/1.png", "c/9.png",
+    ]  # fmt: skip
+    assert check_data(recipe_for(root)).findings["missing"] == [f"{root}/b/2.png"]
 
 
 def test_files_beside_the_images_are_told_and_hidden_ones_are_none(tmp_path):
@@ -312,6 +424,37 @@ def test_rare_classes_may_have_no_test_images(tmp_path):
     (root / "test" / "d").mkdir()
     with pytest.raises(DataError, match="test: classes without training images: d"):
         open_set(recipe_for(root))
+
+
+def test_a_last_class_with_one_image_is_told(tmp_path):
+    """In sets sorted by size the rarest class comes last."""
+    root = fill(tmp_path, {"a": "0.png 1.png", "b": "0.png"})
+    assert check_data(recipe_for(root)).findings == {"class with one image": [f"b: {root}/b/0.png"]}
+
+
+def test_classes_too_small_for_a_drawn_part_are_told(tmp_path):
+    """The figures on that part leave them out."""
+    root = fill(tmp_path, {"a2": "0.png 1.png", "b3": "0.png 1.png 2.png", "c4": "0.png 1.png 2.png 3.png"})
+    data = load_data(recipe_for(root))
+
+    assert data.report.findings["class without such images"] == [
+        "a2: 2 are too few to draw test images", "a2: 2 are too few to draw held-out images",
+        "b3: 3 are too few to draw held-out images",
+    ]  # fmt: skip
+    assert data.heldout_note == "10% of each class's training images, seed 0; none for 2 of 3 classes"
+
+
+@pytest.mark.parametrize(("own_test", "test_share", "least"), [(False, 0.1, 4), (False, 0.4, 5), (True, 0.1, 3)])
+def test_a_set_too_small_to_hold_out_any_image_is_refused(tmp_path, own_test, test_share, least):
+    """The message says how many would do; more, where test images are drawn first."""
+    test = dict.fromkeys(("test/a", "test/b"), "0.png") if own_test else {}
+    for size in (least, least - 1):
+        names = " ".join(f"{n}.png" for n in range(size))
+        fill(tmp_path / str(size), test | dict.fromkeys(("train/a", "train/b"), names))
+
+    assert len(load_data(recipe_for(tmp_path / str(least), test_share=test_share)).heldout) == 2
+    with pytest.raises(DataError, match=f"no images are left for the held-out set; classes need {least} or more each"):
+        load_data(recipe_for(tmp_path / str(least - 1), test_share=test_share))
 
 
 def test_a_smoke_run_takes_few_images_of_a_natural_set_too(tmp_path):

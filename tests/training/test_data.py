@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import warnings
 
 import numpy as np
@@ -17,6 +18,7 @@ from training.data.images import read_image
 from training.data.longtail import SPLITS, class_counts, draw_subset, split_of
 from training.data.samplers import class_balanced, shuffled
 from training.data.sets import DataError, channel_statistics, load_data
+from training.data.sources import open_set
 from training.recipe import Recipe
 
 
@@ -205,6 +207,23 @@ def test_parquet_is_read_as_bytes_or_struct(tmp_path, struct, names):
     assert "none for" in data.heldout_note
 
 
+@pytest.mark.parametrize("other", ["test-00000-of-00001", "train-2", "val"])
+@pytest.mark.parametrize("names", [["dog", "cat"], ["cat", "dog", "owl"]])
+def test_parquet_files_must_name_their_classes_alike(tmp_path, other, names):
+    """The same labels would mean other classes; a file without names follows."""
+    write_parquet(tmp_path, struct=False, names=["cat", "dog"])
+    table = pyarrow.parquet.read_table(tmp_path / "test-00000-of-00001.parquet")
+    pyarrow.parquet.write_table(table.replace_schema_metadata(None), tmp_path / f"{other}.parquet")
+    assert open_set(recipe_for(tmp_path)).classes == ["cat", "dog"]
+
+    features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+    table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+    pyarrow.parquet.write_table(table, tmp_path / f"{other}.parquet")
+    differing = "class 0 'cat', .* 'dog'" if names[0] == "dog" else "class 2 None, .* 'owl'"
+    with pytest.raises(DataError, match=rf"train-0.*names {differing}; write all with the same class names"):
+        open_set(recipe_for(tmp_path))
+
+
 def test_held_out_images_are_those_the_subset_leaves_out(tmp_path):
     """No held-out image is also trained on."""
     write_parquet(tmp_path, struct=False, names=None)
@@ -248,6 +267,68 @@ def test_parquet_without_known_columns_is_refused(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"picture": [b""], "label": [0]}), tmp_path / "train.parquet")
     with pytest.raises(DataError, match="columns picture, label; one of them must be named image or img"):
         load_data(recipe_for(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("images", "kind"),
+    [
+        (["a.png", "b.png"], "string"),
+        ([{"path": "a.png"}, {"path": "b.png"}], "struct<path: string>"),
+        ([{"bytes": "a", "path": "a.png"}, None], "struct<bytes: string, path: string>"),
+        ([[1, 2], [3]], "list<"),
+    ],
+)
+def test_parquet_images_that_are_no_bytes_are_refused(tmp_path, images, kind):
+    """The message names the column, what it holds and what it should."""
+    pyarrow.parquet.write_table(pyarrow.table({"image": images, "label": [0, 1]}), tmp_path / "train.parquet")
+    wanted = re.escape(f"train.parquet: column image holds {kind}") + ".*; image files are wanted as binary, or as"
+    with pytest.raises(DataError, match=wanted):
+        open_set(recipe_for(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "kind", [pyarrow.large_binary(), pyarrow.binary_view(), pyarrow.dictionary(pyarrow.int32(), pyarrow.binary())]
+)
+@pytest.mark.parametrize("label", [pyarrow.uint8(), pyarrow.uint64(), pyarrow.int16()])
+def test_parquet_columns_may_be_of_any_kind_of_bytes_and_whole_numbers(tmp_path, kind, label):
+    """Writers differ."""
+    images = [png((n, n, n)) for n in range(8)]
+    table = pyarrow.table({"image": pyarrow.array(images).cast(kind), "label": pyarrow.array([0, 1] * 4, label)})
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+
+    found = open_set(recipe_for(tmp_path))
+    assert found.train.labels.tolist() == [0, 1] * 4
+    assert [found.train.images.read(n) for n in range(8)] == images
+
+
+@pytest.mark.parametrize("size", [16, 32, 48])
+@pytest.mark.parametrize("test_fit", ["crop", "inner_crop"])
+def test_cifar_is_fitted_to_the_size_wherever_it_comes_from(tmp_path, monkeypatch, size, test_fit):
+    """Arrays from torchvision become the same pixels as parquet rows."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+
+    class Downloaded:
+        def __init__(self, root: object, train: bool, download: bool) -> None:
+            self.data, self.targets = (pixels, [0, 1] * 20) if train else (pixels[:4], [0, 1] * 2)
+            self.classes = ["class 0", "class 1"]
+
+    (tmp_path / "cifar10").mkdir()
+    for part, rows in (("train", pixels), ("test", pixels[:4])):
+        images = [io.BytesIO() for _ in rows]
+        for row, buffer in zip(rows, images, strict=True):
+            Image.fromarray(row).save(buffer, "PNG")
+        table = pyarrow.table({"image": [each.getvalue() for each in images], "label": [0, 1] * (len(rows) // 2)})
+        pyarrow.parquet.write_table(table, tmp_path / "cifar10" / f"{part}.parquet")
+    recipe = recipe_for("cifar10", image_size=size, test_fit=test_fit, decoding="resident")
+    monkeypatch.setenv("RIDE_DATA", str(tmp_path))
+    stored = load_data(recipe)
+    monkeypatch.delenv("RIDE_DATA")
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Downloaded)
+    downloaded = load_data(recipe)
+
+    assert downloaded.train.pixels.shape[1:] == (size, size, 3)
+    for part in ("train", "heldout", "test"):
+        assert getattr(downloaded, part).pixels.equal(getattr(stored, part).pixels)
 
 
 def test_channel_statistics_are_of_the_training_images(colours):

@@ -86,8 +86,9 @@ def examine(image_set: ImageSet, depth: Depth, workers: int) -> dict[str, np.nda
             elif finding.digest:
                 seen[finding.digest].append((part, position))
                 digests[part][position] = np.frombuffer(finding.digest, np.uint8)
-    lone = np.flatnonzero(np.bincount(image_set.train.labels.clip(-1, len(image_set.classes)) + 1)[1:-1] == 1)
-    _tell_lone(image_set, lone)
+    n_classes = len(image_set.classes)
+    counts = np.bincount(image_set.train.labels.clip(-1, n_classes) + 1, minlength=n_classes + 2)[1:-1]
+    _tell_lone(image_set, np.flatnonzero(counts == 1))
     for group in seen.values():
         if len(group) > 1:
             _tell_twice(image_set, group)

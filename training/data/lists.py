@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,11 @@ import numpy as np
 
 from training.data.report import DataError, Report
 
-PARTS = {"train": ("train",), "heldout": ("val", "heldout"), "test": ("test",)}
+PART_WORDS = {
+    "train": ("train", "training"),
+    "heldout": ("val", "valid", "validation", "heldout"),
+    "test": ("test", "testing"),
+}
 TRIED_PATHS = 20
 
 
@@ -37,10 +42,10 @@ class ListFile:
 
 def lists_of(directory: Path, train: str | None, val: str | None, test: str | None) -> dict[str, Path]:
     """
-    Which list is for "train", "heldout" and "test"; empty where the directory has no lists.
+    Which list is for "train", "heldout" and "test"; empty where the directory has none for "train" and none is named.
 
-    Without names it is the only *train*.txt, *val*.txt and *test*.txt, in any case of letters, so that
-    ImageNet_LT_train.txt is found as well as train.txt.
+    Without names it is the only one that has one of `PART_WORDS` in its name as a whole word, in any case of letters:
+    ImageNet_LT_train.txt as well as train.txt, but not constraints.txt.
 
     Args:
         train, val, test: file names, below `directory` unless absolute; None: to be found.
@@ -48,23 +53,32 @@ def lists_of(directory: Path, train: str | None, val: str | None, test: str | No
     Raises:
         DataError: for a named list that is not there, or several that could be meant.
     """
+    named = {"train": train, "heldout": val, "test": test}
     found: dict[str, Path] = {}
-    texts = sorted(file for file in directory.glob("*.txt") if file.is_file())
-    for (part, words), name in zip(PARTS.items(), (train, val, test), strict=True):
+    for part, name in named.items():
         if name is not None:
             if not (directory / name).is_file():
                 raise DataError(f"{directory / name}: no such list file")
             found[part] = directory / name
-            continue
-        fitting = [file for file in texts if any(word in file.stem.lower() for word in words)]
+    if "train" not in found and not lists_for("train", directory):
+        if found:
+            told = ", ".join(file.name for file in found.values())
+            raise DataError(f"{directory}: {told}, but no list for training such as train.txt; set train_list")
+        return {}
+    for part in [part for part in named if part not in found]:
+        fitting = lists_for(part, directory)
         if len(fitting) > 1:
             field = {"train": "train_list", "heldout": "val_list", "test": "test_list"}[part]
             raise DataError(f"{directory}: {', '.join(file.name for file in fitting)} could all be meant; set {field}")
         if fitting:
             found[part] = fitting[0]
-    if found and "train" not in found:
-        raise DataError(f"{directory}: {', '.join(f.name for f in found.values())}, but no *train*.txt; set train_list")
-    return found
+    return {part: found[part] for part in named if part in found}
+
+
+def lists_for(part: str, directory: Path) -> list[Path]:
+    """The files that may be lists for "train", "heldout" or "test", by their names."""
+    word = re.compile(rf"(?<![a-z])({'|'.join(PART_WORDS[part])})(?![a-z])")
+    return sorted(file for file in directory.glob("*.txt") if word.search(file.stem.lower()) and file.is_file())
 
 
 def read_list(file: Path, report: Report) -> ListFile:
@@ -76,6 +90,7 @@ def read_list(file: Path, report: Report) -> ListFile:
     """
     paths: list[str] = []
     labels: list[int] = []
+    wrong: list[str] = []
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -86,14 +101,16 @@ def read_list(file: Path, report: Report) -> ListFile:
         path, _, label = line.strip().rpartition(" ")
         parts = path.strip().split("/")
         if not path.strip() or not label.removeprefix("-").isdecimal():
-            report.add("malformed", f"{file.name} line {number}: {line[:80]!r} is not a path, a space, a whole number")
+            wrong.append(f"{file.name} line {number}: {line[:80]!r} is not a path, a space, a whole number")
         elif os.path.isabs(path) or ".." in parts:
-            report.add("malformed", f"{file.name} line {number}: {path[:80]!r} leaves the image root")
+            wrong.append(f"{file.name} line {number}: {path[:80]!r} leaves the image root")
         else:
             paths.append(path.strip())
             labels.append(max(min(int(label), 2**62), -(2**62)))
     if not paths:
-        raise DataError(f"{file}: none of its {len(lines)} lines is a path, a space and a label")
+        first = f"; {wrong[0]}" if wrong else ""
+        raise DataError(f"{file}: none of its {len(lines)} lines is a path below the root, a space, a label{first}")
+    report.add_all("malformed", wrong)
     return ListFile(file, paths, np.array(labels, np.int64))
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from training.data.check import Depth, check_data, examine, workers_for
-from training.data.images import Fit, read_image
+from training.data.images import Fit, fit, read_image
 from training.data.longtail import class_counts, draw_subset
 from training.data.report import DataError, Report
 from training.data.sources import ImageSet, Source, open_set
@@ -128,7 +130,7 @@ def load_data(recipe: Recipe, *, checked: bool = False) -> Data:
 
     report, digests = from_first(check)
     report.raise_errors(image_set.name)
-    split = _split(image_set, recipe)
+    split = _split(image_set, recipe, report)
     if recipe.profile != "natural" and recipe.subset_order == "first" and (np.diff(image_set.train.labels) >= 0).all():
         report.add("sorted", image_set.name)
     parts: dict[str, AnyImages] = {}
@@ -147,27 +149,35 @@ def load_data(recipe: Recipe, *, checked: bool = False) -> Data:
     )  # fmt: skip
 
 
-def _split(image_set: ImageSet, recipe: Recipe) -> _Split:
+def _split(image_set: ImageSet, recipe: Recipe, report: Report) -> _Split:
     """
+    Which images are for what; classes of a natural set that are too small for a drawn part go into the report.
+
     Raises:
         DataError: where the profile asks for more than the set has.
     """
     classes, train, test = image_set.classes, image_set.train, image_set.test
     labels = train.labels
     all_tested = np.arange(len(test)) if test is not None else np.empty(0, np.int64)
+    least = 3
     if recipe.profile == "natural":
         left = np.arange(len(labels))
         if recipe.n_max is not None:
             left = _at_most(labels, recipe.n_max, len(classes), recipe.subset_seed)
+        sizes = np.bincount(labels[left], minlength=len(classes))
         if test is None:
             all_tested = left[_share(labels[left], recipe.test_share, len(classes), recipe.subset_seed + 1)]
             left = np.setdiff1d(left, all_tested)
+            least = next(n for n in itertools.count() if n - _taken(n, recipe.test_share) > 2)
+            _tell_small(classes, sizes, labels[all_tested], "test images", report)
         if image_set.heldout is not None:
             heldout, chosen, note = np.arange(len(image_set.heldout)), left, "the set's own validation images"
         else:
             heldout = left[_share(labels[left], recipe.holdout_share, len(classes), recipe.subset_seed)]
             chosen = np.setdiff1d(left, heldout)
             note = f"{recipe.holdout_share:.0%} of each class's training images, seed {recipe.subset_seed}"
+            small = _tell_small(classes, sizes, labels[heldout], "held-out images", report)
+            note += f"; none for {small} of {len(classes)} classes" if small else ""
         aside = image_set.heldout or train
     else:
         if test is None:
@@ -190,7 +200,7 @@ def _split(image_set: ImageSet, recipe: Recipe) -> _Split:
         )
         aside = train
     if not len(heldout):
-        raise DataError(f"{image_set.name}: no images are left for the held-out set; every class needs three or more")
+        raise DataError(f"{image_set.name}: no images are left for the held-out set; classes need {least} or more each")
     return _Split((train, chosen), (aside, heldout), (train if test is None else test, all_tested), note)
 
 
@@ -207,7 +217,10 @@ def _decoded(source: Source, positions: np.ndarray, size: int, how: Fit, report:
     for row, position in enumerate(positions):
         try:
             content = source.images.read(int(position))
-            pixels[row] = content if isinstance(content, np.ndarray) else read_image(content, size, how)
+            if isinstance(content, bytes):
+                pixels[row] = read_image(content, size, how)
+            else:
+                pixels[row] = np.asarray(fit(Image.fromarray(content), size, size, how))
         except (OSError, ValueError) as error:
             report.add("unreadable", f"{source.images.name(int(position))}: {error}")
     return Images(torch.from_numpy(pixels), torch.from_numpy(source.labels[positions]))
@@ -242,10 +255,27 @@ def _at_most(labels: np.ndarray, most: int, n_classes: int, seed: int) -> np.nda
 
 
 def _share(labels: np.ndarray, share: float, n_classes: int, seed: int) -> np.ndarray:
-    """Positions of `share` of each class, at least one where a class has three images, never its last two."""
+    """Positions of `share` of each class, at random; see `_taken`."""
     generator = np.random.default_rng(seed)
     parts = []
     for label in range(n_classes):
         positions = generator.permutation(np.flatnonzero(labels == label))
-        parts.append(positions[: max(round(share * len(positions)), 1) if len(positions) > 2 else 0])
+        parts.append(positions[: _taken(len(positions), share)])
     return np.sort(np.concatenate(parts))
+
+
+def _taken(size: int, share: float) -> int:
+    """How many of a class are `share` of it: at least one where it has three images, never its last two."""
+    return max(round(share * size), 1) if size > 2 else 0
+
+
+def _tell_small(classes: Sequence[str], sizes: np.ndarray, drawn: np.ndarray, what: str, report: Report) -> int:
+    """
+    How many classes have no label among those `drawn`; each is told.
+
+    Args:
+        sizes: (C,), images that each class had to draw from.
+    """
+    small = np.flatnonzero(np.bincount(drawn, minlength=len(classes)) == 0).tolist()
+    report.add_all("class without such images", (f"{classes[c]}: {sizes[c]} are too few to draw {what}" for c in small))
+    return len(small)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections import Counter
@@ -12,14 +13,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from training.data.lists import ListFile, image_root_of, lists_of, read_list
+from training.data.lists import PART_WORDS, ListFile, image_root_of, lists_for, lists_of, read_list
 from training.data.report import DataError, Report
 from training.recipe import Recipe
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
-HELDOUT_NAMES = ("val", "validation", "heldout")
 MOST_NAMES = 20
 
 
@@ -139,8 +139,9 @@ def open_set(recipe: Recipe) -> ImageSet:
     """
     The images that `recipe.data` names, none of them decoded.
 
-    A directory holds, in this order of precedence: list files, where the recipe names some or there is exactly one
-    *train*.txt; train*.parquet; train/, val/ and test/ of class folders; class folders.
+    A directory holds, in this order of precedence: list files, where the recipe names some or there is one
+    such as train.txt; train*.parquet; train/, val/ and test/ of class folders, by any of `PART_WORDS` and in any case
+    of letters; class folders.
 
     Where there are validation images but no test images, the validation images are the test images.
 
@@ -169,9 +170,10 @@ def _open(recipe: Recipe) -> ImageSet:
     lists = lists_of(directory, recipe.train_list, recipe.val_list, recipe.test_list)
     if lists:
         return _open_lists(name, directory, lists, recipe.image_root)
-    if list(directory.glob("train*.parquet")):
-        return _open_parquet(name, directory)
-    return _open_folders(name, directory)
+    opened = (_open_parquet if list(directory.glob("train*.parquet")) else _open_folders)(name, directory)
+    stray = lists_for("heldout", directory) + lists_for("test", directory)
+    opened.report.add_all("not taken", (f"{file}: no list for training is beside it" for file in stray))
+    return opened
 
 
 def _no_directory(directory: Path) -> ImageSet:
@@ -181,16 +183,30 @@ def _no_directory(directory: Path) -> ImageSet:
 def _open_folders(name: str, directory: Path) -> ImageSet:
     """train/, val/ and test/, or the classes themselves."""
     report = Report()
-    if not (directory / "train").is_dir():
+    parts = _part_directories(directory)
+    if "train" not in parts:
         classes, train = _open_folder(directory, report)
         return ImageSet(name, classes, train, report=report)
-    classes, train = _open_folder(directory / "train", report)
+    classes, train = _open_folder(parts["train"], report)
+    others = {part: _open_folder(home, report, classes)[1] for part, home in parts.items() if part != "train"}
+    left_out = set(_directories(directory)) - set(parts.values())
+    report.add_all("not taken", (f"{home}: neither training, validation nor test images" for home in sorted(left_out)))
+    return ImageSet(name, classes, train, others.get("heldout"), others.get("test"), report)
 
-    def other(names: Sequence[str]) -> Source | None:
-        found = next((directory / part for part in names if (directory / part).is_dir()), None)
-        return None if found is None else _open_folder(found, report, classes)[1]
 
-    return ImageSet(name, classes, train, other(HELDOUT_NAMES), other(("test",)), report)
+def _part_directories(directory: Path) -> dict[str, Path]:
+    """By "train", "heldout", "test"; of several for one part that whose name comes first in `PART_WORDS`."""
+    found = _directories(directory)
+    fitting = {
+        part: [home for name in names for home in found if home.name.lower() == name]
+        for part, names in PART_WORDS.items()
+    }
+    return {part: homes[0] for part, homes in fitting.items() if homes}
+
+
+def _directories(directory: Path) -> list[Path]:
+    """Those in `directory` that are not hidden, in alphabetical order."""
+    return sorted(entry for entry in directory.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
 
 
 def _open_folder(directory: Path, report: Report, wanted: Sequence[str] | None = None) -> tuple[list[str], Source]:
@@ -200,9 +216,9 @@ def _open_folder(directory: Path, report: Report, wanted: Sequence[str] | None =
     Args:
         wanted: the classes of the training images, where these are others; some may be missing here.
     """
-    classes = sorted(entry.name for entry in directory.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
-    if len(classes) < 2 and wanted is None:
-        raise DataError(f"{directory}: {len(classes)} class directories; a classifier needs two or more")
+    classes = [home.name for home in _directories(directory)]
+    if wanted is None:
+        _check_classes(directory, classes)
     if wanted is not None:
         if odd := sorted(set(classes) - set(wanted)):
             raise DataError(f"{directory}: classes without training images: {', '.join(odd[:MOST_NAMES])}")
@@ -212,10 +228,7 @@ def _open_folder(directory: Path, report: Report, wanted: Sequence[str] | None =
     left_out = {directory: [entry for entry in directory.iterdir() if entry.is_file() and not _is_hidden(entry.name)]}
     for label, name in enumerate(classes):
         home = directory / name
-        inside = [
-            path for path in sorted(home.rglob("*"))
-            if not any(map(_is_hidden, path.relative_to(home).parts)) and not path.is_dir()
-        ]  # fmt: skip
+        inside = _files_below(home)
         found = [path for path in inside if path.suffix.lower() in IMAGE_SUFFIXES]
         left_out[home] = [path for path in inside if path.suffix.lower() not in IMAGE_SUFFIXES]
         if not found:
@@ -228,6 +241,33 @@ def _open_folder(directory: Path, report: Report, wanted: Sequence[str] | None =
         if endings and (home != directory or wanted is None):
             report.add("not taken for an image", f"{home}: {', '.join(f'{n} {end}' for end, n in endings.items())}")
     return classes, Source(np.array(labels, np.int64), Files(files))
+
+
+def _files_below(home: Path) -> list[Path]:
+    """In alphabetical order, none of them hidden. Links are followed, to each directory once and to none around."""
+    found: list[Path] = []
+    seen = {str(around) for around in Path(os.path.realpath(home)).parents}
+    for place, directories, names in os.walk(home, followlinks=True):
+        real = os.path.realpath(place)
+        directories[:] = [] if real in seen else sorted(name for name in directories if not _is_hidden(name))
+        found += [Path(place, name) for name in names if real not in seen and not _is_hidden(name)]
+        seen.add(real)
+    return sorted(found)
+
+
+def _check_classes(directory: Path, classes: Sequence[str]) -> None:
+    words = set(itertools.chain(*PART_WORDS.values()))
+    if len(classes) < 2:
+        hint = "; if it is a class itself, move all classes into a directory train/"
+        raise DataError(
+            f"{directory}: {len(classes)} class directories; a classifier needs two or more"
+            + (hint if directory.name.lower() in words else "")
+        )
+    if {name.lower() for name in classes} <= words:
+        raise DataError(
+            f"{directory}: its directories {', '.join(classes)} are named like parts of a set, not like classes; "
+            "name a directory that holds train/, with a directory for each class in it"
+        )
 
 
 def _is_hidden(name: str) -> bool:
@@ -265,16 +305,35 @@ def _names_of_directories(entries: ListFile, n_classes: int) -> list[str] | None
 def _open_parquet(name: str, directory: Path) -> ImageSet:
     """train*.parquet, val*.parquet, test*.parquet; bytes or the {bytes, path} struct of Hugging Face."""
     report = Report()
-    train, names = _read_parquet(sorted(directory.glob("train*.parquet")), report)
+    train, naming = _read_parquet(sorted(directory.glob("train*.parquet")), report)
     sources = {"train": train}
-    for part, patterns in (("heldout", HELDOUT_NAMES), ("test", ("test",))):
-        files = sorted({file for pattern in patterns for file in directory.glob(f"{pattern}*.parquet")})
+    for part in ("heldout", "test"):
+        files = sorted({file for pattern in PART_WORDS[part] for file in directory.glob(f"{pattern}*.parquet")})
         if files:
-            sources[part] = _read_parquet(files, report)[0]
-    return _checked(name, directory, _names_beside(directory) or names, sources, report)
+            sources[part], others = _read_parquet(files, report)
+            naming |= others
+    return _checked(name, directory, _names_beside(directory) or _agreed_names(naming), sources, report)
 
 
-def _read_parquet(files: list[Path], report: Report) -> tuple[Source, list[str] | None]:
+def _agreed_names(naming: dict[Path, list[str]]) -> list[str] | None:
+    """
+    The one list of class names that all files carry, if any does.
+
+    Raises:
+        DataError: where two files name the classes differently, so that a label means one thing here and another there.
+    """
+    for (file, names), (other, others) in itertools.pairwise(naming.items()):
+        if names != others:
+            pairs = enumerate(itertools.zip_longest(names, others))
+            label, (one, another) = next((label, pair) for label, pair in pairs if pair[0] != pair[1])
+            raise DataError(
+                f"{file} names class {label} {one!r}, {other} names it {another!r}; write all with the same class names"
+            )
+    return next(iter(naming.values()), None)
+
+
+def _read_parquet(files: list[Path], report: Report) -> tuple[Source, dict[Path, list[str]]]:
+    """Their rows, and the class names that each of the files carries, if it does."""
     import pyarrow
     import pyarrow.compute
     import pyarrow.parquet
@@ -282,14 +341,20 @@ def _read_parquet(files: list[Path], report: Report) -> tuple[Source, list[str] 
     if not files:
         raise DataError("no train*.parquet there")
     try:
-        table = pyarrow.concat_tables([pyarrow.parquet.read_table(file) for file in files])
+        tables = [pyarrow.parquet.read_table(file) for file in files]
+        table = pyarrow.concat_tables(tables)
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{files[0].parent}: the parquet files cannot be read: {error}") from None
     image = _column(files[0], table.column_names, IMAGE_COLUMNS)
     label = _column(files[0], table.column_names, LABEL_COLUMNS)
     images = table[image]
-    if pyarrow.types.is_struct(images.type):
+    if pyarrow.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0:
         images = pyarrow.compute.struct_field(images, "bytes")
+    if not _is_binary(images.type):
+        raise DataError(
+            f"{files[0]}: column {image} holds {table[image].type}; image files are wanted as binary, or as bytes in a "
+            "struct of bytes and path"
+        )
     if not len(images):
         raise DataError(f"{files[0].parent}: no rows in {', '.join(file.name for file in files)}")
     if not pyarrow.types.is_integer(table[label].type):
@@ -300,8 +365,18 @@ def _read_parquet(files: list[Path], report: Report) -> tuple[Source, list[str] 
             empty = np.flatnonzero(column.is_null().to_numpy())
             what = "image bytes" if kind == "missing" else "label"
             report.add_all(kind, (f"{rows.name(int(row))} has no {what}" for row in empty))
-    labels = table[label].fill_null(-1).to_numpy().astype(np.int64)
-    return Source(labels, rows), _feature_names(table, label)
+    labels = table[label].cast(pyarrow.int64(), safe=False).fill_null(-1).to_numpy()
+    named = {file: _feature_names(each, label) for file, each in zip(files, tables, strict=True)}
+    return Source(labels, rows), {file: names for file, names in named.items() if names}
+
+
+def _is_binary(kind: Any) -> bool:
+    """Whether the elements of a pyarrow.DataType are bytes in Python."""
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    tests = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
+    return any(test(kind) for test in tests)
 
 
 def _column(file: Path, found: list[str], wanted: Sequence[str]) -> str:
