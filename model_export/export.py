@@ -184,7 +184,7 @@ def _write(
 
 
 def _leave_out_unusable(written: dict[Precision, Graphs], found: dict[Precision, Predictions], directory: Path) -> None:
-    """Drop every precision but fp32, with its files, whose range the model's numbers leave, and say so."""
+    """Where numbers of the model leave the range of a precision, drop it and its files, and say so; never fp32."""
     for precision in [name for name in written if name != "fp32"]:
         if unusable := count_unusable(found[precision]):
             n_images = found.pop(precision).expert_logits.shape[1]

@@ -35,6 +35,7 @@ MAX_GIF_BLOCKS: Final = 10_000  # before the first frame; a comment has one for 
 BMP_HEADER_AT, BMP_COMPRESSION_AT = 14, 30
 BMP_LEAST_HEADER: Final = 40  # of those that name a compression
 BMP_RUN_LENGTHS: Final = (1, 2)
+MAX_TIFF_TAGS: Final = 1000
 TIFF_PIECES: Final = (273, 279, 324, 325)  # where strips and tiles are, and their sizes
 MAX_TIFF_PIECES: Final = 2**16
 MAX_TIFF_VALUES: Final = 3 * 2**16  # of any other tag: as many as the largest palette has
@@ -59,7 +60,10 @@ def check_structure(kind: str, data: bytes) -> None:
         if any(True for _ in itertools.islice(_gif_blocks(data), MAX_GIF_BLOCKS, None)):
             too_many = f"{MAX_GIF_BLOCKS:,} blocks before its first frame"
     elif kind == "TIFF":
-        for tag, value_type, count in _tiff_tags(data):
+        tags = list(itertools.islice(_tiff_tags(data), MAX_TIFF_TAGS + 1))
+        if len(tags) > MAX_TIFF_TAGS:
+            too_many = f"{MAX_TIFF_TAGS:,} tags"
+        for tag, value_type, count in tags:
             if tag in TIFF_PIECES and count > MAX_TIFF_PIECES:
                 too_many = f"{MAX_TIFF_PIECES:,} strips or tiles"
             elif count > MAX_TIFF_VALUES and value_type not in TIFF_BYTES:

@@ -82,6 +82,15 @@ def test_what_has_too_many_parts_is_refused(good, bad, words):
     assert refusal.value.code == "image_unsupported"
 
 
+def test_a_directory_of_too_many_tags_is_refused():
+    """A big TIFF may have as many as there are bytes for."""
+    data = b"II+\0" + struct.pack("<HHQQ", 8, 0, 16, 2**40)
+    tag = struct.pack("<HHQQ", 305, 2, 1, 0)
+    with pytest.raises(ServiceError, match="TIFF has more than 1,000 tags; save it in fewer"):
+        decode(data + 1001 * tag, SPEC, 10**6)
+    structure.check_structure("TIFF", data + 1000 * tag)
+
+
 def test_a_tag_of_too_many_values_is_refused():
     """Resolutions come as fractions, each an object of its own; a name may be as long as it likes."""
     resolutions = tiff(strips=1000).replace(struct.pack("<HHI", 277, 3, 1), struct.pack("<HHI", 282, 5, 200_000))
