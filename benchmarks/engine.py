@@ -246,13 +246,8 @@ def random_bundle(recipe_name: str, directory: Path, seed: int) -> Path:
 
 def _reach(bundle: Bundle) -> list[float]:
     """Shares of held-out images that reach expert 0, 1, ... by the bundle's own thresholds."""
-    manifest = bundle.manifest
-    share = next(
-        point.experts_share
-        for point in manifest.calibration.points
-        if (point.rule, point.thresholds) == (manifest.rule, manifest.thresholds)
-    )
-    return [sum(share[expert:]) for expert in range(manifest.n_experts)]
+    share = bundle.manifest.default_point.experts_share
+    return [sum(share[expert:]) for expert in range(len(share))]
 
 
 def _agreement(found: Sequence[Outcome], expected: Sequence[Outcome]) -> dict[str, float]:

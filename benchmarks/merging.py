@@ -138,11 +138,7 @@ def main() -> None:
     options = parser.parse_args()
     bundle = read_bundle(DEFAULT_BUNDLE)
     manifest = bundle.manifest
-    share = next(
-        point.experts_share
-        for point in manifest.calibration.points
-        if (point.rule, point.thresholds) == (manifest.rule, manifest.thresholds)
-    )
+    share = manifest.default_point.experts_share
     stages = ["trunk", *(f"expert_{index}" for index in range(manifest.n_experts))]
     print(f"experts' shares {', '.join(f'{one:.3f}' for one in share)}; seed {options.seed}")
     print(

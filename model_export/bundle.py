@@ -321,6 +321,12 @@ class Manifest:
         """The split of each class, in the order of the logits."""
         return tuple(split_of(count, self.split_bounds) for count in self.class_counts)
 
+    @property
+    def default_point(self) -> OperatingPoint | None:
+        """What calibration measured at the default rule and thresholds; None where it did not."""
+        points = (point for point in self.calibration.of(self.rule) if point.thresholds == self.thresholds)
+        return next(points, None)
+
     def may_serve(self, variant: str) -> bool:
         """Whether a variant loses so little that it may be used without being asked for."""
         risk = self.calibration.risk
