@@ -73,25 +73,21 @@ def _thresholds(manifest: Manifest, settings: Settings, rule: Rule) -> tuple[flo
                 "stop before the last expert; give one value for each, or one for all"
             )
         return settings.thresholds * n_routers if len(settings.thresholds) == 1 else settings.thresholds
-    max_mean_experts = settings.max_mean_experts
-    if max_mean_experts is None and settings.max_accuracy_loss is None:
-        if rule == manifest.rule:
-            return manifest.thresholds
-        max_mean_experts = next(  # as many as the bundle's own rule needs
-            (point.mean_experts for point in manifest.calibration.points if _is_default(manifest, point)),
-            float(manifest.n_experts),
+    calibration, most = manifest.calibration, settings.max_mean_experts
+    if settings.max_accuracy_loss is not None:
+        return calibration.cheapest(rule, settings.max_accuracy_loss).thresholds
+    if most is None and rule == manifest.rule:
+        return manifest.thresholds
+    if most is None:  # as many as the bundle's own rule needs
+        default = manifest.default_point
+        most = default.mean_experts if default is not None else float(manifest.n_experts)
+    point = calibration.most_accurate(rule, most)
+    if point is None:
+        least = f"the thriftiest operating point of {manifest.name} needs {calibration.of(rule)[0].mean_experts:.3f}"
+        if settings.max_mean_experts is not None:
+            raise SettingsError(f"RIDE_MAX_MEAN_EXPERTS is {most}, {least}")
+        raise SettingsError(
+            f"RIDE_RULE is {rule}, by which {least} experts per image, more than the {most:.3f} of its own rule, "
+            f"{manifest.rule}; RIDE_MAX_MEAN_EXPERTS or RIDE_MAX_ACCURACY_LOSS says how many it may need"
         )
-    if max_mean_experts is not None:
-        point = manifest.calibration.most_accurate(rule, max_mean_experts)
-        if point is None:
-            raise SettingsError(
-                f"RIDE_MAX_MEAN_EXPERTS is {max_mean_experts}, the thriftiest operating point of {manifest.name} needs "
-                f"{manifest.calibration.of(rule)[0].mean_experts:.3f}"
-            )
-        return point.thresholds
-    assert settings.max_accuracy_loss is not None
-    return manifest.calibration.cheapest(rule, settings.max_accuracy_loss).thresholds
-
-
-def _is_default(manifest: Manifest, point: OperatingPoint) -> bool:
-    return (point.rule, point.thresholds) == (manifest.rule, manifest.thresholds)
+    return point.thresholds

@@ -226,6 +226,19 @@ def test_fewer_experts_than_the_thriftiest_point_are_impossible(make_bundle):
         choose_operation(manifest, Settings(max_mean_experts=1.1))
 
 
+def test_a_rule_that_needs_more_experts_than_the_bundles_own_says_so(make_bundle):
+    """`agreement` runs two at least. Nobody has set RIDE_MAX_MEAN_EXPERTS, so that is not what is wrong."""
+    manifest = read_bundle(make_bundle()).manifest
+    dear = [point for point in operating_points(3, "agreement") if point.mean_experts > 1.6]
+    points = sorted((*dear, *operating_points(3)), key=lambda point: point.mean_experts)
+    calibration = dataclasses.replace(manifest.calibration, points=tuple(points))
+    manifest = dataclasses.replace(manifest, calibration=calibration)
+
+    with pytest.raises(SettingsError, match=r"^RIDE_RULE is agreement, by which .* needs 1\.900 experts"):
+        choose_operation(manifest, Settings(rule="agreement"))
+    assert choose_operation(manifest, Settings(rule="agreement", max_mean_experts=1.9)).thresholds == (0.2, 0.2)
+
+
 def test_a_model_of_one_expert_has_one_operating_point(make_bundle):
     """Whatever the wish."""
     manifest = read_bundle(make_bundle(n_experts=1)).manifest
