@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.recipe import Recipe, RecipeError, parse_settings
+from training.recipe import DECIDE_NOTHING, Recipe, RecipeError, parse_settings
 from training.recipes import RECIPES
 
 SMOKE = {
@@ -191,7 +191,7 @@ def _recipe(name: str, options: argparse.Namespace) -> Recipe:
 
 def _settings_record(options: argparse.Namespace) -> dict[str, Any]:
     """What several runs of one directory have in common, less what changes no result."""
-    settings = {key: value for key, value in sorted(parse_settings(options.set).items()) if key != "evaluate_every"}
+    settings = {key: value for key, value in sorted(parse_settings(options.set).items()) if key not in DECIDE_NOTHING}
     return {"data": options.data, "smoke": options.smoke, "set": settings}
 
 

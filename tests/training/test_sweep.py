@@ -97,8 +97,9 @@ def test_a_finished_sweep_trains_nothing_again(swept, sweep_arguments, monkeypat
     monkeypatch.setattr(training.runs, "train", no_training)
     table = (swept / "table.md").read_text()
 
-    assert main([*sweep_arguments, "--out", str(swept)]) == 0
-    assert table in capsys.readouterr().out
+    for changes_nothing in ([], ["--set", "workers=1"], ["--set", "evaluate_every=1"]):
+        assert main([*sweep_arguments, "--out", str(swept), *changes_nothing]) == 0
+        assert table in capsys.readouterr().out
 
 
 def test_other_settings_in_the_same_directory_are_refused(swept, sweep_arguments, monkeypatch, capsys, tmp_path):
