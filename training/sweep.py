@@ -138,6 +138,7 @@ def sweep(
     def rows() -> list[Row]:
         return rows_of([*sorted(file.parent for file in out.glob("*/results.json")), *also])
 
+    rows()  # what cannot be one table now will not be one after days of training
     failures = train_all(runs, out, settings, finish=lambda _: write_tables(rows(), out, {}))
     finished = rows()
     text = write_tables(finished, out, failures)

@@ -188,6 +188,16 @@ def test_runs_from_elsewhere_join_the_table(swept, sweep_arguments, monkeypatch,
         rows_of([swept / NAMES[0], out / NAMES[0]])
 
 
+def test_runs_that_cannot_be_one_table_are_refused_before_anything_is_trained(swept, sweep_arguments, tmp_path, capsys):
+    """Two of the same recipe and seed would spoil the table of every run that is trained beside them."""
+    copies = [str(shutil.copytree(swept / NAMES[0], tmp_path / copy)) for copy in "ab"]
+    arguments = [*sweep_arguments, "--out", str(tmp_path / "sweep"), "--seeds", "2", "--also", *copies]
+
+    assert main(arguments) == 2
+    assert "both are ce-cifar100" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_finished_runs_can_be_tabulated_alone(swept, tmp_path, capsys):
     """Without a recipe nothing is trained, and the figures are the same."""
     runs = [str(swept / name) for name in NAMES]
