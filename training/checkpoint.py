@@ -190,7 +190,7 @@ def checkpoints_of(run: Path) -> dict[str, Checkpoint]:
 
 def current_commit() -> str:
     """The commit of the checkout that runs, with "+" where files differ from it; outside a checkout the version."""
-    here = Path(__file__).parent
+    here, this_file = Path(__file__).parent, Path(__file__).name
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -198,6 +198,7 @@ def current_commit() -> str:
         ).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", this_file)  # installed, it may lie inside somebody else's checkout
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return "version " + metadata.version("ride-serving")

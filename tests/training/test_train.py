@@ -7,14 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from training import checkpoint
 from training.__main__ import main
-from training.checkpoint import CheckpointError, checkpoints_of, save_checkpoint
+from training.checkpoint import CheckpointError, checkpoints_of, current_commit, save_checkpoint
 from training.recipes import RECIPES
 from training.train import trained_model
 
@@ -82,6 +84,18 @@ def test_a_checkpoint_carries_recipe_counts_and_commit(finished_run):
     assert checkpoint.class_counts == (26, 15, 8, 4)
     assert checkpoint.commit
     assert checkpoint.metrics["stage"] == "routers"
+
+
+def test_code_that_is_installed_in_another_checkout_has_not_its_commit(tmp_path, monkeypatch):
+    """As in a virtual environment below somebody's own project: of that project nothing was run."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.example"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "a"], check=True)
+    installed = tmp_path / "site-packages" / "training"
+    installed.mkdir(parents=True)
+    monkeypatch.setattr(checkpoint, "__file__", str(installed / "checkpoint.py"))
+
+    assert current_commit() == f"version {metadata.version('ride-serving')}"
 
 
 def test_frozen_parts_do_not_move_in_the_router_stage(finished_run):
