@@ -11,7 +11,7 @@ from service.cascade import NotFiniteError
 from service.classifier import Classifier
 from service.engine import EngineError, open_engine
 from service.settings import Command, SettingsError, read_settings
-from service.shares import choose_workers, share_of
+from service.shares import choose_shared_engine, choose_workers, engine_share_of, share_of
 
 PROFILE: Final = Command(
     "ride-profile",
@@ -26,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = read_settings(arguments, PROFILE)
         bundle = read_bundle(settings.bundle)
-        share = share_of(settings, choose_workers(settings))
+        workers = choose_workers(settings)
+        shared = choose_shared_engine(settings, workers)
+        share = engine_share_of(settings) if shared else share_of(settings, workers)
         classifier = Classifier(bundle, share, CollectorRegistry(), open_engine)
     except (SettingsError, BundleError) as error:
         print(f"ride-profile: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from service import shares
 from service.profile import main
 
 
@@ -15,6 +16,18 @@ def test_every_graph_is_timed_at_every_batch_size(tiny_bundle, capsys):
     table = [[float(cell) for cell in row.strip("|").split("|")] for row in rows]
     assert [row[0] for row in table] == [1, 2, 4, 6]
     assert all(0 < time < 1000 for row in table for time in row[1:])
+
+
+@pytest.mark.parametrize(("shared_engine", "threads"), [("on", 4), ("off", 2)])
+def test_the_threads_are_those_of_the_process_that_would_run_the_graphs(
+    tiny_bundle, capsys, monkeypatch, shared_engine, threads
+):
+    """Of two workers on four cores each has two; an engine that they share has all four."""
+    monkeypatch.setattr(shares, "available_cores", lambda: 4)
+    options = ["--max-batch", "1", "--workers", "2", "--shared-engine", shared_engine]
+
+    assert main(["--bundle", str(tiny_bundle), *options]) == 0
+    assert f"provider cpu, threads {threads};" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
