@@ -1,6 +1,8 @@
 """A stage's steps against the same arithmetic, written out."""
 
 import dataclasses
+import errno
+import os
 
 import numpy as np
 import pytest
@@ -31,6 +33,23 @@ def by_hand(nesterov):
         kept = min(AVERAGE, (1 + step) / (10 + step))
         average = kept * average + (1 - kept) * weights
     return weights, average
+
+
+def test_a_full_disk_leaves_the_log_as_it_was(tmp_path, monkeypatch):
+    """A resumed run drops lines of its log, and keeps all of them until the others are on the disk."""
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(lines := "".join(f'{{"stage": "t", "epoch": {epoch}}}\n' for epoch in (1, 2, 3)))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            Log.open(tmp_path, {"t": 2})
+    assert file.read_text() == lines
+    Log.open(tmp_path, {"t": 2}).close()
+    assert file.read_text().count("epoch") == 2
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
