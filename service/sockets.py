@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Final
 
 BACKLOG: Final = 2048
+ABSENT: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # an address that is not this machine's, or no IPv6 at all
 
 # Classic BPF over a segment that begins with its TCP header: drop it if it is a SYN, let all else through.
 SO_ATTACH_FILTER: Final = 26
@@ -24,7 +25,7 @@ NO_SYN: Final = b"".join(
 
 def open_sockets(host: str, port: int, copies: int = 1) -> list[list[socket.socket]]:
     """
-    Take a port, on every address that `host` stands for.
+    Take a port, on every address that `host` stands for; of several, those that this machine has.
 
     Port 0 takes a free one. Between the copies of a socket the kernel divides the connections, but only between those
     that listen: the first ones do so at once, the others when their owner calls listen().
@@ -33,13 +34,21 @@ def open_sockets(host: str, port: int, copies: int = 1) -> list[list[socket.sock
         One list for each copy, with a socket for each address.
 
     Raises:
-        OSError: where the address is not this machine's or another service has the port; the message names it.
+        OSError: where no address is this machine's or another service has the port; the message names it.
     """
     groups: list[list[socket.socket]] = [[] for _ in range(copies)]
-    for family, _, _, _, found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+    absent = None
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    for family, _, _, _, found in dict.fromkeys(addresses):  # one that /etc/hosts has twice may come twice
         port = port or (groups[0][0].getsockname()[1] if groups[0] else 0)
         address = (found[0], port, *found[2:])
-        first = _bound(family, address)
+        try:
+            first = _bound(family, address)
+        except OSError as error:
+            if error.errno not in ABSENT:
+                raise
+            absent = error  # as ::1 of "localhost" is in containers without IPv6
+            continue
         try:
             first.listen(BACKLOG)  # without SO_REUSEPORT until here, which another service might set as well
         except OSError as error:
@@ -50,6 +59,8 @@ def open_sockets(host: str, port: int, copies: int = 1) -> list[list[socket.sock
             first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             for group in groups[1:]:
                 group.append(_bound(family, first.getsockname(), reuse_port=True))
+    if absent is not None and not groups[0]:
+        raise absent
     return groups
 
 

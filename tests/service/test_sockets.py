@@ -96,6 +96,19 @@ def test_a_name_may_stand_for_several_addresses(opened, monkeypatch):
     assert len({one.getsockname()[1] for group in groups for one in group}) == 1
 
 
+@pytest.mark.parametrize("absent", [(socket.AF_INET6, "2001:db8::1", 0, 0), (socket.AF_DECnet, "x")])
+def test_an_address_that_the_machine_lacks_is_passed_over_beside_one_that_it_has(opened, monkeypatch, absent):
+    """ "localhost" is ::1, too, in containers without IPv6; and some systems tell an address twice."""
+    family, *address = absent
+    found = [(family, socket.SOCK_STREAM, 6, "", tuple(address))]
+    found += [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))] * 2
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+
+    groups = opened("localhost", 0, 2)
+
+    assert [[one.getsockname()[0] for one in group] for group in groups] == [["127.0.0.1"]] * 2
+
+
 def test_a_queue_can_be_emptied_and_closed_without_a_loss(opened):
     """Who is in the queue stays there and can be answered; nobody else gets in, and after the close they know."""
     listening = opened("127.0.0.1", 0)[0][0]
