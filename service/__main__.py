@@ -80,7 +80,13 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Note it for the next tick: a signal may come in the midst of anything, even of itself."""
+        """
+        Note it for the next tick: a signal may come in the midst of anything, even of itself.
+
+        While the graphs are still warming up, which may take minutes, nothing has been accepted: end at once.
+        """
+        if self._classifier.state == "starting":
+            os._exit(0)
         if sig == signal.SIGINT and self._told_to_stop:
             os._exit(1)
         self._told_to_stop = True

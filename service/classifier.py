@@ -134,9 +134,8 @@ class Classifier:
             return
         gc.collect()
         gc.freeze()  # what start-up made stays; to look through it again and again would stop everything for 20 ms
-        if self.state == "starting":  # and not told to stop meanwhile
-            self.state = "ready"
-            self.metrics.set_ready(True)
+        self.state = "ready"
+        self.metrics.set_ready(True)
         log(
             logging.INFO,
             "ready" if self._alone else "worker_ready",

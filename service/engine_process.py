@@ -66,6 +66,8 @@ class EngineProcess:
         return await self.serve()
 
     def _handle(self, sig: signal.Signals) -> None:
+        if self.classifier.state == "starting":  # nothing has been accepted yet
+            os._exit(0)
         if sig == signal.SIGINT and self._told_to_stop.is_set():
             os._exit(1)
         self.stop()

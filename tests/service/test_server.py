@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -103,6 +104,26 @@ def read_all(connection):
     while piece := connection.recv(65536):
         pieces.append(piece)
     return b"".join(pieces)
+
+
+@pytest.mark.parametrize("processes", [["--workers", "1"], ["--workers", "2"], ["--shared-engine", "on"]])
+def test_a_service_that_still_warms_up_ends_at_once(processes):
+    """However long that would take: nothing was accepted, so that nothing is lost, and the exit code is 0."""
+    command = [*COMMAND, "--port", "0", "--max-batch", "4096", *processes]  # takes a minute and more
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        lines = iter(process.stderr.readline, "")
+        url = next(line["url"] for line in map(json.loads, lines) if line["event"] == "listening")
+        wait(lambda: answers(url, "/healthz") == 200)
+        assert answers(url, "/readyz") == 503
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE_S) == 0
+        assert not {"worker_lost", "worker_ready", "ready"} & {json.loads(line)["event"] for line in lines}
+
+
+def answers(url, path):
+    """The status of a GET; None where nobody answers yet."""
+    with suppress(httpx.TransportError):
+        return httpx.get(f"{url}{path}", timeout=PATIENCE_S).status_code
 
 
 def test_an_interrupt_from_the_keyboard_drains_too(serve):
