@@ -65,7 +65,7 @@ class EngineResult:
     agreement: Mapping[str, float]
 
 
-class _Nobody:
+class Nobody:
     """Watches without interest."""
 
     def batch_done(self, report: BatchReport) -> None:
@@ -98,7 +98,7 @@ class _Bench:
         manifest = self.manifest
         return Cascade(
             self.engine, n_experts=manifest.n_experts, n_classes=len(manifest.classes), rule=manifest.rule,
-            schedule=schedule, observer=_Nobody(),
+            schedule=schedule, observer=Nobody(),
         )  # fmt: skip
 
     def jobs(self, *, routed: bool = True) -> list[Job]:

@@ -9,18 +9,20 @@ has, and 2 us more for each.
 """
 
 import argparse
-import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from prometheus_client import CollectorRegistry
 
+from benchmarks.engine import Nobody
 from model_export.bundle import Bundle, read_bundle
-from service.cascade import BatchReport, Cascade, Job
+from service.cascade import Cascade, Job
+from service.classifier import Classifier
 from service.engine import open_engine
 from service.schedule import Profile, Schedule
-from service.settings import DEFAULT_BUNDLE
+from service.settings import DEFAULT_BUNDLE, Settings
 
 LOADS = (0.5, 0.8, 0.95, 1.05, 1.3)  # of what the device can do when it finishes one batch before the next
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -54,13 +56,6 @@ class SimulatedEngine:
     def _pass(self, stage: str, images: int) -> None:
         self.now += self.profile.seconds(stage, images)
         self.images_run.setdefault(stage, []).append(images)
-
-
-class Nobody:
-    """Watches without interest."""
-
-    def batch_done(self, report: BatchReport) -> None:
-        """Nothing."""
 
 
 def simulate(
@@ -99,29 +94,9 @@ def simulate(
 
 
 def measure_profile(bundle: Bundle) -> Profile:
-    """Of this processor, one thread: the shortest of 5 runs of every stage at every size."""
-    engine = open_engine(bundle, None, provider="cpu", threads=1)
-    manifest, times = bundle.manifest, dict[str, dict[int, float]]()
-
-    def timed(stage: str, size: int, run):
-        started = time.perf_counter()
-        result = run()
-        taken = time.perf_counter() - started
-        sizes = times.setdefault(stage, {})
-        sizes[size] = min(taken, sizes.get(size, taken))
-        return result
-
-    for size in SIZES:
-        images = np.zeros((size, manifest.input.height, manifest.input.width, 3), np.uint8)
-        for _ in range(5):
-            features = timed("trunk", size, lambda images=images: engine.trunk(images))
-            logits_sum = np.zeros((size, len(manifest.classes)), np.float32)
-            for index in range(manifest.n_experts):
-                logits_sum, _ = timed(
-                    f"expert_{index}", size,
-                    lambda index=index, given=(features, logits_sum): engine.expert(index, *given),
-                )  # fmt: skip
-    return Profile(times)
+    """Of this processor, one thread, as the service measures it when it warms up."""
+    settings = Settings(provider="cpu", threads=1, max_batch=SIZES[-1])
+    return Classifier(bundle, settings, CollectorRegistry(), open_engine).profile()
 
 
 def imagined_gpu(stages: Sequence[str]) -> Profile:
