@@ -39,10 +39,15 @@ def main(arguments: list[str] | None = None) -> int:
         The exit status: 0; 1 where some of several runs failed; 2 after a message for the caller's mistakes.
     """
     given = sys.argv[1:] if arguments is None else arguments
-    if given and given[0] in COMMANDS:
-        command = COMMANDS[given[0]]
-        return command.run(command.parser().parse_args(given[1:]))
-    return _train(_parser().parse_args(given))
+    try:
+        if given and given[0] in COMMANDS:
+            command = COMMANDS[given[0]]
+            return command.run(command.parser().parse_args(given[1:]))
+        return _train(_parser().parse_args(given))
+    except OSError as error:  # such as a directory that cannot be written
+        if error.filename is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}")
 
 
 def _train(options: argparse.Namespace) -> int:

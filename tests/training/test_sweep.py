@@ -264,6 +264,15 @@ def test_mistakes_are_explained_before_anything_is_made(arguments, message, tmp_
     assert not (tmp_path / "sweep").exists()
 
 
+def test_a_directory_that_cannot_be_made_is_said_in_a_line(tmp_path, capsys):
+    """Of every command."""
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "sweep"
+
+    assert main(["sweep", "ride-own", "--out", str(out)]) == 2
+    assert capsys.readouterr().err == f"ride-train: {out}: Not a directory\n"
+
+
 def test_the_help_names_every_command(capsys):
     """With its options."""
     with pytest.raises(SystemExit):
