@@ -426,6 +426,18 @@ def test_rare_classes_may_have_no_test_images(tmp_path):
         open_set(recipe_for(root))
 
 
+@pytest.mark.parametrize("part", ["test", "val"])
+def test_a_part_without_any_image_of_a_class_is_as_if_it_were_not_there(tmp_path, part):
+    """Such as a test/ of unlabelled images: others are drawn in its place, and that is told."""
+    names = " ".join(f"{n}.png" for n in range(10))
+    root = fill(tmp_path, {"train/a": names, "train/b": names, part: "0.png 1.png"})
+    data = load_data(recipe_for(root))
+
+    assert [len(images) for images in (data.train, data.heldout, data.test)] == [16, 2, 2]
+    assert data.report.findings["not taken"] == [f"{root}/{part}: no images in directories named like the classes"]
+    assert "class without such images" not in data.report.findings
+
+
 def test_a_last_class_with_one_image_is_told(tmp_path):
     """In sets sorted by size the rarest class comes last."""
     root = fill(tmp_path, {"a": "0.png 1.png", "b": "0.png"})

@@ -23,7 +23,7 @@ WARNINGS = {
     "image twice": "images are there twice in a class, equal to the byte; a share taken from it may hold the copy",
     "sorted": "sets lie sorted by class, their first images may be all of a kind; subset_order=shuffled draws from all",
     "class without such images": "classes have none in a part; the figures on that part leave them out",
-    "not taken": "directories or lists are left out: they are for no part, or another was taken for that part",
+    "not taken": "directories or lists are left out: they are for no part, hold no labelled image, or another is taken",
     "not taken for an image": "files are left out for what their names end in; rename them, if they are images",
 }
 

@@ -189,6 +189,8 @@ def _open_folders(name: str, directory: Path) -> ImageSet:
         return ImageSet(name, classes, train, report=report)
     classes, train = _open_folder(parts["train"], report)
     others = {part: _open_folder(home, report, classes)[1] for part, home in parts.items() if part != "train"}
+    for part in [part for part, source in others.items() if not len(source)]:
+        del others[part]  # as if it were not there; that it holds nothing is in the report
     left_out = set(_directories(directory)) - set(parts.values())
     report.add_all("not taken", (f"{home}: neither training, validation nor test images" for home in sorted(left_out)))
     return ImageSet(name, classes, train, others.get("heldout"), others.get("test"), report)
@@ -225,17 +227,21 @@ def _open_folder(directory: Path, report: Report, wanted: Sequence[str] | None =
         classes = list(wanted)
     files: list[str] = []
     labels: list[int] = []
+    bare: list[Path] = []
     left_out = {directory: [entry for entry in directory.iterdir() if entry.is_file() and not _is_hidden(entry.name)]}
     for label, name in enumerate(classes):
         home = directory / name
         inside = _files_below(home)
         found = [path for path in inside if path.suffix.lower() in IMAGE_SUFFIXES]
         left_out[home] = [path for path in inside if path.suffix.lower() not in IMAGE_SUFFIXES]
-        if not found:
-            kind = "empty class" if wanted is None else "class without such images"
-            report.add(kind, f"no images in {home}")
+        bare += [] if found else [home]
         files += map(str, found)
         labels += [label] * len(found)
+    if wanted is None or files:
+        kind = "empty class" if wanted is None else "class without such images"
+        report.add_all(kind, (f"no images in {home}" for home in bare))
+    else:
+        report.add("not taken", f"{directory}: no images in directories named like the classes")
     for home, paths in left_out.items():
         endings = Counter(f"*{path.suffix}" if path.suffix else "no ending" for path in paths)
         if endings and (home != directory or wanted is None):
