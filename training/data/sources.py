@@ -423,6 +423,9 @@ def _checked(
         names = [f"class {c}" for c in range(_n_classes(sources["train"].labels))]
     if len(names) < 2:
         raise DataError(f"{directory}: {len(names)} classes; a classifier needs two or more")
+    if odd := sorted(name for name, times in Counter(names).items() if times > 1 or not name):
+        shown = ", ".join(map(repr, odd[:MOST_NAMES]))
+        raise DataError(f"{directory}: classes without a name of their own: {shown}; give each another")
     for source in sources.values():
         wrong = np.flatnonzero((source.labels < 0) | (source.labels >= len(names))).tolist()
         report.add_all(
