@@ -102,7 +102,8 @@ def _core() -> Any:
 
 def _run(request: Any, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[Any]:
     """Outputs are copies: the request's own memory is overwritten by its next run."""
-    for name, value in inputs.items():
-        request.set_tensor(name, openvino.Tensor(np.ascontiguousarray(value), shared_memory=True))
+    shared = {name: np.ascontiguousarray(value) for name, value in inputs.items()}  # kept until they were read
+    for name, value in shared.items():
+        request.set_tensor(name, openvino.Tensor(value, shared_memory=True))
     request.infer()
     return [np.array(request.get_tensor(name).data) for name in outputs]

@@ -1,10 +1,12 @@
 """A front's end of the shared engine: looks like the batcher, and passes everything on to another process."""
 
 import asyncio
+import logging
 import math
 import socket
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -14,6 +16,7 @@ from service.batcher import MAX_RETRY_S, Batcher, BatcherStoppedError
 from service.cascade import AbandonedError, Job, NotFiniteError, Outcome
 from service.engine import EngineError
 from service.errors import ServiceError
+from service.logs import log
 from service.settings import PREFIX, SettingsError
 from service.slots import Slots
 from service.wire import Connection, Packer
@@ -22,6 +25,7 @@ from service.wire import Connection, Packer
 FAILURES: Final = {kind.__name__: kind for kind in (NotFiniteError, AbandonedError, BatcherStoppedError)}
 JOBS: Final = Packer(Job, without=("image", "abandoned"))
 OUTCOMES: Final = Packer(Outcome)
+RECONNECT_S: Final = 0.5
 
 
 class RemoteError(Exception):
@@ -129,21 +133,30 @@ class RemoteBatcher(Batcher[Job, Outcome]):
     async def _stay_connected(self) -> None:
         """Until cancelled, or until nobody holds the engine's socket any more."""
         while True:
-            ours = socket.socket(socket.AF_UNIX)
             try:
-                ours.connect(self._address)  # does not wait: who starts the engine's process listens already
-            except OSError as error:
-                ours.close()
+                transport, engine = await self._reach_engine()
+            except ConnectionRefusedError as error:
                 if not self._ready.done():
                     self._ready.set_exception(EngineError(f"the engine's process has ended ({error.strerror})"))
                 return
-            transport, engine = await self._loop.create_unix_connection(lambda: _ToEngine(self._received), sock=ours)
+            except OSError as error:  # such as one file too many: it may pass
+                log(logging.WARNING, "engine_unreachable", reason=str(error), retry_s=RECONNECT_S)
+                await asyncio.sleep(RECONNECT_S)
+                continue
             try:
                 await engine.gone.wait()
             finally:
                 transport.abort()
                 self._engine = None
                 self._fail_pending(engine_gone())
+
+    async def _reach_engine(self) -> tuple[asyncio.Transport, "_ToEngine"]:
+        with ExitStack() as on_failure:
+            ours = on_failure.enter_context(socket.socket(socket.AF_UNIX))
+            ours.connect(self._address)  # does not wait: who starts the engine's process listens already
+            reached = await self._loop.create_unix_connection(lambda: _ToEngine(self._received), sock=ours)
+            on_failure.pop_all()
+        return reached
 
     def _received(self, engine: "_ToEngine", message: list[Any]) -> None:
         """First comes a greeting, [provider, variant]; then answers."""

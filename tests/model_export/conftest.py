@@ -32,7 +32,7 @@ def make_run(folder, directory, **fields):
     """A run directory as a finished training leaves it, with random weights and lively running statistics."""
     recipe = dataclasses.replace(
         RECIPES["ride-own"], data=str(folder), holdout_share=0.3, test_share=0.2, epochs=1, router_epochs=1,
-        **{"image_size": 16} | fields,
+        **{"image_size": 16, "backbone": "resnet20_cifar"} | fields,
     )  # fmt: skip
     data = load_data(recipe)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)

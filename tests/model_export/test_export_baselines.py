@@ -33,6 +33,7 @@ def make_run(folder, directory, name):
         name=name,
         data=str(folder),
         image_size=16,
+        backbone="resnet20_cifar",
         holdout_share=0.3,
         test_share=0.2,
         **fields | BASELINES[name],

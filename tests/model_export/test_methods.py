@@ -15,8 +15,8 @@ from training.train import train, trained_model
 
 FIELDS = {
     "shike": {"retrain_epochs": 1, "warmup_epochs": 0, "n_experts": 2},
-    "sade": {},
-    "ace": {"group_shares": (0.67, 0.33), "router_shared": False},
+    "sade": {"backbone": "resnet20_cifar"},
+    "ace": {"backbone": "resnet20_cifar", "group_shares": (0.67, 0.33), "router_shared": False},
 }
 
 

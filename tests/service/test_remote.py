@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import resource
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -274,6 +275,20 @@ async def test_when_the_engine_dies_its_jobs_get_503_and_the_next_one_takes_over
     linked.engine.jobs[1][2].set_result(outcome(7))
     assert await futures[1] == outcome(7)
     await linked.submit(job(), job(), job())  # as many as before
+
+
+@pytest.mark.anyio
+async def test_a_front_that_cannot_connect_for_a_while_tries_again(linked, caplog):
+    """Out of file descriptors, say, just when the engine died; else it would answer 503 until it is restarted."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        await linked.kill_engine()
+        await until(lambda: "engine_unreachable" in caplog.text)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    linked.start_engine()
+    await until(lambda: linked.batcher._engine is not None)
 
 
 @pytest.mark.anyio

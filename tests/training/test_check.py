@@ -438,9 +438,14 @@ def test_a_part_without_any_image_of_a_class_is_as_if_it_were_not_there(tmp_path
     assert "class without such images" not in data.report.findings
 
 
-@pytest.mark.parametrize(("third", "shown"), [("crane", "'crane'"), ("crane\nmaillot\nmaillot", "'crane', 'maillot'")])
-def test_classes_of_the_same_name_are_refused_before_the_training(listed, third, shown):
-    """ImageNet has two cranes. A bundle could not hold them, and a run's classes cannot be changed any more."""
+@pytest.mark.parametrize(
+    ("third", "shown"), [("crane", "'crane'"), ("crane\nmaillot\nmaillot", "'crane', 'maillot'"), ("\nibis", "''")]
+)
+def test_classes_without_a_name_of_their_own_are_refused_before_the_training(listed, third, shown):
+    """
+    ImageNet has two cranes. A bundle could not hold them, and a run's classes cannot be changed any more. A blank line
+    is a name, too: without it all names below would belong to other labels.
+    """
     (listed / "classes.txt").write_text(f"crane\nheron\n{third}\n")
     with pytest.raises(DataError, match=rf"set: classes without a name of their own: {shown}; give"):
         open_set(recipe_for(listed))

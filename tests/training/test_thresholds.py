@@ -1,12 +1,16 @@
 """Thresholds against brute force, and the temperature that spreads scores."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
+import torch
 
-from training.data.sets import load_data
+from training.data.sets import Images, load_data
 from training.evaluate import Costs, Predictions, mean_macs, predict, prefix_right, route
+from training.methods.method import build_model
+from training.recipes import RECIPES
 from training.thresholds import BUDGETS, fill_scores, frontier
 from training.train import trained_model
 
@@ -127,3 +131,10 @@ def test_routers_that_always_say_the_same_are_left_alone(swept):
     for parameter in model.routers.parameters():
         parameter.data.zero_()
     assert fill_scores(model, heldout) == 1.0
+
+
+def test_a_single_decision_is_left_alone():
+    """It has no standard deviation: one held-out image, one router."""
+    model = build_model(dataclasses.replace(RECIPES["ride-own"], n_experts=2), 4, (0.5,) * 3, (0.25,) * 3)
+    image = torch.zeros((1, 16, 16, 3), dtype=torch.uint8)
+    assert fill_scores(model.eval(), Images(image, torch.zeros(1, dtype=torch.int64))) == 1.0

@@ -406,7 +406,7 @@ def _names_beside(directory: Path) -> list[str] | None:
     file = directory / "classes.txt"
     if not file.is_file():
         return None
-    return [line.strip() for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+    return [line.strip() for line in file.read_text(encoding="utf-8").rstrip().split("\n")]
 
 
 def _n_classes(labels: np.ndarray) -> int:
