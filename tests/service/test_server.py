@@ -14,7 +14,7 @@ import pytest
 
 from model_export.bundle import sha256_of
 from tests.service.conftest import PATIENCE_S
-from tests.service.server import COMMAND, IMAGE, SLOW, servers, wait, write_slow_bundle
+from tests.service.server import COMMAND, IMAGE, SLOW, USUAL, servers, wait, write_slow_bundle
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +288,32 @@ def test_graphs_that_cannot_be_opened_are_exit_code_1(make_bundle, processes):
     assert run.returncode == 1
     failures = [line["reason"] for line in map(json.loads, run.stderr.splitlines()) if line["event"] == "start_failed"]
     assert any(reason.startswith("trunk.onnx: onnxruntime") for reason in failures)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_log_that_nobody_reads_stops_neither_service_nor_signals(tiny_bundle, workers):
+    """Lines are lost instead, and counted once there is room again."""
+    process = subprocess.Popen(
+        [*COMMAND, *USUAL, "--bundle", str(tiny_bundle), "--workers", workers], stderr=subprocess.PIPE
+    )
+    try:
+        lines = (json.loads(process.stderr.readline()) for _ in range(99))
+        url = next(line["url"] for line in lines if line["event"] == "listening")
+        next(line for line in lines if line["event"] == "ready")
+        with httpx.Client(base_url=url, timeout=PATIENCE_S) as client:
+            for _ in range(400):  # more than a pipe holds
+                assert client.post("/classify", content=b"nonsense").status_code == 415
+            assert client.post("/classify", content=IMAGE).status_code == 200
+            for _ in range(100):
+                process.stderr.readline()
+            client.post("/classify", content=b"nonsense")
+        process.terminate()
+        assert process.wait(PATIENCE_S) == 0
+        assert any(json.loads(line).get("lines_lost_before", 0) > 0 for line in process.stderr)
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
 
 
 def test_the_command_is_installed():
