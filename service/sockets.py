@@ -36,7 +36,8 @@ def open_sockets(host: str, port: int, copies: int = 1) -> list[list[socket.sock
         OSError: where the address is not this machine's or another service has the port; the message names it.
     """
     groups: list[list[socket.socket]] = [[] for _ in range(copies)]
-    for family, _, _, _, found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    for family, _, _, _, found in dict.fromkeys(addresses):  # a name may stand for one twice, by /etc/hosts
         port = port or (groups[0][0].getsockname()[1] if groups[0] else 0)
         address = (found[0], port, *found[2:])
         first = _bound(family, address)
