@@ -1,12 +1,14 @@
 """ride-serve as a process of its own under load and under abuse: nobody is lost, nothing is left behind."""
 
 import json
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -288,6 +290,21 @@ def test_graphs_that_cannot_be_opened_are_exit_code_1(make_bundle, processes):
     assert run.returncode == 1
     failures = [line["reason"] for line in map(json.loads, run.stderr.splitlines()) if line["event"] == "start_failed"]
     assert any(reason.startswith("trunk.onnx: onnxruntime") for reason in failures)
+
+
+def test_as_many_connections_are_let_in_as_the_system_allows(serve):
+    """Shells and systemd begin with far fewer open files, which each process may raise."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        server = serve()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with ExitStack() as connections:
+        for _ in range(100):
+            connections.enter_context(server.connect())
+        assert server.post().status_code == 200
+        assert server.metric("process_max_fds") == hard
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
