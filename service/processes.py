@@ -83,9 +83,12 @@ def read_process(pid: int) -> ProcessFigures | None:
     try:
         # The name, in brackets, may hold anything. What follows is counted from field 3 of proc(5).
         fields = (PROC / f"{pid}/stat").read_text().rpartition(")")[2].split()
-        open_files = len(os.listdir(PROC / f"{pid}/fd"))
     except OSError:
         return None
+    try:
+        open_files = len(os.listdir(PROC / f"{pid}/fd"))
+    except OSError:  # just dead and not buried yet: its processor time still counts here, or the sum would fall
+        open_files = 0
     return ProcessFigures(
         cpu_s=(int(fields[11]) + int(fields[12])) / TICKS_PER_S,
         resident_bytes=int(fields[21]) * PAGE_BYTES,

@@ -143,6 +143,19 @@ def test_the_start_stays_where_it_was_when_the_clock_is_set(tmp_path, monkeypatc
     assert processes.read_process(os.getpid()).started == before.started
 
 
+def test_a_process_that_has_just_died_still_counts(monkeypatch):
+    """Linux does not tell its files, only its time, without which the sum would fall until it is buried."""
+
+    def forbidden(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(os, "listdir", forbidden)
+    found = processes.read_process(os.getpid())
+
+    assert found.cpu_s > 0
+    assert found.open_files == 0
+
+
 def report(rng):
     """What a batch of four images might have done."""
     stages = [("trunk", 4, rng.random()), ("expert_0", 4, rng.random()), ("expert_1", 2, rng.random())]
