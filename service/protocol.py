@@ -189,9 +189,11 @@ class GuardedProtocol(HttpToolsProtocol):
             self._held_back = None
             if self.transport.is_closing():
                 return
+            # The parser says only that a callback failed; why, a URL say, is in the error behind.
+            reason = error.__context__ if isinstance(error.__context__, httptools.HttpParserError) else error
             refusal = ServiceError(
                 "request_invalid",
-                f"cannot be read as HTTP/1.1: {error}; send plain HTTP/1.1, without TLS, to this port",
+                f"cannot be read as HTTP/1.1: {str(reason)[:200]}; send plain HTTP/1.1, without TLS, to this port",
             )
             if not self._answering():
                 self._refuse(refusal)

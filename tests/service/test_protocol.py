@@ -235,8 +235,10 @@ async def test_what_cannot_be_a_request_is_refused(connect, request_head):
         (b"POST / HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n", "Duplicate Content-Length"),
         (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nno size\r\n", "Invalid character in chunk size"),
         (b"CONNECT a:80 HTTP/1.1\r\n\r\n", "this is no proxy"),
+        (b"GET http://[::1 HTTP/1.1\r\n\r\n", "invalid url b'http://[::1'"),
+        (b"GET /" + 65_540 * b"a" + b" HTTP/1.1\r\n\r\n", "url is too long"),
     ],
-    ids=["TLS", "two lengths", "chunk", "tunnel"],
+    ids=["TLS", "two lengths", "chunk", "tunnel", "url", "long url"],
 )
 async def test_what_is_no_http_is_told_why(connect, request_bytes, words):
     """In our shape, with a fresh request id."""
