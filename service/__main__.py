@@ -3,10 +3,12 @@
 import asyncio
 import logging
 import os
+import resource
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from socket import socket
 from types import FrameType
@@ -147,6 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (SettingsError, BundleError) as error:
         print(f"ride-serve: {error}", file=sys.stderr)
         return 2
+    _allow_open_files()
     log(logging.INFO, "starting", workers=workers, settings=settings.model_dump(mode="json"))
     try:
         groups = open_sockets(settings.host, settings.port, workers)
@@ -177,6 +180,13 @@ def main(arguments: list[str] | None = None) -> int:
 def _stop_early(sig: int, frame: FrameType | None) -> NoReturn:
     """Nothing has been accepted yet, so that nothing is lost."""
     sys.exit(0)
+
+
+def _allow_open_files() -> None:
+    """As many as the system lets us have: each connection is one, and one too many is reset without a word."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # macOS names a limit that it does not grant
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _run_engine(bundle: Bundle, settings: Settings, link: EngineLink, counters: Counters) -> int:

@@ -46,6 +46,7 @@ def create_app(classifier: Classifier, *, listen_at_once: bool = True) -> "Servi
 
     app = fastapi_offline.FastAPIOffline(
         title="ride-serving", version=__version__, lifespan=lifespan, redoc_url=None, static_url="/docs/static",
+        redirect_slashes=False,  # to where? The Host header may say anything, and a proxy's https is unknown here
         description="Classifies images and decides for each how many experts it needs.",
     )  # fmt: skip
     classify = ClassifyRoute(classifier)

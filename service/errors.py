@@ -17,7 +17,11 @@ STATUS: Final = {
     "internal": 500,
     "not_found": 404,
     "method_not_allowed": 405,
+    "request_invalid": 400,
+    "head_too_large": 431,
 }
+# Of what never reaches POST /classify, and is in none of its figures.
+ELSEWHERE: Final = ("not_found", "method_not_allowed", "request_invalid", "head_too_large")
 
 
 class ServiceError(Exception):

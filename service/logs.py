@@ -3,14 +3,16 @@
 import datetime
 import json
 import logging
+import select
 import sys
 import warnings
-from typing import Any
+from typing import Any, Final, TextIO
 
 import orjson
 
 LOGGER = logging.getLogger("ride")
 COMMON: dict[str, Any] = {}  # fields of every line that this process writes
+PATIENCE_MS: Final = 10  # for whoever reads the log
 
 
 class JsonFormatter(logging.Formatter):
@@ -34,9 +36,36 @@ class JsonFormatter(logging.Formatter):
             return json.dumps(line, default=str)
 
 
+class LossyHandler(logging.StreamHandler[TextIO]):
+    """
+    Writes lines, and loses those that find no room: whoever waited for that would serve nobody, and hear no signal.
+
+    The next line that is written says how many were lost before it.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._lost = 0
+        self._room: select.poll | None = select.poll()
+        try:
+            self._room.register(stream, select.POLLOUT)
+        except (OSError, TypeError):  # a test's, or none at all: stderr was closed
+            self._room = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line, or count it."""
+        if self._room is not None and not self._room.poll(0 if self._lost else PATIENCE_MS):
+            self._lost += 1
+            return
+        if self._lost:
+            record.fields = {**getattr(record, "fields", {}), "lines_lost_before": self._lost}
+            self._lost = 0
+        super().emit(record)
+
+
 def set_up(level: str) -> None:
     """Send every logger's lines to stderr as JSON; uvicorn's only from warnings on."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = LossyHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)

@@ -16,7 +16,7 @@ from model_export.bundle import SPLITS, Manifest, Rule
 from service import __version__
 from service.cascade import EXIT_REASONS, BatchReport, Outcome
 from service.counters import BEAT, DEAD_CPU_S, OWN_CELLS, PID, READY, RESTARTS, WAITING, WAS_READY, Counters, Row
-from service.errors import STATUS
+from service.errors import ELSEWHERE, STATUS
 from service.operating_point import Operation
 from service.processes import process_families
 
@@ -88,12 +88,13 @@ class Layout:
 
     def __init__(self, manifest: Manifest) -> None:
         self.size = OWN_CELLS
+        errors = [code for code in STATUS if code not in ELSEWHERE]
         stages = ["trunk", *(f"expert_{expert}" for expert in range(manifest.n_experts))]
         self.requests = self._counter(
             "requests",
             f"Answers of POST /classify by HTTP status; {CLIENT_GONE}: the client hung up first.",
             "code",
-            sorted({"200", str(CLIENT_GONE), *map(str, STATUS.values())} - {"404", "405"}),
+            sorted({"200", str(CLIENT_GONE), *(str(STATUS[code]) for code in errors)}),
         )
         self.request_seconds = self._histogram(
             "request_seconds",
@@ -128,10 +129,7 @@ class Layout:
             "queue_seconds", "From an image's arrival in the queue until its batch closes.", QUEUE_BUCKETS
         )
         self.refused = self._counter(
-            "refused",
-            "Images or requests refused or failed, by error code.",
-            "reason",
-            [code for code in STATUS if code not in ("not_found", "method_not_allowed")],
+            "refused", "Images or requests refused or failed, by error code.", "reason", errors
         )
         self.predictions = self._counter(
             "predictions", "Images answered, by the split of the most probable class.", "split", SPLITS

@@ -15,6 +15,19 @@ TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
 
+def _booted() -> int:
+    """When the machine started, in seconds since 1970; 0 where there is no /proc."""
+    try:
+        lines = (PROC / "stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next(int(line.split()[1]) for line in lines if line.startswith("btime "))
+
+
+# Once, and before the fork: when the clock is set, Linux moves it, and the service would seem to have started anew.
+BOOTED: Final = _booted()
+
+
 @dataclass(frozen=True, slots=True)
 class ProcessFigures:
     """One process: processor time in seconds since its start, memory in bytes, start in seconds since 1970."""
@@ -70,14 +83,16 @@ def read_process(pid: int) -> ProcessFigures | None:
     try:
         # The name, in brackets, may hold anything. What follows is counted from field 3 of proc(5).
         fields = (PROC / f"{pid}/stat").read_text().rpartition(")")[2].split()
-        open_files = len(os.listdir(PROC / f"{pid}/fd"))
-        booted = next(line for line in (PROC / "stat").read_text().splitlines() if line.startswith("btime "))
     except OSError:
         return None
+    try:
+        open_files = len(os.listdir(PROC / f"{pid}/fd"))
+    except OSError:  # just dead and not buried yet: its processor time still counts here, or the sum would fall
+        open_files = 0
     return ProcessFigures(
         cpu_s=(int(fields[11]) + int(fields[12])) / TICKS_PER_S,
         resident_bytes=int(fields[21]) * PAGE_BYTES,
         virtual_bytes=int(fields[20]),
         open_files=open_files,
-        started=int(booted.split()[1]) + int(fields[19]) / TICKS_PER_S,
+        started=BOOTED + int(fields[19]) / TICKS_PER_S,
     )

@@ -6,13 +6,17 @@ And with a short way: a small request that came whole is first offered to a hand
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any, Final, Literal, TypeAlias
 
 import httptools
+import orjson
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from service.headers import Headers
+from service.errors import ServiceError
+from service.headers import Headers, common_headers, request_id_of
+from service.logs import log
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 OFFERS: Final = (b"upgrade", b"http2-settings")  # headers, and what they are called in "connection"
@@ -20,8 +24,10 @@ HEAD_S: Final = 10.0  # from a connection's, or a request's, first byte to the e
 SEND_S: Final = 30.0  # for which a client that does not read its answers is waited for
 FRAMING_PER_BODY_BYTE: Final = 8  # chunks of one byte each cost five more
 SHORT_BYTES: Final = 64 * 1024  # of body; larger ones hardly ever come in one piece
-INVALID: Final = "Invalid HTTP request received."
-TOO_LARGE: Final = b"request head exceeds 65,536 bytes; send shorter headers"
+TOO_LARGE: Final = ServiceError(
+    "head_too_large",
+    f"request line, headers and trailers of more than {MAX_HEAD_BYTES:,} bytes, the limit; send shorter ones",
+)
 
 
 class Exchange:
@@ -159,7 +165,10 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._messages == messages:
             self._framing_bytes += len(data) - (self._body_bytes - body_bytes)
             if self._framing_bytes > MAX_HEAD_BYTES + FRAMING_PER_BODY_BYTE * self._body_bytes:
-                self._refuse_head()
+                if self._answering():
+                    self.transport.abort()
+                else:
+                    self._refuse(TOO_LARGE)
                 return
         if self._head_timer is None and (self._phase == "head" or stray):
             self._head_timer = self.loop.call_later(HEAD_S, self._head_timed_out)
@@ -176,17 +185,22 @@ class GuardedProtocol(HttpToolsProtocol):
                     self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
             if self._held_back is not None:  # the rest is still to come
                 self._hand_on()
-        except httptools.HttpParserError:
+        except httptools.HttpParserError as error:
             self._held_back = None
             if self.transport.is_closing():
                 return
-            self.logger.warning(INVALID)
+            # The parser says only that a callback failed; why, a URL say, is in the error behind.
+            reason = error.__context__ if isinstance(error.__context__, httptools.HttpParserError) else error
+            refusal = ServiceError(
+                "request_invalid",
+                f"cannot be read as HTTP/1.1: {str(reason)[:200]}; send plain HTTP/1.1, without TLS, to this port",
+            )
             if not self._answering():
-                self.send_400_response(INVALID)
+                self._refuse(refusal)
             elif self._phase != "body":  # whatever follows a good request: that one is answered, and nothing behind it
                 self.cycle.keep_alive = False
             elif self._running is self.cycle:
-                self.send_400_response(INVALID)
+                self._refuse(refusal)
             else:  # the broken one is not the one that is being answered
                 self.transport.abort()
 
@@ -309,14 +323,16 @@ class GuardedProtocol(HttpToolsProtocol):
             self.transport.close()
             self._limit_closing()
 
-    def _refuse_head(self) -> None:
-        if self._answering():
-            self.transport.abort()
-            return
-        self.transport.write(
-            b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: text/plain; charset=utf-8\r\n"
-            b"content-length: %d\r\nconnection: close\r\n\r\n%s" % (len(TOO_LARGE), TOO_LARGE)
-        )
+    def _refuse(self, error: ServiceError) -> None:
+        """Answer what the application never gets to see, or not the rest of, and close the connection."""
+        request_id = request_id_of(self.headers if self._phase != "between" else ())
+        log(logging.WARNING, "refused", request_id=request_id, code=error.code, message=error.message)
+        content = orjson.dumps({"request_id": request_id, "error": error.as_json()})
+        head = [STATUS_LINE[error.status]]
+        for name, value in (*self.server_state.default_headers, *common_headers(request_id, "")):
+            head += (name, b": ", value, b"\r\n")
+        head.append(b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(content))
+        self.transport.write(b"".join((*head, content)))
         self.transport.close()
 
     def _head_timed_out(self) -> None:

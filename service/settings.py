@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BeforeValidator, ByteSize, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -230,7 +230,7 @@ def read_settings(arguments: Sequence[str] | None = None, command: Command = SER
     try:
         return Settings(**given)
     except ValidationError as error:
-        raise SettingsError("\n".join(_explain(problem) for problem in error.errors())) from None
+        raise SettingsError("\n".join(_explain(problem) for problem in _causes(error.errors()))) from None
 
 
 def unknown_variables() -> list[str]:
@@ -242,6 +242,12 @@ def unknown_variables() -> list[str]:
         if name.startswith(PREFIX) and name not in known and close:
             lines.append(f"{name} is not a setting and has no effect; is {close[0]} meant?")
     return lines
+
+
+def _causes(problems: Sequence[Any]) -> list[Any]:
+    """Without those of a whole list of which an item cannot be: pydantic finds it too short then."""
+    items = {problem["loc"][0] for problem in problems if len(problem["loc"]) > 1}
+    return [problem for problem in problems if len(problem["loc"]) != 1 or problem["loc"][0] not in items]
 
 
 def _explain(problem: object) -> str:

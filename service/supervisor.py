@@ -144,7 +144,12 @@ class Supervisor:
         supervisor = os.getpid()
         worker.started, worker.ready = time.monotonic(), False
         signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED_SIGNALS)  # the worker's are not for the supervisor's pipe
-        worker.pid = os.fork()
+        try:
+            worker.pid = os.fork()
+        except OSError as error:  # no memory, or no more processes: that may pass, and the others still serve
+            let_signals_in()
+            self._plan_successor(worker, 0, f"fork: {error.strerror}")
+            return
         if not worker.pid:
             os._exit(self._live(worker, supervisor))  # nothing of the supervisor's own end is the worker's business
         let_signals_in()
@@ -208,20 +213,24 @@ class Supervisor:
         if code == START_FAILED and not row[WAS_READY]:
             self._give_up("a worker cannot start; its log line start_failed says why")
             return
+        self._plan_successor(worker, pid, _cause(code))
+
+    def _plan_successor(self, worker: Worker, pid: int, cause: str) -> None:
+        """At once, later, or never: after too many short lives the service ends."""
         age = time.monotonic() - worker.started
         worker.short_lives = worker.short_lives + 1 if age < SHORT_LIFE_S else 1
         if worker.short_lives > len(RESTART_PAUSES_S):
             self._give_up(
                 f"worker {worker.name} died {worker.short_lives} times, each time within {SHORT_LIFE_S:g} s "
-                f"of its start, at last of {_cause(code)}"
+                f"of its start, at last of {cause}"
             )
             return
         pause = RESTART_PAUSES_S[worker.short_lives - 1]
-        row[RESTARTS] += 1
+        self._counters.row(worker.slot)[RESTARTS] += 1
         worker.due = time.monotonic() + pause
         log(
             logging.ERROR, "worker_died",
-            worker=worker.name, pid=pid, cause=_cause(code), seconds=round(age, 3), restart_in_s=pause,
+            worker=worker.name, pid=pid, cause=cause, seconds=round(age, 3), restart_in_s=pause,
         )  # fmt: skip
 
     def _give_up(self, reason: str) -> None:

@@ -464,6 +464,7 @@ async def test_nan_spoils_no_other_image_of_its_request(service, caplog):
     [
         ("GET", "/nothing", "not_found", "there is no /nothing; see /docs"),
         ("GET", "/static/nothing.js", "not_found", "there is no /static/nothing.js"),
+        ("POST", "/classify/", "not_found", "there is no /classify/; see /docs"),
         ("GET", "/static/../app.py", "not_found", ""),
         ("GET", "/static/%2e%2e/app.py", "not_found", ""),
         ("GET", "/classify", "method_not_allowed", "/classify takes POST, not GET"),

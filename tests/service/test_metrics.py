@@ -2,6 +2,8 @@
 
 import asyncio
 import math
+import os
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -9,6 +11,7 @@ from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
 from model_export.bundle import read_bundle
+from service import processes
 from service.cascade import EXIT_REASONS, BatchReport, Outcome
 from service.counters import PID
 from service.metrics import SCORE_BUCKETS, Metrics, image_macs, shared_counters
@@ -126,6 +129,31 @@ async def test_the_process_is_measured_under_the_usual_names(service):
     for name in ("process_resident_memory_bytes", "process_virtual_memory_bytes", "process_open_fds"):
         assert ours[name] == pytest.approx(usual[name], rel=0.2)
     assert -0.02 < ours["process_cpu_seconds"] - usual["process_cpu_seconds"] < 5  # counted in hundredths
+
+
+def test_the_start_stays_where_it_was_when_the_clock_is_set(tmp_path, monkeypatch):
+    """Or the alert RideRestarts would count it."""
+    before = processes.read_process(os.getpid())
+    own = tmp_path / str(os.getpid())
+    (own / "fd").mkdir(parents=True)
+    (own / "stat").write_text(Path("/proc/self/stat").read_text())
+    (tmp_path / "stat").write_text("btime 1\n")
+    monkeypatch.setattr(processes, "PROC", tmp_path)
+
+    assert processes.read_process(os.getpid()).started == before.started
+
+
+def test_a_process_that_has_just_died_still_counts(monkeypatch):
+    """Linux does not tell its files, only its time, without which the sum would fall until it is buried."""
+
+    def forbidden(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(os, "listdir", forbidden)
+    found = processes.read_process(os.getpid())
+
+    assert found.cpu_s > 0
+    assert found.open_files == 0
 
 
 def report(rng):

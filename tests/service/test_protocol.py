@@ -8,7 +8,9 @@ import pytest
 import uvicorn
 
 from service import protocol
+from service.errors import STATUS
 from service.protocol import MAX_HEAD_BYTES, GuardedProtocol
+from service.schemas import ErrorAnswer
 from tests.service.conftest import until
 
 pytestmark = pytest.mark.anyio
@@ -73,6 +75,19 @@ async def connect():
     await server.shutdown()
 
 
+def refused(answer, status, code, words):
+    """The bytes are an answer with this error, in the shape of all our errors."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    found = ErrorAnswer.model_validate_json(body, extra="forbid")
+    assert (found.error.code, STATUS[code]) == (code, status)
+    assert words in found.error.message
+    headers = head.decode().split("\r\n")[1:]
+    assert f"x-request-id: {found.request_id}" in headers
+    assert {"connection: close", f"content-length: {len(body)}", "content-type: application/json"} <= {*headers}
+    return found
+
+
 @pytest.fixture
 def _hurried(monkeypatch):
     monkeypatch.setattr(protocol, "HEAD_S", 0.05)
@@ -125,8 +140,7 @@ async def test_a_head_above_the_limit_is_told_so(connect):
             writer.write(b"a" * 4000)
             await asyncio.wait((received,), timeout=0.01)
         answer = received.result()
-    assert answer.startswith(b"HTTP/1.1 431 ")
-    assert answer.endswith(b"request head exceeds 65,536 bytes; send shorter headers")
+    refused(answer, 431, "head_too_large", "more than 65,536 bytes")
 
 
 async def test_a_head_within_the_limit_may_come_in_pieces(connect):
@@ -212,6 +226,37 @@ async def test_what_cannot_be_a_request_is_refused(connect, request_head):
     async with connect() as (reader, writer):
         writer.write(request_head + b" HTTP/1.1\r\nContent-Length: 5\r\n\r\n")
         assert (await reader.read()).startswith(b"HTTP/1.1 400")
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "words"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01", "Invalid method encountered; send plain HTTP/1.1, without TLS"),
+        (b"POST / HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n", "Duplicate Content-Length"),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nno size\r\n", "Invalid character in chunk size"),
+        (b"CONNECT a:80 HTTP/1.1\r\n\r\n", "this is no proxy"),
+        (b"GET http://[::1 HTTP/1.1\r\n\r\n", "invalid url b'http://[::1'"),
+        (b"GET /" + 65_540 * b"a" + b" HTTP/1.1\r\n\r\n", "url is too long"),
+    ],
+    ids=["TLS", "two lengths", "chunk", "tunnel", "url", "long url"],
+)
+async def test_what_is_no_http_is_told_why(connect, request_bytes, words):
+    """In our shape, with a fresh request id."""
+    async with connect() as (reader, writer):
+        writer.write(request_bytes)
+        refused(await reader.read(), 400, "request_invalid", words)
+
+
+async def test_a_refusal_has_the_request_id_of_its_own_request(connect):
+    """Where that came so far; not the one of the request before it."""
+    async with connect() as (reader, writer):
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\nX-Request-Id: first\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n0")
+        writer.write(b"no HTTP\r\n\r\n")
+        assert refused(await reader.read(), 400, "request_invalid", "").request_id != "first"
+    async with connect() as (reader, writer):
+        writer.write(b"POST / HTTP/1.1\r\nX-Request-Id: mine\r\nTransfer-Encoding: chunked\r\n\r\nno size\r\n")
+        assert refused(await reader.read(), 400, "request_invalid", "").request_id == "mine"
 
 
 async def test_what_follows_a_good_request_does_not_spoil_its_answer(connect):

@@ -1,13 +1,14 @@
 """ride-serve as a process of its own under load and under abuse: nobody is lost, nothing is left behind."""
 
 import json
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
@@ -15,7 +16,7 @@ import pytest
 
 from model_export.bundle import sha256_of
 from tests.service.conftest import PATIENCE_S
-from tests.service.server import COMMAND, IMAGE, SLOW, servers, wait, write_slow_bundle
+from tests.service.server import COMMAND, IMAGE, SLOW, USUAL, servers, wait, write_slow_bundle
 
 
 @pytest.fixture(scope="module")
@@ -309,6 +310,47 @@ def test_graphs_that_cannot_be_opened_are_exit_code_1(make_bundle, processes):
     assert run.returncode == 1
     failures = [line["reason"] for line in map(json.loads, run.stderr.splitlines()) if line["event"] == "start_failed"]
     assert any(reason.startswith("trunk.onnx: onnxruntime") for reason in failures)
+
+
+def test_as_many_connections_are_let_in_as_the_system_allows(serve):
+    """Shells and systemd begin with far fewer open files, which each process may raise."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        server = serve()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with ExitStack() as connections:
+        for _ in range(100):
+            connections.enter_context(server.connect())
+        assert server.post().status_code == 200
+        assert server.metric("process_max_fds") == hard
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_log_that_nobody_reads_stops_neither_service_nor_signals(tiny_bundle, workers):
+    """Lines are lost instead, and counted once there is room again."""
+    process = subprocess.Popen(
+        [*COMMAND, *USUAL, "--bundle", str(tiny_bundle), "--workers", workers], stderr=subprocess.PIPE
+    )
+    try:
+        lines = (json.loads(process.stderr.readline()) for _ in range(99))
+        url = next(line["url"] for line in lines if line["event"] == "listening")
+        next(line for line in lines if line["event"] == "ready")
+        with httpx.Client(base_url=url, timeout=PATIENCE_S) as client:
+            for _ in range(400):  # more than a pipe holds
+                assert client.post("/classify", content=b"nonsense").status_code == 415
+            assert client.post("/classify", content=IMAGE).status_code == 200
+            for _ in range(100):
+                process.stderr.readline()
+            client.post("/classify", content=b"nonsense")
+        process.terminate()
+        assert process.wait(PATIENCE_S) == 0
+        assert any(json.loads(line).get("lines_lost_before", 0) > 0 for line in process.stderr)
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
 
 
 def test_the_command_is_installed():

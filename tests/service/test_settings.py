@@ -84,6 +84,14 @@ def test_a_setting_that_cannot_be_is_refused(arguments, words):
         assert word in str(refusal.value)
 
 
+def test_one_wrong_threshold_is_one_line():
+    """And not another one that calls the list too short."""
+    with pytest.raises(SettingsError) as refusal:
+        read_settings(["--thresholds", "2"])
+    assert str(refusal.value).startswith("RIDE_THRESHOLDS (--thresholds) is '2': ")
+    assert "\n" not in str(refusal.value)
+
+
 def test_a_wrong_variable_is_refused_by_its_name(monkeypatch):
     """As on the command line."""
     monkeypatch.setenv("RIDE_MAX_QUEUE", "many")

@@ -41,6 +41,13 @@ def accept_all(listening):
         count += 1
 
 
+def test_an_address_that_is_found_twice_is_taken_once(opened, monkeypatch):
+    """As that of localhost is, where /etc/hosts has it in two lines."""
+    found = socket.getaddrinfo("127.0.0.1", 0, type=socket.SOCK_STREAM)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found * 2)
+    assert [len(group) for group in opened("localhost", 0, 2)] == [1, 1]
+
+
 def test_copies_share_the_port_and_the_connections(opened):
     """Port 0 is one free port for all of them; those that listen divide what comes."""
     groups = opened("127.0.0.1", 0, 3)

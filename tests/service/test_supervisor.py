@@ -359,6 +359,34 @@ def test_a_worker_that_cannot_start_again_is_tried_a_few_times():
 
 
 STOP = "os.kill(os.getppid(), signal.SIGTERM)"
+FORKS_THAT_FAIL = """
+fork, calls = os.fork, []
+def fork_or_fail():
+    calls.append(0)
+    if len(calls) in {fail}:
+        raise OSError(12, "Cannot allocate memory")
+    return fork()
+os.fork = fork_or_fail
+def work("""
+
+
+def test_a_worker_for_which_there_is_no_memory_is_tried_again():
+    """The others serve on meanwhile."""
+    life = f"os._exit(1) if number and not counters.own[supervisor.RESTARTS] else number and {STOP}"
+    _, lines = supervise(life, ("def work(", FORKS_THAT_FAIL.replace("{fail}", "(3, 4)")))
+
+    died = [(line["cause"], line["restart_in_s"]) for line in lines if line["event"] == "worker_died"]
+    assert died == [("exit code 1", 0.0), ("fork: Cannot allocate memory", 0.1), ("fork: Cannot allocate memory", 0.2)]
+    assert "gave_up" not in {line["event"] for line in lines}
+
+
+def test_no_memory_for_long_ends_the_service_as_other_deaths_do():
+    """In order, and the log says why."""
+    code, lines = supervise("pass", ("def work(", FORKS_THAT_FAIL.replace("{fail}", "range(2, 99)")))
+
+    (end,) = [line["reason"] for line in lines if line["event"] == "gave_up"]
+    assert end.endswith("at last of fork: Cannot allocate memory")
+    assert code == 1
 
 
 def test_deaths_far_apart_do_not_add_up():
