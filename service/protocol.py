@@ -199,9 +199,9 @@ class GuardedProtocol(HttpToolsProtocol):
                 self._refuse(refusal)
             elif self._phase != "body":  # whatever follows a good request: that one is answered, and nothing behind it
                 self.cycle.keep_alive = False
-            elif self._running is self.cycle:
+            elif self._running is self.cycle and not self.cycle.response_started:
                 self._refuse(refusal)
-            else:  # the broken one is not the one that is being answered
+            else:  # the broken one is not the one that is being answered, or it has been refused already
                 self.transport.abort()
 
     def _head_without_offer(self) -> bytes:

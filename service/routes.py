@@ -26,6 +26,8 @@ from service.watch import Watch
 
 MAX_PARAMETERS: Final = 16
 NUMBER: Final = re.compile(r"[0-9]{1,20}(\.[0-9]{0,40})?(e-?[0-9]{1,3})?|\.[0-9]{1,40}", re.ASCII | re.IGNORECASE)
+ARRIVING_S: Final = 0.1  # for the rest of a refused body: when it comes, the connection can be kept
+LINGER_S: Final = 3.0  # after which a refused client that is still sending is cut off
 PARAMETERS: Final = ("top_k", "max_experts", "threshold", "min_confidence", "mode")
 
 
@@ -47,6 +49,7 @@ class ClassifyRoute:
         status = CLIENT_GONE
         request_id = request_id_of(scope["headers"])
         body = Body(scope["headers"], receive)
+        lingers, most_bytes = False, 2 * self._settings.max_bytes
         try:
             with self._classifier.accept():
                 status, answer = await self._answer(scope["query_string"], body, request_id, started)
@@ -54,9 +57,10 @@ class ClassifyRoute:
         except ServiceError as error:  # refused, before its images were looked at
             status = error.status
             self._note(request_id, error)
-            if not body.complete and error.code != "timeout":  # whoever was too slow gets no more time
-                await body.discard(2 * self._settings.max_bytes)
-            await self._send(send, status, _refusal(request_id, error), body, request_id, error)
+            if error.code != "timeout":  # whoever was too slow gets no more time
+                await body.discard(most_bytes, ARRIVING_S)
+                lingers = not body.complete
+            await self._send(send, status, _refusal(request_id, error), body, request_id, error, last=not lingers)
         except ClientGoneError:
             log(logging.INFO, "client_gone", request_id=request_id)
         except Exception:
@@ -64,6 +68,9 @@ class ClassifyRoute:
             raise
         finally:
             self._classifier.metrics.request_done(status, time.perf_counter() - started)
+        if lingers:  # closed while the client sends, the connection would be reset, and our answer might be lost
+            await body.discard(most_bytes, LINGER_S)
+            await send({"type": "http.response.body"})
 
     def short_way(self, query: bytes, headers: Headers, data: bytes, exchange: Exchange) -> bool:
         """
@@ -210,13 +217,15 @@ class ClassifyRoute:
         body: Body,
         request_id: str,
         error: ServiceError | None = None,
+        *,
+        last: bool = True,
     ) -> None:
         content = orjson.dumps(answer)
         headers = [(b"content-length", b"%d" % len(content)), *_headers(request_id, error)]
         if not body.complete or self._classifier.state == "draining":
             headers.append((b"connection", b"close"))
         await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
+        await send({"type": "http.response.body", "body": content, "more_body": not last})
 
 
 class _ShortRequest:

@@ -16,7 +16,6 @@ MAX_FILENAME = 255  # characters of a client's file name that we repeat
 MAX_PART_HEADERS = 16
 MAX_PART_HEADER_BYTES = 4096
 MAX_EMPTY_PARTS = 16  # besides the images: those of file inputs that were left empty
-DISCARD_S = 1.0  # how long a refused client may go on sending, so that it gets to read the refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +98,16 @@ class Body:
             self.complete = not message.get("more_body", False)
             yield message.get("body", b"")
 
-    async def discard(self, limit: int) -> None:
+    async def discard(self, limit: int, seconds: float) -> None:
         """
-        Read on without keeping anything, for a moment: a client that is still sending would not see our refusal.
+        Read on for a while, at most `limit` bytes and a piece, without keeping anything.
 
-        One that waits for "100 Continue" is better off without: it will not send at all.
+        A client that waits for "100 Continue" is better off without: it will not send at all.
         """
         if self._waits_for_continue:
             return
         try:
-            async with asyncio.timeout(DISCARD_S):
+            async with asyncio.timeout(seconds):
                 async for chunk in self.chunks():
                     limit -= len(chunk)
                     if limit < 0:

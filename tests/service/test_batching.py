@@ -294,20 +294,26 @@ async def test_a_refused_client_that_hangs_up_while_still_sending_is_no_failure(
 
 
 @pytest.mark.anyio
-async def test_a_refused_client_that_neither_sends_on_nor_hangs_up_is_answered(service, monkeypatch):
-    """After a moment."""
-    monkeypatch.setattr("service.uploads.DISCARD_S", 0.01)
+async def test_a_refused_client_that_neither_sends_on_nor_hangs_up_is_answered_and_cut_off(service, monkeypatch):
+    """Answered and counted first; the connection stays open for a while, or its end might take the answer along."""
+    monkeypatch.setattr("service.routes.LINGER_S", 1)
     client = Connection(b"half of a", complete=False)
-    async with asyncio.timeout(PATIENCE_S):
-        await client.post(service, query=b"top_k=0")
-
+    task = client.post(service, query=b"top_k=0")
+    await until(lambda: len(client.sent) == 2)
     assert client.sent[0]["status"] == 422
+    assert (b"connection", b"close") in client.sent[0]["headers"]
+    assert service.metric("requests_total", code="422") == 1
+    assert not task.done()
+
+    async with asyncio.timeout(PATIENCE_S):
+        await task
+    assert [message.get("more_body") for message in client.sent[1:]] == [True, None]
 
 
 @pytest.mark.anyio
 async def test_a_client_that_was_too_slow_gets_no_more_time(tiny_bundle, monkeypatch):
     """It is told so at once; nothing more of it is read."""
-    monkeypatch.setattr("service.uploads.DISCARD_S", 2 * PATIENCE_S)
+    monkeypatch.setattr("service.routes.LINGER_S", 2 * PATIENCE_S)
     async with start(tiny_bundle, timeout_s=0.05) as service:
         client = Connection(FILES[0][:20], complete=False)
         async with asyncio.timeout(PATIENCE_S):
@@ -336,7 +342,7 @@ async def test_a_refused_client_that_waits_for_leave_to_send_is_answered_at_once
     headers = [(b"expect", expectation), (b"content-length", b"99999999999")]
     await client.post(service, headers=headers)
 
-    start_message, _ = client.sent
+    start_message, *_ = client.sent
     assert start_message["status"] == 413
     assert (b"connection", b"close") in start_message["headers"]
     assert await client.receive() == {"type": "http.request", "body": FILES[0], "more_body": False}
