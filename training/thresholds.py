@@ -27,13 +27,14 @@ def fill_scores(model: Model, heldout: Images | StreamedImages) -> float:
     Their scores then fill [0, 1], and no decision crosses 0.5.
 
     Returns:
-        The temperature; 1 where all decisions are the same.
+        The temperature; 1 where all decisions are the same, or there is but one.
     """
     assert model.routers is not None
     pixels = heldout.even_sample(SPREAD_IMAGES).to(next(model.parameters()).device)
     with torch.no_grad():
         decisions = torch.cat([model.routers(model.net(part)) for part in pixels.split(EVALUATION_BATCH)], dim=1)
-    model.routers.temperature = round(float(decisions.std()), 4) or 1.0
+    spread = float(decisions.std()) if decisions.numel() > 1 else 0.0
+    model.routers.temperature = round(spread, 4) or 1.0
     return model.routers.temperature
 
 

@@ -1,12 +1,16 @@
 """Thresholds against brute force, and the temperature that spreads scores."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
+import torch
 
-from training.data.sets import load_data
+from training.data.sets import Images, load_data
 from training.evaluate import Costs, Predictions, mean_macs, predict, prefix_right, route
+from training.methods.method import build_model
+from training.recipes import RECIPES
 from training.thresholds import BUDGETS, fill_scores, frontier
 from training.train import trained_model
 
@@ -127,3 +131,12 @@ def test_routers_that_always_say_the_same_are_left_alone(swept):
     for parameter in model.routers.parameters():
         parameter.data.zero_()
     assert fill_scores(model, heldout) == 1.0
+
+
+def test_a_single_decision_has_no_spread_and_is_left_alone():
+    """One held-out image, two experts: its standard deviation is not a number, nor would its score be."""
+    recipe = dataclasses.replace(RECIPES["ride-own"], n_experts=2, image_size=16)
+    model = build_model(recipe, 3, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+    heldout = Images(torch.zeros(1, 16, 16, 3, dtype=torch.uint8), torch.tensor([0]))
+    assert fill_scores(model.eval(), heldout) == 1.0
+    assert np.isfinite(predict(model, heldout).router_scores).all()
