@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import onnx
 import onnxruntime
 
 from model_export.bundle import Accuracy, BundleError, GraphSpec, Parity, Precision, Rule, Variant
 from model_export.calibrate import rule_scores
+from model_export.half import rounding
 from model_export.openvino_core import openvino_core
 from model_export.precision import Graphs
 from training.evaluate import Predictions, accuracy_by_split, mean_logits, route
@@ -24,7 +26,8 @@ Graph = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
 
 def run_variant(directory: Path, variant: Variant | Graphs, images: np.ndarray, n_classes: int) -> Predictions:
     """
-    Every expert and router of a variant on every image, on the CPU: bf16 with OpenVINO, all others with onnxruntime.
+    Every expert and router of a variant on every image, on the CPU: bf16 with OpenVINO, all others with onnxruntime,
+    fp16 as a GPU rounds it.
 
     Args:
         images: (N, H, W, 3), uint8.
@@ -152,7 +155,8 @@ def _open(directory: Path, graph: GraphSpec, precision: Precision) -> Graph:
     """A graph as a function of its inputs by name, giving its outputs in their order."""
     file = directory / graph.file
     if precision != "bf16":
-        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        content = rounding(onnx.load(file)).SerializeToString() if precision == "fp16" else file
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
         return lambda inputs: cast(list[np.ndarray], session.run(None, inputs))
     compiled = openvino_core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
     names = [tensor.name for tensor in graph.outputs]

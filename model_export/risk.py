@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from model_export.bundle import SPLITS, Risk, Rule
+from model_export.bundle import SPLITS, BundleError, Risk, Rule
 from model_export.calibrate import by_rule
 from training.data.longtail import split_of
 from training.evaluate import Costs, Predictions, experts_share, mean_logits, mean_macs, route
@@ -47,8 +47,13 @@ def certify(
         variants: the same images as other precisions of the model see them, without labels; their loss counts against
             all experts of the checkpoint.
 
+    Raises:
+        BundleError: for a single image, which cannot both choose and test.
+
     Source: Learn then Test, Angelopoulos et al., arXiv:2110.01052, fixed-sequence testing.
     """
+    if len(predictions.labels) < 2:
+        raise BundleError("max_risk needs two held-out images or more, half of which choose and half test; there is 1")
     for_choosing, for_testing = halves(predictions.labels)
     scored, paid = by_rule(predictions, macs, rule)
     choosing, testing = (_part(scored, rows) for rows in (for_choosing, for_testing))

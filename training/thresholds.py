@@ -27,7 +27,7 @@ def fill_scores(model: Model, heldout: Images | StreamedImages) -> float:
     Their scores then fill [0, 1], and no decision crosses 0.5.
 
     Returns:
-        The temperature; 1 where all decisions are the same, or there is only one.
+        The temperature; 1 where all decisions are the same, or there is but one.
     """
     assert model.routers is not None
     pixels = heldout.even_sample(SPREAD_IMAGES).to(next(model.parameters()).device)

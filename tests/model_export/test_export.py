@@ -252,6 +252,18 @@ def test_a_precision_whose_range_the_network_leaves_is_left_out(image_folder, tm
     assert not list((tmp_path / "bundle").glob("*fp16*"))
 
 
+def test_numbers_that_leave_the_range_inside_a_graph_count_too(image_folder, tmp_path, capsys):
+    """A block's inner numbers are large and shrink again before its end: in fp32, the CPU's, nothing has changed."""
+    directory = make_run(image_folder, tmp_path / "run")
+    file = directory / "checkpoints" / "routers-0001" / "model.safetensors"
+    weights = load_file(file)
+    for name, factor in (("bn1.weight", 4e4), ("bn1.bias", 4e4), ("conv2.weight", 1 / 4e4)):
+        weights[f"net.experts.2.layers.1.0.{name}"] *= factor
+    save_file(weights, file)
+    assert main([str(directory), "-o", str(tmp_path / "bundle"), "--variants", "fp16"]) == 0
+    assert re.search(r"variant fp16 is left out: NaN or infinity for \d+ of \d+ held-out", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("wish", "message"),
     [

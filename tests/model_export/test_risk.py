@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from model_export.bundle import BundleError
 from model_export.calibrate import RULES, rule_scores
 from model_export.risk import certify, halves, upper_bound
 from training.evaluate import Costs, Predictions, mean_logits, route
@@ -231,3 +232,10 @@ def test_thresholds_safer_than_the_frontier_s_are_tried_too():
 
     assert used == sorted(used, reverse=True)
     assert 2 > used[1] > used[2] > used[3] > 1
+
+
+def test_one_image_cannot_both_choose_and_test(predictions):
+    """With two, each does one of them."""
+    with pytest.raises(BundleError, match=r"max_risk needs two held-out images or more, .* there is 1"):
+        certify(predictions(seed=3, n_images=1), COUNTS, MACS, "router", 1.0, 0.95)
+    assert certify(predictions(seed=3, n_images=2), COUNTS, MACS, "router", 1.0, 0.95)[1].images == 1

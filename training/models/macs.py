@@ -18,7 +18,7 @@ def count_macs(module: nn.Module, *inputs: Tensor) -> int:
     and 4.11 G of ResNet-50.
 
     Args:
-        inputs: of a batch of one; on the meta device, with the module there too, nothing is computed.
+        inputs: of a batch of one.
 
     Source: fvcore's total in evaluation mode; thop of 2020 counts the same.
     """
