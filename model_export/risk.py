@@ -32,8 +32,8 @@ def certify(
     """
     The cheapest thresholds that lose, with `confidence`, at most `max_risk` percentage points against all experts.
 
-    That holds for the checkpoint and for each of `variants` which passes with all of its experts; the others do not
-    count, and have a bound above `max_risk`.
+    That holds for the checkpoint, and for each of `variants` by itself which passes with all of its experts; the others
+    do not count, and have a bound above `max_risk`.
 
     One half of the held-out images makes a sequence of thresholds from the safest (all experts, where nothing can be
     lost) to the cheapest; the other half, which had no part in that, tests them in this order and stops at the first
