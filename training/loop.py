@@ -131,7 +131,8 @@ def run_stage(
         means = {name: float(value) / len(order) for name, value in sums.items()}
         seconds = time.perf_counter() - began
         if not np.isfinite(means["loss"]):
-            raise DivergedError(f"{stage.name}, epoch {epoch + 1}: the loss is {means['loss']}; lower lr ({recipe.lr})")
+            rate = f"{stage.lr_field} ({getattr(recipe, stage.lr_field)})"
+            raise DivergedError(f"{stage.name}, epoch {epoch + 1}: the loss is {means['loss']}; lower {rate}")
         line: dict[str, Any] = {"stage": stage.name, "epoch": epoch + 1, "lr": stage.lr(epoch), **means}
         line |= {"seconds": round(seconds, 3), "images_per_second": round(len(order) / seconds, 1)}
         if (epoch + 1) % recipe.evaluate_every == 0 and epoch + 1 < stage.epochs:

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from training.data.sets import Images
-from training.loop import Log, run_stage
+from training.loop import DivergedError, Log, run_stage
 from training.methods.method import Model, Stage
 from training.models.multi_expert import Outputs
 from training.recipe import Recipe
+from training.train import METHODS
 
 RATES = (0.1, 0.3, 0.02)  # of three epochs of two steps
 MOMENTUM, DECAY, AVERAGE = 0.8, 0.1, 0.5
@@ -57,3 +58,28 @@ def test_rates_momentum_decay_and_average_are_the_stages(nesterov, averaged, tmp
     log.close()
 
     assert model.net.weight.detach().numpy()[0] == pytest.approx(by_hand(nesterov)[averaged], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["crt", "lfme", "oltr", "ride"])
+def test_a_loss_that_is_no_number_names_the_rate_of_its_stage(name, tmp_path):
+    """The experts' lr has no say in a stage with a rate of its own."""
+    rates = {"crt": "retrain_lr", "lfme": "lfme_lr", "oltr": "oltr_lr", "ride": "router_lr"}
+    n_experts = 2 if name == "ride" else 1
+    recipe = dataclasses.replace(
+        RECIPE, method="single" if name == "crt" else name, classifier="linear", n_experts=n_experts, image_size=8,
+        backbone="resnet20_cifar", retrain_epochs=name == "crt", deferred_from=None, **{rates[name]: 0.25},
+    )  # fmt: skip
+    model, stages = METHODS[recipe.method](recipe, [200, 50, 10], (0.5,) * 3, (0.2,) * 3)
+    own = stages[0 if name == "lfme" else -1]
+
+    def step(network, images, labels, *_):
+        loss = next(own.part.parameters()).sum() * float("nan")
+        return Outputs(torch.zeros(1, len(labels), 3), torch.zeros(1, len(labels), 1)), {"loss": loss}
+
+    images = Images(torch.zeros(4, 8, 8, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.long))
+    own = dataclasses.replace(own, step=step, sampler=lambda labels, _: torch.arange(len(labels)))
+    with pytest.raises(DivergedError, match=rf"{own.name}, epoch 1: the loss is nan; lower {rates[name]} \(0.25\)"):
+        run_stage(
+            model, own, images, images, recipe, start=None, run=tmp_path, log=Log(tmp_path / "metrics.jsonl", None),
+            info={}, evaluate=lambda _: {},
+        )  # fmt: skip
