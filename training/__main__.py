@@ -28,6 +28,7 @@ SMOKE = {
     "m2m_from": "0.5",
     "cycles": "1",
 }
+SMOKE_OF_ALL_SPLITS = {"n_max": "120"}  # of lfme, which has a teacher for classes of more than 100 images
 BIAS_VARIANCE_RECIPES = ["ce-cifar100", "crt-cifar100", "tau-norm-cifar100", "ldam-drw-cifar100", "ride-cifar100"]
 
 
@@ -185,7 +186,8 @@ def _recipe(name: str, options: argparse.Namespace) -> Recipe:
             "lfme_epochs": recipe.method != "lfme", "m2m_from": recipe.method != "m2m",
             "cycles": recipe.cycles == 1,
         } | dict.fromkeys(settings, True)  # fmt: skip
-        recipe = recipe.override({key: text for key, text in SMOKE.items() if not without.get(key, False)})
+        small = SMOKE | (SMOKE_OF_ALL_SPLITS if recipe.method == "lfme" else {})
+        recipe = recipe.override({key: text for key, text in small.items() if not without.get(key, False)})
     return recipe
 
 
