@@ -37,19 +37,27 @@ def main(arguments: list[str] | None = None) -> int:
     Run a command, or the training of a recipe.
 
     Returns:
-        The exit status: 0; 1 where some of several runs failed; 2 after a message for the caller's mistakes.
+        The exit status: 0; 1 where some of several runs failed; 2 after a message for the caller's mistakes, or where a
+        file cannot be read or written; 130 after Ctrl-C.
     """
     given = sys.argv[1:] if arguments is None else arguments
-    if given and given[0] in COMMANDS:
-        command = COMMANDS[given[0]]
-        return command.run(command.parser().parse_args(given[1:]))
-    return _train(_parser().parse_args(given))
+    try:
+        if given and given[0] in COMMANDS:
+            command = COMMANDS[given[0]]
+            return command.run(command.parser().parse_args(given[1:]))
+        return _train(_parser().parse_args(given))
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error)
+    except KeyboardInterrupt:
+        print("ride-train: interrupted", file=sys.stderr)
+        return 130
 
 
 def _train(options: argparse.Namespace) -> int:
     try:
         recipe = _recipe(options.recipe, options)
         from training.checkpoint import CheckpointError
+        from training.claim import ClaimedError
         from training.data.sets import DataError
         from training.distributed import LostProcessError
         from training.loop import DivergedError
@@ -64,7 +72,7 @@ def _train(options: argparse.Namespace) -> int:
         results = train(recipe, run)
     except LostProcessError as error:
         return _fail(error)
-    except (CheckpointError, DataError, DivergedError, RecipeError) as error:
+    except (CheckpointError, ClaimedError, DataError, DivergedError, RecipeError) as error:
         return _fail(error) if first else 2
     if not first:
         return 0
@@ -79,13 +87,14 @@ def _sweep(options: argparse.Namespace) -> int:
         seeds = _whole_numbers("--seeds", options.seeds)
         if not recipes and not options.also:
             raise RecipeError("sweep: name recipes to train, or finished runs with --also")
+        from training.claim import ClaimedError
         from training.runs import RunsError
         from training.sweep import sweep
     except RecipeError as error:
         return _fail(error)
     try:
         text, failures = sweep(recipes, seeds, options.out, _settings_record(options), options.also)
-    except RunsError as error:
+    except (ClaimedError, RunsError) as error:
         return _fail(error)
     print(text)
     return _report_failures(failures, options.out)
@@ -95,6 +104,7 @@ def _bias_variance(options: argparse.Namespace) -> int:
     try:
         recipes = [_recipe(name, options) for name in dict.fromkeys(options.recipes)]
         from training.bias_variance import DRAWS, N_MAX, SMOKE_DRAWS, SMOKE_N_MAX, bias_variance
+        from training.claim import ClaimedError
         from training.runs import RunsError
     except RecipeError as error:
         return _fail(error)
@@ -109,7 +119,7 @@ def _bias_variance(options: argparse.Namespace) -> int:
             n_max=n_max,
             splits_n_max=options.split_n_max,
         )
-    except (RecipeError, RunsError) as error:
+    except (ClaimedError, RecipeError, RunsError) as error:
         return _fail(error)
     print(text)
     return _report_failures(failures, options.out)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from training.checkpoint import Checkpoint, CheckpointError, checkpoints_of, current_commit, write_atomically
+from training.claim import claimed
 from training.data.sets import Data, channel_statistics, load_data
 from training.distributed import from_first, joined, rank, world_size
 from training.evaluate import macs_of, predict, summarise
@@ -41,16 +43,17 @@ def train(recipe: Recipe, run: Path) -> dict[str, Any]:
 
     Raises:
         DataError: for images that are missing, unreadable or too few.
+        ClaimedError: where another process trains in `run`.
         CheckpointError: where `run` holds another recipe's checkpoints, or `recipe.first_stage` does not fit.
         DivergedError: when the loss is not finite.
         LostProcessError: where torchrun started several processes, and another one ended.
         RecipeError: for a precision that the device has not, or a method that several processes cannot share.
     """
-    with joined() as device:
-        return _train(recipe, run, device)
+    with joined() as device, ExitStack() as held:
+        return _train(recipe, run, device, held)
 
 
-def _train(recipe: Recipe, run: Path, device: torch.device) -> dict[str, Any]:
+def _train(recipe: Recipe, run: Path, device: torch.device, held: ExitStack) -> dict[str, Any]:
     autocast_dtype(recipe, device)  # refuses before anything is read
     if recipe.method in ONE_PROCESS and world_size() > 1:
         raise RecipeError(f"method={recipe.method!r}: trains in one process, there are {world_size()}")
@@ -91,7 +94,11 @@ def _train(recipe: Recipe, run: Path, device: torch.device) -> dict[str, Any]:
 
         return from_first(summary)
 
-    run.mkdir(parents=True, exist_ok=True)
+    def claim() -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        held.enter_context(claimed(run))
+
+    from_first(claim)
     log = Log.open(run, {name: checkpoint.epochs_done for name, checkpoint in done.items()})
     try:
         for stage in stages:

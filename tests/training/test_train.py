@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from training.__main__ import main
 from training.checkpoint import CheckpointError, checkpoints_of, save_checkpoint
@@ -164,6 +165,41 @@ def test_mistakes_on_the_command_line_are_explained(arguments, message, tmp_path
     """One line on standard error and exit status 2; no stack trace."""
     assert main([*arguments, "--out", str(tmp_path / "run")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_directory_that_cannot_be_written_is_told_in_a_line(tiny_arguments, tmp_path, capsys):
+    """Which it is, and why; no stack trace."""
+    file = tmp_path / "file"
+    file.touch()
+    assert main([*tiny_arguments, "--out", str(file / "run")]) == 2
+    assert f"ride-train: {file / 'run'}: Not a directory\n" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tiny_arguments, monkeypatch, tmp_path, capsys):
+    """And the reason in a line."""
+    saved = []
+
+    def full(tensors, file):
+        if len(saved) == 2:
+            raise SafetensorError("No space left on device")
+        saved.append(file)
+        save_file(tensors, file)
+
+    monkeypatch.setattr("training.checkpoint.save_file", full)
+    assert main([*tiny_arguments, "--out", str(tmp_path)]) == 2
+    assert "experts-0002.partial/model.safetensors: cannot be written (No space" in capsys.readouterr().err
+    assert checkpoints_of(tmp_path)["experts"].epochs_done == 1
+
+
+def test_ctrl_c_leaves_no_stack_trace(monkeypatch, tmp_path, capsys):
+    """One line, and the exit status that shells give it."""
+
+    def interrupted(recipe, run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.train.train", interrupted)
+    assert main(["ce-cifar100", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "ride-train: interrupted\n"
 
 
 def test_unfinished_or_damaged_runs_are_refused_by_name(finished_run, tmp_path):
