@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from training.average import WeightAverage
-from training.checkpoint import Checkpoint, save_checkpoint
+from training.checkpoint import Checkpoint, save_checkpoint, write_atomically
 from training.data.samplers import batch_sizes
 from training.data.sets import AnyImages
 from training.data.streamed import StreamedImages
@@ -53,7 +53,7 @@ class Log:
             return cls(file, None)
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         kept = [line for line in lines if _is_done(line, done)]
-        file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_atomically(file, "".join(line + "\n" for line in kept))
         return cls(file, SummaryWriter(run / "tensorboard"))
 
     def write(self, values: dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """A stage's steps against the same arithmetic, written out."""
 
 import dataclasses
+import json
+import resource
 
 import numpy as np
 import pytest
@@ -58,6 +60,24 @@ def test_rates_momentum_decay_and_average_are_the_stages(nesterov, averaged, tmp
     log.close()
 
     assert model.net.weight.detach().numpy()[0] == pytest.approx(by_hand(nesterov)[averaged], rel=1e-5)
+
+
+def test_a_full_disk_costs_no_line_of_the_log(tmp_path):
+    """A resumed run drops lines of epochs that no checkpoint has; it keeps all where it cannot write the others."""
+    file = tmp_path / "metrics.jsonl"
+    lines = "".join(json.dumps({"stage": "experts", "epoch": epoch}) + "\n" for epoch in (1, 2, 3))
+    file.write_text(lines, encoding="utf-8")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            Log.open(tmp_path, {"experts": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_text(encoding="utf-8") == lines
+
+    Log.open(tmp_path, {"experts": 2}).close()
+    assert file.read_text(encoding="utf-8").splitlines() == lines.splitlines()[:2]
 
 
 @pytest.mark.parametrize("name", ["crt", "lfme", "oltr", "ride"])
