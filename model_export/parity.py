@@ -13,7 +13,7 @@ from model_export.bundle import Accuracy, BundleError, GraphSpec, Parity, Precis
 from model_export.calibrate import rule_scores
 from model_export.openvino_core import openvino_core
 from model_export.precision import Graphs
-from training.evaluate import Predictions, accuracy_by_split, mean_logits, route
+from training.evaluate import Predictions, accuracy_by_split, count_unusable, mean_logits, route
 
 MAX_LOGIT_DIFFERENCE = 1e-3
 MAX_RELATIVE_DIFFERENCE = 1e-5  # of the largest logit; fp32 rounds what is above 16,384 by more than 1e-3
@@ -112,13 +112,6 @@ def tolerance(checkpoint: Predictions) -> float:
     Those of linear classifiers grow to hundreds of thousands where the statistics of batch norms are of a few steps.
     """
     return max(MAX_LOGIT_DIFFERENCE, MAX_RELATIVE_DIFFERENCE * float(np.abs(checkpoint.expert_logits).max()))
-
-
-def count_unusable(predictions: Predictions) -> int:
-    """Images for which a logit or a score is NaN or infinite."""
-    usable = np.isfinite(predictions.expert_logits).all(axis=(0, 2))
-    usable &= np.isfinite(predictions.router_scores).all(axis=0)
-    return int((~usable).sum())
 
 
 def _parted_by_a_hair(scores: np.ndarray, others: np.ndarray, thresholds: tuple[float, ...]) -> np.ndarray:

@@ -17,9 +17,9 @@ from training.checkpoint import Checkpoint, CheckpointError, checkpoints_of, cur
 from training.claim import claimed
 from training.data.sets import Data, channel_statistics, load_data
 from training.distributed import from_first, joined, rank, world_size
-from training.evaluate import macs_of, predict, summarise
+from training.evaluate import count_unusable, macs_of, predict, summarise
 from training.first_stage import take_over
-from training.loop import Log, autocast_dtype, fit_stage, run_stage
+from training.loop import DivergedError, Log, autocast_dtype, fit_stage, rates_of, run_stage
 from training.methods import ace, bbn, lfme, m2m, oltr, ride, sade, shike, single
 from training.methods.method import FitStage, Method, Model, Stage
 from training.methods.teacher import refuse_other_teachers
@@ -45,7 +45,7 @@ def train(recipe: Recipe, run: Path) -> dict[str, Any]:
         DataError: for images that are missing, unreadable or too few.
         ClaimedError: where another process trains in `run`.
         CheckpointError: where `run` holds another recipe's checkpoints, or `recipe.first_stage` does not fit.
-        DivergedError: when the loss is not finite.
+        DivergedError: when the loss, or a logit of a test image, is not finite.
         LostProcessError: where torchrun started several processes, and another one ended.
         RecipeError: for a precision that the device has not, or a method that several processes cannot share.
     """
@@ -83,14 +83,20 @@ def _train(recipe: Recipe, run: Path, device: torch.device, held: ExitStack) -> 
     if recipe.pretrained is not None:
         info["pretrained"] = start_from(model.net, recipe, data.digest)
 
-    def evaluate(current: Model, stage: str, per_class: bool = False) -> dict[str, Any]:
-        if stage != "routers":  # not trained yet, or never
+    def evaluate(current: Model, stage: Stage | FitStage, per_class: bool = False) -> dict[str, Any]:
+        if stage.name != "routers":  # not trained yet, or never
             current = Model(current.net, None)
 
         def summary() -> dict[str, Any]:
             thresholds = [PUBLISHED_THRESHOLD] * (recipe.n_experts - 1)
             macs = macs_of(current, recipe.image_size)
-            return summarise(predict(current, test), data.counts, macs, thresholds, per_class)
+            predictions = predict(current, test)
+            if unusable := count_unusable(predictions):
+                raise DivergedError(
+                    f"{stage.name}: NaN or infinity for {unusable} of {len(test)} test images; "
+                    f"lower {rates_of(stage, recipe)}"
+                )
+            return summarise(predictions, data.counts, macs, thresholds, per_class)
 
         return from_first(summary)
 
@@ -115,11 +121,11 @@ def _train(recipe: Recipe, run: Path, device: torch.device, held: ExitStack) -> 
             else:
                 run_stage(
                     model, stage, images, heldout, recipe,
-                    start=start, run=run, log=log, info=info, evaluate=partial(evaluate, stage=stage.name),
+                    start=start, run=run, log=log, info=info, evaluate=partial(evaluate, stage=stage),
                 )  # fmt: skip
     finally:
         log.close()
-    results = evaluate(model, stages[-1].name, per_class=True)
+    results = evaluate(model, stages[-1], per_class=True)
     if rank() == 0:
         text = json.dumps(results | {"data": _describe(data)} | info, indent=1)
         write_atomically(run / "results.json", text + "\n")

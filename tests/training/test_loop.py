@@ -98,7 +98,8 @@ def test_a_loss_that_is_no_number_names_the_rate_of_its_stage(name, tmp_path):
 
     images = Images(torch.zeros(4, 8, 8, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.long))
     own = dataclasses.replace(own, step=step, sampler=lambda labels, _: torch.arange(len(labels)))
-    with pytest.raises(DivergedError, match=rf"{own.name}, epoch 1: the loss is nan; lower {rates[name]} \(0.25\)"):
+    message = rf"{own.name}, epoch 1: the loss is nan; lower {rates[name]} \(0.25\) or lr \(0.1\)"
+    with pytest.raises(DivergedError, match=message):
         run_stage(
             model, own, images, images, recipe, start=None, run=tmp_path, log=Log(tmp_path / "metrics.jsonl", None),
             info={}, evaluate=lambda _: {},

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from training.__main__ import main
 from training.checkpoint import CheckpointError, checkpoints_of, save_checkpoint
+from training.evaluate import predict
 from training.recipes import RECIPES
 from training.train import trained_model
 
@@ -189,6 +190,20 @@ def test_a_full_disk_leaves_the_last_checkpoint(tiny_arguments, monkeypatch, tmp
     assert main([*tiny_arguments, "--out", str(tmp_path)]) == 2
     assert "experts-0002.partial/model.safetensors: cannot be written (No space" in capsys.readouterr().err
     assert checkpoints_of(tmp_path)["experts"].epochs_done == 1
+
+
+def test_a_network_that_has_no_numbers_for_test_images_is_told(tiny_arguments, monkeypatch, tmp_path, capsys):
+    """Its last step may have been one too far, which no loss says any more."""
+
+    def damaged(model, images):
+        predictions = predict(model, images)
+        predictions.expert_logits[0, 3] = float("nan")
+        return predictions
+
+    monkeypatch.setattr("training.train.predict", damaged)
+    assert main([*tiny_arguments, "--set", "evaluate_every=100", "--out", str(tmp_path)]) == 2
+    message = "ride-train: routers: NaN or infinity for 1 of 16 test images; lower router_lr (0.01) or lr (0.1)\n"
+    assert message in capsys.readouterr().err
 
 
 def test_ctrl_c_leaves_no_stack_trace(monkeypatch, tmp_path, capsys):
