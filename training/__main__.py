@@ -186,7 +186,7 @@ def _recipe(name: str, options: argparse.Namespace) -> Recipe:
         raise RecipeError(f"{name}: no such recipe; there are {', '.join(RECIPES)}")
     settings = parse_settings(options.set)
     recipe = RECIPES[name]
-    if options.data:
+    if options.data is not None:
         recipe = dataclasses.replace(recipe, data=options.data)
     recipe = recipe.override(settings)
     if options.smoke:

@@ -157,6 +157,7 @@ def test_checkpoints_are_ordered_by_their_epochs(tmp_path):
     [
         (["magic"], "magic: no such recipe; there are ride-cifar100"),
         (["ride-own"], "no data named; give --data"),
+        (["ride-cifar100", "--data", ""], "no data named; give --data"),
         (["ride-own", "--data", "/nowhere/at/all"], "/nowhere/at/all: no such directory"),
         (["ride-cifar100", "--set", "epochs"], "--set epochs: must be field=value"),
         (["ride-cifar100", "--set", "depth=3"], "depth: no such recipe field; valid are"),
