@@ -15,7 +15,12 @@ COMPARED_COSTS = (0.6, 0.75, 0.9)  # of all experts, at which the rules are comp
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 after a message for the caller's mistakes."""
+    """
+    Run the command.
+
+    Returns:
+        The exit status: 0; 2 after a message for the caller's mistakes; 130 after Ctrl-C.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.risk_confidence is not None and options.max_risk is None:
@@ -49,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"ride-export: {error.filename or options.output}: {error.strerror or error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("ride-export: interrupted", file=sys.stderr)
+        return 130
     print(table(manifest))
     print(f"next: ride-serve --bundle {options.output}")
     return 0

@@ -34,14 +34,14 @@ from model_export.bundle import (
     write_manifest,
 )
 from model_export.calibrate import by_rule, calibrate, choose
-from model_export.parity import compare, count_unusable, require, run_variant
+from model_export.parity import compare, require, run_variant, tolerance
 from model_export.precision import Graphs, write_graphs
 from model_export.risk import certify
 from training.checkpoint import Checkpoint, CheckpointError
 from training.data.images import INTERPOLATION
 from training.data.longtail import FEW_BELOW, MANY_ABOVE
 from training.data.sets import Data, load_data
-from training.evaluate import Costs, Predictions, macs_of, predict, summarise
+from training.evaluate import Costs, Predictions, count_unusable, macs_of, predict, summarise
 from training.methods.method import Model
 from training.recipe import Recipe, RecipeError
 from training.thresholds import fill_scores
@@ -158,7 +158,7 @@ def _write(
     for precision, graphs in written.items():
         parity = compare(heldout, found[precision], rule, thresholds, checkpoint.class_counts, precision)
         if precision == "fp32":
-            require(parity, "fp32")
+            require(parity, "fp32", tolerance(heldout))
         variants[precision] = Variant(precision, graphs.trunk, graphs.experts, graphs.routers, parity)
     manifest = Manifest(
         name=name or recipe.name, version=version,

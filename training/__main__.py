@@ -28,6 +28,7 @@ SMOKE = {
     "m2m_from": "0.5",
     "cycles": "1",
 }
+SMOKE_OF_ALL_SPLITS = {"n_max": "120"}  # of lfme, which has a teacher for classes of more than 100 images
 BIAS_VARIANCE_RECIPES = ["ce-cifar100", "crt-cifar100", "tau-norm-cifar100", "ldam-drw-cifar100", "ride-cifar100"]
 
 
@@ -36,7 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     Run a command, or the training of a recipe.
 
     Returns:
-        The exit status: 0; 1 where some of several runs failed; 2 after a message for the caller's mistakes.
+        The exit status: 0; 1 where some of several runs failed; 2 after a message for the caller's mistakes, or where a
+        file cannot be read or written; 130 after Ctrl-C.
     """
     given = sys.argv[1:] if arguments is None else arguments
     try:
@@ -44,16 +46,18 @@ def main(arguments: list[str] | None = None) -> int:
             command = COMMANDS[given[0]]
             return command.run(command.parser().parse_args(given[1:]))
         return _train(_parser().parse_args(given))
-    except OSError as error:  # such as a directory that cannot be written
-        if error.filename is None:
-            raise
-        return _fail(f"{error.filename}: {error.strerror}")
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error)
+    except KeyboardInterrupt:
+        print("ride-train: interrupted", file=sys.stderr)
+        return 130
 
 
 def _train(options: argparse.Namespace) -> int:
     try:
         recipe = _recipe(options.recipe, options)
         from training.checkpoint import CheckpointError
+        from training.claim import ClaimedError
         from training.data.sets import DataError
         from training.distributed import LostProcessError
         from training.loop import DivergedError
@@ -68,7 +72,7 @@ def _train(options: argparse.Namespace) -> int:
         results = train(recipe, run)
     except LostProcessError as error:
         return _fail(error)
-    except (CheckpointError, DataError, DivergedError, RecipeError) as error:
+    except (CheckpointError, ClaimedError, DataError, DivergedError, RecipeError) as error:
         return _fail(error) if first else 2
     if not first:
         return 0
@@ -83,13 +87,14 @@ def _sweep(options: argparse.Namespace) -> int:
         seeds = _whole_numbers("--seeds", options.seeds)
         if not recipes and not options.also:
             raise RecipeError("sweep: name recipes to train, or finished runs with --also")
+        from training.claim import ClaimedError
         from training.runs import RunsError
         from training.sweep import sweep
     except RecipeError as error:
         return _fail(error)
     try:
         text, failures = sweep(recipes, seeds, options.out, _settings_record(options), options.also)
-    except RunsError as error:
+    except (ClaimedError, RunsError) as error:
         return _fail(error)
     print(text)
     return _report_failures(failures, options.out)
@@ -99,6 +104,7 @@ def _bias_variance(options: argparse.Namespace) -> int:
     try:
         recipes = [_recipe(name, options) for name in dict.fromkeys(options.recipes)]
         from training.bias_variance import DRAWS, N_MAX, SMOKE_DRAWS, SMOKE_N_MAX, bias_variance
+        from training.claim import ClaimedError
         from training.runs import RunsError
     except RecipeError as error:
         return _fail(error)
@@ -113,7 +119,7 @@ def _bias_variance(options: argparse.Namespace) -> int:
             n_max=n_max,
             splits_n_max=options.split_n_max,
         )
-    except (RecipeError, RunsError) as error:
+    except (ClaimedError, RecipeError, RunsError) as error:
         return _fail(error)
     print(text)
     return _report_failures(failures, options.out)
@@ -180,7 +186,7 @@ def _recipe(name: str, options: argparse.Namespace) -> Recipe:
         raise RecipeError(f"{name}: no such recipe; there are {', '.join(RECIPES)}")
     settings = parse_settings(options.set)
     recipe = RECIPES[name]
-    if options.data:
+    if options.data is not None:
         recipe = dataclasses.replace(recipe, data=options.data)
     recipe = recipe.override(settings)
     if options.smoke:
@@ -190,7 +196,8 @@ def _recipe(name: str, options: argparse.Namespace) -> Recipe:
             "lfme_epochs": recipe.method != "lfme", "m2m_from": recipe.method != "m2m",
             "cycles": recipe.cycles == 1,
         } | dict.fromkeys(settings, True)  # fmt: skip
-        recipe = recipe.override({key: text for key, text in SMOKE.items() if not without.get(key, False)})
+        small = SMOKE | (SMOKE_OF_ALL_SPLITS if recipe.method == "lfme" else {})
+        recipe = recipe.override({key: text for key, text in small.items() if not without.get(key, False)})
     return recipe
 
 

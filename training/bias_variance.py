@@ -227,7 +227,7 @@ def bias_variance(
 
     Raises:
         RecipeError: for recipes on different data, or without a random subset.
-        RunsError: before anything is trained.
+        ClaimedError, RunsError: before anything is trained.
     """
     first = recipes[0]
     for recipe in recipes:

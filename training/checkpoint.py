@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -120,6 +121,9 @@ def save_checkpoint(
         info: at least `recipe` (as Recipe.to_dict), `classes`, `class_counts`, `mean`, `std`, `metrics` and `commit`;
             `decoding`, `state` and `images_digest`, to resume; anything else is for people.
         averaged: its averaged weights, where there are any: those that are evaluated and exported.
+
+    Raises:
+        OSError: where a file cannot be written.
     """
     directory = run / "checkpoints" / f"{stage}-{epochs_done:04d}"
     partial = directory.with_name(directory.name + ".partial")
@@ -140,8 +144,8 @@ def save_checkpoint(
                 name: tensor.clone(memory_format=torch.contiguous_format)
                 for name, tensor in weights.state_dict().items()
             }
-            save_file(tensors, partial / f"{file_name}.safetensors")
-    save_file(state, partial / "optimiser.safetensors")
+            _save(tensors, partial / f"{file_name}.safetensors")
+    _save(state, partial / "optimiser.safetensors")
     text = json.dumps({"format": FORMAT, "stage": stage, "epochs_done": epochs_done, **info}, indent=1)
     (partial / "checkpoint.json").write_text(text + "\n", encoding="utf-8")
     for file in (*partial.iterdir(), partial):
@@ -213,6 +217,13 @@ def _epochs_of(directory: Path) -> int:
 def _three(values: list[float]) -> tuple[float, float, float]:
     red, green, blue = values
     return red, green, blue
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    try:
+        save_file(tensors, file)
+    except SafetensorError as error:
+        raise OSError(f"{file}: cannot be written ({error})") from error
 
 
 def _load(file: Path) -> dict[str, Tensor]:

@@ -129,6 +129,13 @@ def rows_by_split(labels: np.ndarray, class_counts: Sequence[int]) -> dict[str, 
     return {"all": np.ones(len(labels), bool)} | {name: split == name for name in SPLITS}
 
 
+def count_unusable(predictions: Predictions) -> int:
+    """Images for which a logit or a score is NaN or infinite."""
+    usable = np.isfinite(predictions.expert_logits).all(axis=(0, 2))
+    usable &= np.isfinite(predictions.router_scores).all(axis=0)
+    return int((~usable).sum())
+
+
 def calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
     """
     Expected calibration error in percent: 15 equal bins of the highest probability, |accuracy − confidence| by share.

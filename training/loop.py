@@ -31,7 +31,7 @@ from training.recipe import Recipe, RecipeError
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer a finite number."""
+    """The loss, or what the network says of test images, is no longer a finite number."""
 
 
 @dataclass
@@ -131,7 +131,8 @@ def run_stage(
         means = {name: float(value) / len(order) for name, value in sums.items()}
         seconds = time.perf_counter() - began
         if not np.isfinite(means["loss"]):
-            raise DivergedError(f"{stage.name}, epoch {epoch + 1}: the loss is {means['loss']}; lower lr ({recipe.lr})")
+            what = f"{stage.name}, epoch {epoch + 1}: the loss is {means['loss']}"
+            raise DivergedError(f"{what}; lower {rates_of(stage, recipe)}")
         line: dict[str, Any] = {"stage": stage.name, "epoch": epoch + 1, "lr": stage.lr(epoch), **means}
         line |= {"seconds": round(seconds, 3), "images_per_second": round(len(order) / seconds, 1)}
         if (epoch + 1) % recipe.evaluate_every == 0 and epoch + 1 < stage.epochs:
@@ -148,6 +149,12 @@ def run_stage(
     progress.close()
     if average is not None:
         model.load_state_dict(average.model.state_dict())
+
+
+def rates_of(stage: Stage | FitStage, recipe: Recipe) -> str:
+    """The learning rates to which a stage that diverged may owe it: its own, and that of the stage before."""
+    fields = dict.fromkeys((stage.lr_field, "lr") if isinstance(stage, Stage) else ("lr",))
+    return " or ".join(f"{field} ({getattr(recipe, field)})" for field in fields)
 
 
 def judged_in(model: Model, stage: Stage, average: WeightAverage | None) -> Model:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
 )  # fmt: skip
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
+LINE_STYLES = ("-", "--", ":")  # of lines without markers
 MARKERS = "osD^vPX<>hpd"  # not the star, which says "routed"
 SPLIT_STYLE = {"all": (BLACK, "o"), "many": (BLUE, "s"), "medium": (GREEN, "^"), "few": (VERMILION, "D")}
 DPI = 120
 LABEL_WIDTH = 34
+LINE = 0.17  # inches
 LEAST_LABELLED = 5  # percent; a narrower piece has no room for its number
 
 Points = Sequence[tuple[float, float]]
@@ -41,26 +43,30 @@ def plot_accuracy(
         measured: method to split to (mean, sample standard deviation over seeds), percent.
         published: method to split to percent; hollow markers.
     """
-    figure = Figure(figsize=(8.5, 1.6 + 0.55 * len(measured)), layout="constrained")
+    names = [_wrapped(name) for name in measured]
+    row_height = max(0.55, *(LINE * (name.count("\n") + 2) for name in names))
+    figure = Figure(figsize=(8.5, 1.6 + row_height * len(measured)), layout="constrained")
     axes = figure.subplots()
     offsets = dict(zip(SPLIT_STYLE, (-0.27, -0.09, 0.09, 0.27), strict=True))
+    shown = {}
     for row, (name, splits) in enumerate(measured.items()):
         for split, (mean, deviation) in splits.items():
             colour, marker = SPLIT_STYLE[split]
-            axes.errorbar(mean, row + offsets[split], xerr=deviation, color=colour, marker=marker, markersize=6,
-                          capsize=3, linestyle="none", label=split if row == 0 else None)  # fmt: skip
+            shown[split] = axes.errorbar(mean, row + offsets[split], xerr=deviation, color=colour, marker=marker,
+                                         markersize=6, capsize=3, linestyle="none")  # fmt: skip
         for split, value in published.get(name, {}).items():
             colour, marker = SPLIT_STYLE[split]
             axes.plot(value, row + offsets[split], color=colour, marker=marker, markersize=9, fillstyle="none",
                       linestyle="none", zorder=1)  # fmt: skip
-    axes.set_yticks(range(len(measured)), [_wrapped(name) for name in measured])
+    axes.set_yticks(range(len(measured)), names)
     axes.set_ylim(len(measured) - 0.5, -0.5)
     for row in range(len(measured) - 1):
         axes.axhline(row + 0.5, color="0.9", linewidth=0.8)
     axes.set_xlabel("accuracy on test images, % (mean of per-class accuracies)")
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
-    handles, labels = axes.get_legend_handles_labels()
+    labels = [split for split in SPLIT_STYLE if split in shown]
+    handles: list[Any] = [shown[split] for split in labels]
     if published:
         handles.append(axes.plot([], [], "o", color="0.4", fillstyle="none", markersize=9)[0])
         labels.append("published")
@@ -82,7 +88,8 @@ def plot_cost(
         routed: method to the same with routers: filled stars.
         published: method to the same as its paper has it: hollow markers.
     """
-    figure = Figure(figsize=(8.5, 5 + 0.25 * (len(prefixes) // 2)), layout="constrained")
+    height = 5 + 0.25 * (len(prefixes) // 2) + LINE * _more_lines(prefixes)
+    figure = Figure(figsize=(8.5, height), layout="constrained")
     axes = figure.subplots()
     for index, (name, points) in enumerate(prefixes.items()):
         colour, marker = style(index)
@@ -112,7 +119,7 @@ def plot_experts(used: Mapping[str, Points], file: Path) -> None:
     Args:
         used: method to (training images of the class, mean experts that its test images use).
     """
-    figure = Figure(figsize=(8.5, 5), layout="constrained")
+    figure = Figure(figsize=(8.5, 5 + LINE * _more_lines(used)), layout="constrained")
     axes = figure.subplots()
     for index, (name, points) in enumerate(used.items()):
         colour, marker = style(index)
@@ -121,7 +128,8 @@ def plot_experts(used: Mapping[str, Points], file: Path) -> None:
         smooth = smoothed(ordered[:, 1], _window(len(ordered)))
         counts, first = np.unique(ordered[:, 0], return_index=True)
         means = np.add.reduceat(smooth, first) / np.diff([*first, len(smooth)])  # one for classes of the same size
-        axes.plot(counts, means, color=colour, linewidth=2, label=_wrapped(name))
+        dashes = LINE_STYLES[index // len(COLOURS) % len(LINE_STYLES)]
+        axes.plot(counts, means, color=colour, linestyle=dashes, linewidth=2, label=_wrapped(name))
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(LogFormatter(minor_thresholds=(3, 1)))
     axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(3, 1)))
@@ -233,6 +241,13 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
 def _window(count: int) -> int:
     """About a tenth of `count`, odd."""
     return max(count // 10, 1) | 1
+
+
+def _more_lines(names: Iterable[str]) -> int:
+    """By how many lines wrapped names make a legend of two columns longer."""
+    more = [_wrapped(name).count("\n") for name in names]
+    half = (len(more) + 1) // 2
+    return max(sum(more[:half]), sum(more[half:]))
 
 
 def _wrapped(name: str) -> str:

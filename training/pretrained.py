@@ -18,6 +18,7 @@ from training.recipe import Recipe
 
 HEADS = ("fc.", "head.")  # classifiers, of other classes than ours
 LAYERS = ".layers."  # in the names of all that is no classifier
+TORCH_PREAMBLE = "WeightsUnpickler error:"  # ends its advice to run the code in a file
 COUNTERS = "num_batches_tracked"  # which older files lack
 
 
@@ -95,12 +96,15 @@ def _read(recipe: Recipe) -> tuple[str, dict[str, Tensor]]:
         except (OSError, RuntimeError) as error:
             raise CheckpointError(f"pretrained=torchvision: {weights.url} cannot be fetched ({error})") from None
     file = Path(str(recipe.pretrained))
+    if not file.exists():
+        raise CheckpointError(f"pretrained={file}: no such run or file; ride-train makes runs")
     try:
         if file.suffix == ".safetensors":
             return str(file), load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling damaged or foreign bytes may fail in any way
-        raise CheckpointError(f"pretrained={file}: cannot be read ({error})") from error
+        reason = str(error).rpartition(TORCH_PREAMBLE)[2].strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"pretrained={file}: cannot be read ({reason[0]})") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"pretrained={file}: must hold tensors by name and nothing else, as torchvision's do")
     return str(file), content

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -309,8 +310,9 @@ class Recipe:
         if (self.mean is None) != (self.std is None):
             raise RecipeError("mean and std: give both, or neither to measure them on the training images")
         for field in ("mean", "std"):
-            if getattr(self, field) is not None and len(getattr(self, field)) != 3:
-                raise RecipeError(f"{field}={getattr(self, field)}: must be three numbers, one per channel")
+            value = getattr(self, field)
+            if value is not None and not (len(value) == 3 and all(map(math.isfinite, value))):
+                raise RecipeError(f"{field}={value}: must be three numbers, one per channel")
         if self.std is not None and min(self.std) <= 0:
             raise RecipeError(f"std={self.std}: must be positive")
         swin, cifar = self.backbone.startswith("swin"), self.backbone.endswith("_cifar")

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from training.checkpoint import CheckpointError, checkpoints_of, write_atomically
+from training.claim import claimed
 from training.first_stage import OF_LATER_STAGES
 from training.recipe import DECIDE_NOTHING, Recipe
 from training.train import train
 
 
 class RunsError(ValueError):
-    """A directory that other settings made, or that another process is at work in."""
+    """A directory that other settings made, or runs that are not there."""
 
 
 def train_all(
@@ -42,10 +42,10 @@ def train_all(
         Directory name to the reason, of the runs that failed; the others are finished. Their error.txt says where.
 
     Raises:
-        RunsError: before anything is trained.
+        ClaimedError, RunsError: before anything is trained.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with _claimed(out):
+    with claimed(out):
         _refuse_other_settings(out, settings)
         for name, recipe in runs.items():
             _refuse_other_recipe(out / name, recipe)
@@ -84,17 +84,6 @@ def read_results(run: Path) -> dict[str, Any]:
             f"{run}: no results.json of a finished run there that this version reads ({type(error).__name__}: {error})"
         ) from None
     return results
-
-
-@contextlib.contextmanager
-def _claimed(out: Path) -> Iterator[None]:
-    """The kernel lets go of the lock when this process ends, however it ends."""
-    with (out / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunsError(f"{out}: another process is at work there; wait for it or take another --out") from None
-        yield
 
 
 def _refuse_other_settings(out: Path, settings: dict[str, Any]) -> None:

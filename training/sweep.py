@@ -127,7 +127,7 @@ def sweep(
         The table as Markdown; the runs that failed, with the reason.
 
     Raises:
-        RunsError: before anything is trained.
+        ClaimedError, RunsError: before anything is trained.
     """
     runs = {f"{recipe.name}-seed{seed}": dataclasses.replace(recipe, seed=seed) for recipe in recipes for seed in seeds}
     planned = {(label_of(recipe), recipe.seed) for recipe in runs.values()}

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 
 from training.checkpoint import Checkpoint, CheckpointError, checkpoints_of, current_commit, write_atomically
+from training.claim import claimed
 from training.data.sets import Data, channel_statistics, load_data
 from training.distributed import from_first, joined, rank, world_size
-from training.evaluate import macs_of, predict, summarise
+from training.evaluate import count_unusable, macs_of, predict, summarise
 from training.first_stage import take_over
-from training.loop import Log, autocast_dtype, fit_stage, run_stage
+from training.loop import DivergedError, Log, autocast_dtype, fit_stage, rates_of, run_stage
 from training.methods import ace, bbn, lfme, m2m, oltr, ride, sade, shike, single
 from training.methods.method import FitStage, Method, Model, Stage
 from training.methods.teacher import refuse_other_teachers
@@ -41,16 +43,17 @@ def train(recipe: Recipe, run: Path) -> dict[str, Any]:
 
     Raises:
         DataError: for images that are missing, unreadable or too few.
+        ClaimedError: where another process trains in `run`.
         CheckpointError: where `run` holds another recipe's checkpoints, or `recipe.first_stage` does not fit.
-        DivergedError: when the loss is not finite.
+        DivergedError: when the loss, or a logit of a test image, is not finite.
         LostProcessError: where torchrun started several processes, and another one ended.
         RecipeError: for a precision that the device has not, or a method that several processes cannot share.
     """
-    with joined() as device:
-        return _train(recipe, run, device)
+    with joined() as device, ExitStack() as held:
+        return _train(recipe, run, device, held)
 
 
-def _train(recipe: Recipe, run: Path, device: torch.device) -> dict[str, Any]:
+def _train(recipe: Recipe, run: Path, device: torch.device, held: ExitStack) -> dict[str, Any]:
     autocast_dtype(recipe, device)  # refuses before anything is read
     if recipe.method in ONE_PROCESS and world_size() > 1:
         raise RecipeError(f"method={recipe.method!r}: trains in one process, there are {world_size()}")
@@ -80,18 +83,28 @@ def _train(recipe: Recipe, run: Path, device: torch.device) -> dict[str, Any]:
     if recipe.pretrained is not None:
         info["pretrained"] = start_from(model.net, recipe, data.digest)
 
-    def evaluate(current: Model, stage: str, per_class: bool = False) -> dict[str, Any]:
-        if stage != "routers":  # not trained yet, or never
+    def evaluate(current: Model, stage: Stage | FitStage, per_class: bool = False) -> dict[str, Any]:
+        if stage.name != "routers":  # not trained yet, or never
             current = Model(current.net, None)
 
         def summary() -> dict[str, Any]:
             thresholds = [PUBLISHED_THRESHOLD] * (recipe.n_experts - 1)
             macs = macs_of(current, recipe.image_size)
-            return summarise(predict(current, test), data.counts, macs, thresholds, per_class)
+            predictions = predict(current, test)
+            if unusable := count_unusable(predictions):
+                raise DivergedError(
+                    f"{stage.name}: NaN or infinity for {unusable} of {len(test)} test images; "
+                    f"lower {rates_of(stage, recipe)}"
+                )
+            return summarise(predictions, data.counts, macs, thresholds, per_class)
 
         return from_first(summary)
 
-    run.mkdir(parents=True, exist_ok=True)
+    def claim() -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        held.enter_context(claimed(run))
+
+    from_first(claim)
     log = Log.open(run, {name: checkpoint.epochs_done for name, checkpoint in done.items()})
     try:
         for stage in stages:
@@ -108,11 +121,11 @@ def _train(recipe: Recipe, run: Path, device: torch.device) -> dict[str, Any]:
             else:
                 run_stage(
                     model, stage, images, heldout, recipe,
-                    start=start, run=run, log=log, info=info, evaluate=partial(evaluate, stage=stage.name),
+                    start=start, run=run, log=log, info=info, evaluate=partial(evaluate, stage=stage),
                 )  # fmt: skip
     finally:
         log.close()
-    results = evaluate(model, stages[-1].name, per_class=True)
+    results = evaluate(model, stages[-1], per_class=True)
     if rank() == 0:
         text = json.dumps(results | {"data": _describe(data)} | info, indent=1)
         write_atomically(run / "results.json", text + "\n")

@@ -196,10 +196,21 @@ def test_an_interruption_at_the_last_moment_loses_no_bundle(run, exported, tmp_p
         return whole(self, to)
 
     monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        main([str(run), "-o", str(target), "--variants", "fp32", "--version", "8"])
+    assert main([str(run), "-o", str(target), "--variants", "fp32", "--version", "8"]) == 130
     assert read_bundle(target).manifest.version == "7"
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_ctrl_c_leaves_nothing_and_no_stack_trace(run, tmp_path, monkeypatch, capsys):
+    """One line, and the exit status that shells give it."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("model_export.export.write_graphs", interrupted)
+    assert main([str(run), "-o", str(tmp_path / "bundle")]) == 130
+    assert capsys.readouterr().err == "ride-export: interrupted\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_place_that_cannot_be_written_is_named_at_once(run, tmp_path, capsys, monkeypatch):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from model_export.bundle import BundleError
-from model_export.parity import compare, require
+from model_export.parity import compare, require, tolerance
 from tests.tiny import parity
 
 COUNTS = [500, 200, 50, 5]
@@ -44,6 +44,23 @@ def test_a_variant_must_be_the_same_model(changes, message):
     else:
         with pytest.raises(BundleError, match=f"variant fp32: {message}"):
             require(found, "fp32")
+
+
+@pytest.mark.parametrize(("largest", "limit"), [(30, 1e-3), (100, 1e-3), (300_000, 3)])
+def test_huge_logits_may_differ_by_what_fp32_rounds(predictions, largest, limit):
+    """Of a network that was trained for a few steps, whose batch norms know nothing yet."""
+    data = predictions()
+    logits = data.expert_logits * (largest / np.abs(data.expert_logits).max())
+    huge = dataclasses.replace(data, expert_logits=logits)
+    for share in (0.5, 2):
+        off = logits.copy()
+        off[0, 7] += np.float32(share * limit)
+        found = compare(huge, dataclasses.replace(data, expert_logits=off), "router", (0.5, 0.5), COUNTS, "fp32")
+        if share < 1:
+            require(found, "fp32", tolerance(huge))
+        else:
+            with pytest.raises(BundleError, match=f"the limit is {limit:g}"):
+                require(found, "fp32", tolerance(huge))
 
 
 @pytest.mark.parametrize(("lead", "agreement"), [(0.0005, 1), (0.01, 1 - 1 / 400)])

@@ -267,11 +267,15 @@ def test_files_that_hold_no_weights_are_refused(tmp_path):
     (tmp_path / "damaged.safetensors").write_bytes(b"no")
     torch.save({"w": Harm()}, tmp_path / "harm.pth")
     torch.save({"state_dict": {}}, tmp_path / "nested.pth")
-    messages = dict.fromkeys(("damaged.safetensors", "harm.pth", "none.pth"), "cannot be read")
-    for name, message in (messages | {"nested.pth": "tensors by name and nothing else"}).items():
+    (tmp_path / "image.pth").write_bytes(b"PAR1")
+    messages = dict.fromkeys(("damaged.safetensors", "harm.pth", "image.pth"), "cannot be read")
+    messages |= {"none.pth": "no such run or file", "nested.pth": "tensors by name and nothing else"}
+    for name, message in messages.items():
         recipe = dataclasses.replace(BASE, backbone="resnet10", pretrained=str(tmp_path / name))
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(CheckpointError, match=message) as refusal:
             start_from(build_model(recipe, 4, *MEAN_STD).net, recipe)
+        assert "\n" not in str(refusal.value)
+        assert "weights_only" not in str(refusal.value)
 
 
 def test_torchvision_is_asked_only_for_what_it_has(monkeypatch):

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from training import loop
 from training.__main__ import main
 from training.checkpoint import CheckpointError, checkpoints_of
+from training.data.longtail import class_counts
+from training.methods.lfme import classes_of_splits
 from training.recipes import RECIPES
 from training.train import METHODS, train, trained_model
 
@@ -195,3 +197,13 @@ def test_a_smoke_run_is_possible_of_every_recipe(name, tmp_path, capsys):
     """Its few epochs are no impossible combination: only the images are missing here."""
     assert main([name, "--smoke", "--data", str(tmp_path / "nothing"), "--out", str(tmp_path / "run")]) == 2
     assert "nothing: no such directory" in capsys.readouterr().err
+
+
+def test_a_smoke_run_of_lfme_has_classes_in_every_split(monkeypatch, tmp_path):
+    """A teacher learns each of them."""
+    recipes = []
+    monkeypatch.setattr("training.train.train", lambda recipe, run: recipes.append(recipe) or {"experts": []})
+    assert main(["lfme-cifar100", "--smoke", "--out", str(tmp_path / "run")]) == 0
+
+    counts = class_counts(recipes[0].n_max, recipes[0].imbalance, 100, recipes[0].profile)
+    assert all(classes_of_splits(counts).values())

@@ -17,7 +17,7 @@ from training.data.augment import augment, transform
 from training.data.images import read_image
 from training.data.longtail import SPLITS, class_counts, draw_subset, split_of
 from training.data.samplers import class_balanced, shuffled
-from training.data.sets import DataError, channel_statistics, load_data
+from training.data.sets import DataError, Images, channel_statistics, load_data
 from training.data.sources import open_set
 from training.recipe import Recipe
 
@@ -338,6 +338,16 @@ def test_channel_statistics_are_of_the_training_images(colours):
 
     assert mean == pytest.approx((8 / 14, 4 / 14, 2 / 14), abs=1e-4)
     assert std[0] == pytest.approx((8 / 14 * 6 / 14) ** 0.5, abs=1e-3)
+
+
+def test_a_channel_that_is_the_same_everywhere_is_not_scaled():
+    """A deviation of 0 would make every number of the network NaN: images of one fluorescent dye are green alone."""
+    pixels = torch.zeros(6, 4, 4, 3, dtype=torch.uint8)
+    pixels[:3, ..., 1], pixels[..., 2] = 255, 255
+    mean, std = channel_statistics(Images(pixels, torch.zeros(6, dtype=torch.long)))
+
+    assert mean == (0, 0.5, 1)
+    assert std == (1, pytest.approx(0.5, abs=0.01), 1)
 
 
 def odd_images() -> dict[str, bytes]:

@@ -1,8 +1,8 @@
 """A stage's steps against the same arithmetic, written out."""
 
 import dataclasses
-import errno
-import os
+import json
+import resource
 
 import numpy as np
 import pytest
@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from training.data.sets import Images
-from training.loop import Log, run_stage
+from training.loop import DivergedError, Log, run_stage
 from training.methods.method import Model, Stage
 from training.models.multi_expert import Outputs
 from training.recipe import Recipe
+from training.train import METHODS
 
 RATES = (0.1, 0.3, 0.02)  # of three epochs of two steps
 MOMENTUM, DECAY, AVERAGE = 0.8, 0.1, 0.5
@@ -33,23 +34,6 @@ def by_hand(nesterov):
         kept = min(AVERAGE, (1 + step) / (10 + step))
         average = kept * average + (1 - kept) * weights
     return weights, average
-
-
-def test_a_full_disk_leaves_the_log_as_it_was(tmp_path, monkeypatch):
-    """A resumed run drops lines of its log, and keeps all of them until the others are on the disk."""
-
-    def full(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    file = tmp_path / "metrics.jsonl"
-    file.write_text(lines := "".join(f'{{"stage": "t", "epoch": {epoch}}}\n' for epoch in (1, 2, 3)))
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space left"):
-            Log.open(tmp_path, {"t": 2})
-    assert file.read_text() == lines
-    Log.open(tmp_path, {"t": 2}).close()
-    assert file.read_text().count("epoch") == 2
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -76,3 +60,47 @@ def test_rates_momentum_decay_and_average_are_the_stages(nesterov, averaged, tmp
     log.close()
 
     assert model.net.weight.detach().numpy()[0] == pytest.approx(by_hand(nesterov)[averaged], rel=1e-5)
+
+
+def test_a_full_disk_costs_no_line_of_the_log(tmp_path):
+    """A resumed run drops lines of epochs that no checkpoint has; it keeps all where it cannot write the others."""
+    file = tmp_path / "metrics.jsonl"
+    lines = "".join(json.dumps({"stage": "experts", "epoch": epoch}) + "\n" for epoch in (1, 2, 3))
+    file.write_text(lines, encoding="utf-8")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            Log.open(tmp_path, {"experts": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_text(encoding="utf-8") == lines
+
+    Log.open(tmp_path, {"experts": 2}).close()
+    assert file.read_text(encoding="utf-8").splitlines() == lines.splitlines()[:2]
+
+
+@pytest.mark.parametrize("name", ["crt", "lfme", "oltr", "ride"])
+def test_a_loss_that_is_no_number_names_the_rate_of_its_stage(name, tmp_path):
+    """The experts' lr has no say in a stage with a rate of its own."""
+    rates = {"crt": "retrain_lr", "lfme": "lfme_lr", "oltr": "oltr_lr", "ride": "router_lr"}
+    n_experts = 2 if name == "ride" else 1
+    recipe = dataclasses.replace(
+        RECIPE, method="single" if name == "crt" else name, classifier="linear", n_experts=n_experts, image_size=8,
+        backbone="resnet20_cifar", retrain_epochs=name == "crt", deferred_from=None, **{rates[name]: 0.25},
+    )  # fmt: skip
+    model, stages = METHODS[recipe.method](recipe, [200, 50, 10], (0.5,) * 3, (0.2,) * 3)
+    own = stages[0 if name == "lfme" else -1]
+
+    def step(network, images, labels, *_):
+        loss = next(own.part.parameters()).sum() * float("nan")
+        return Outputs(torch.zeros(1, len(labels), 3), torch.zeros(1, len(labels), 1)), {"loss": loss}
+
+    images = Images(torch.zeros(4, 8, 8, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.long))
+    own = dataclasses.replace(own, step=step, sampler=lambda labels, _: torch.arange(len(labels)))
+    message = rf"{own.name}, epoch 1: the loss is nan; lower {rates[name]} \(0.25\) or lr \(0.1\)"
+    with pytest.raises(DivergedError, match=message):
+        run_stage(
+            model, own, images, images, recipe, start=None, run=tmp_path, log=Log(tmp_path / "metrics.jsonl", None),
+            info={}, evaluate=lambda _: {},
+        )  # fmt: skip

@@ -42,6 +42,8 @@ def test_overrides_take_the_type_of_the_field():
         ({"lr_drops": "160,180"}, "must be ascending shares"),
         ({"mean": "none"}, "mean and std: give both"),
         ({"mean": "0.5"}, "must be three numbers"),
+        ({"mean": "nan,0,0"}, "must be three numbers"),
+        ({"std": "1,inf,1"}, "must be three numbers"),
         ({"std": "0,1,1"}, "must be positive"),
         ({"method": "single"}, "method 'single' trains one expert"),
         ({"warmup_start": "0.5", "schedule": "cosine"}, "warmup_start=0.5: only schedule='step' has it"),

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 import training.runs
+from tests.training.test_claim import held_elsewhere
 from training.__main__ import COMMANDS, main
 from training.checkpoint import checkpoints_of
 from training.recipes import RECIPES
@@ -163,8 +163,7 @@ def test_a_killed_sweep_goes_on_to_the_same_weights(swept, sweep_arguments, tmp_
 
 def test_two_processes_do_not_share_a_directory(swept, sweep_arguments, capsys):
     """The second is refused at once."""
-    with (swept / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with held_elsewhere(swept):
         assert main([*sweep_arguments, "--out", str(swept)]) == 2
     assert "another process is at work there" in capsys.readouterr().err
 

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from training import checkpoint
 from training.__main__ import main
 from training.checkpoint import CheckpointError, checkpoints_of, current_commit, save_checkpoint
+from training.evaluate import predict
 from training.recipes import RECIPES
 from training.train import trained_model
 
@@ -169,6 +171,7 @@ def test_checkpoints_are_ordered_by_their_epochs(tmp_path):
     [
         (["magic"], "magic: no such recipe; there are ride-cifar100"),
         (["ride-own"], "no data named; give --data"),
+        (["ride-cifar100", "--data", ""], "no data named; give --data"),
         (["ride-own", "--data", "/nowhere/at/all"], "/nowhere/at/all: no such directory"),
         (["ride-cifar100", "--set", "epochs"], "--set epochs: must be field=value"),
         (["ride-cifar100", "--set", "depth=3"], "depth: no such recipe field; valid are"),
@@ -178,6 +181,55 @@ def test_mistakes_on_the_command_line_are_explained(arguments, message, tmp_path
     """One line on standard error and exit status 2; no stack trace."""
     assert main([*arguments, "--out", str(tmp_path / "run")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_directory_that_cannot_be_written_is_told_in_a_line(tiny_arguments, tmp_path, capsys):
+    """Which it is, and why; no stack trace."""
+    file = tmp_path / "file"
+    file.touch()
+    assert main([*tiny_arguments, "--out", str(file / "run")]) == 2
+    assert f"ride-train: {file / 'run'}: Not a directory\n" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tiny_arguments, monkeypatch, tmp_path, capsys):
+    """And the reason in a line."""
+    saved = []
+
+    def full(tensors, file):
+        if len(saved) == 2:
+            raise SafetensorError("No space left on device")
+        saved.append(file)
+        save_file(tensors, file)
+
+    monkeypatch.setattr("training.checkpoint.save_file", full)
+    assert main([*tiny_arguments, "--out", str(tmp_path)]) == 2
+    assert "experts-0002.partial/model.safetensors: cannot be written (No space" in capsys.readouterr().err
+    assert checkpoints_of(tmp_path)["experts"].epochs_done == 1
+
+
+def test_a_network_that_has_no_numbers_for_test_images_is_told(tiny_arguments, monkeypatch, tmp_path, capsys):
+    """Its last step may have been one too far, which no loss says any more."""
+
+    def damaged(model, images):
+        predictions = predict(model, images)
+        predictions.expert_logits[0, 3] = float("nan")
+        return predictions
+
+    monkeypatch.setattr("training.train.predict", damaged)
+    assert main([*tiny_arguments, "--set", "evaluate_every=100", "--out", str(tmp_path)]) == 2
+    message = "ride-train: routers: NaN or infinity for 1 of 16 test images; lower router_lr (0.01) or lr (0.1)\n"
+    assert message in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_no_stack_trace(monkeypatch, tmp_path, capsys):
+    """One line, and the exit status that shells give it."""
+
+    def interrupted(recipe, run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.train.train", interrupted)
+    assert main(["ce-cifar100", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "ride-train: interrupted\n"
 
 
 def test_unfinished_or_damaged_runs_are_refused_by_name(finished_run, tmp_path):

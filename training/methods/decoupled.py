@@ -208,4 +208,5 @@ def retrain_stage(recipe: Recipe, model: Model, class_counts: Sequence[int]) -> 
         lr=partial(warm_cosine_lr, recipe.retrain_lr, recipe.retrain_epochs, warmup),
         momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=decay,
         begin=None if scaled else begin, norms_follow=True, arrange=scale if scaled else None,
+        lr_field="retrain_lr",
     )  # fmt: skip

@@ -160,6 +160,7 @@ def build(
             losses=None, step=partial(teacher_step, classes[name]), network=teachers[name],
             sampler=of_classes(classes[name]), lr=partial(cosine_lr, recipe.lfme_lr, recipe.lfme_epochs),
             momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.lfme_weight_decay,
+            lr_field="lfme_lr",
         )
         for name in classes
     ]  # fmt: skip

@@ -70,6 +70,7 @@ class Stage:
         optimiser: "sgd" or "adamw"; the latter has no use for `momentum` and `nesterov`.
         clip_norm: gradients of `part` are scaled down to this length, all together; None: never.
         mixing: what happens to the images of a batch and their labels; None: nothing.
+        lr_field: of the recipe, that `lr` begins with.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Stage:
     optimiser: Literal["sgd", "adamw"] = "sgd"
     clip_norm: float | None = None
     mixing: Mixing | None = None
+    lr_field: str = "lr"
 
 
 @dataclass(frozen=True)

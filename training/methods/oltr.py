@@ -215,5 +215,6 @@ def build(
         lr=lambda epoch: recipe.oltr_lr * 0.1 ** (3 * epoch // recipe.oltr_epochs),
         momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.oltr_weight_decay,
         lr_factors=[(module, faster) for module in (classifier.concepts, classifier.selector, classifier.cosine)],
+        lr_field="oltr_lr",
     )  # fmt: skip
     return model, [first, filling, second]

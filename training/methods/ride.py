@@ -98,7 +98,7 @@ def router_stage(recipe: Recipe, routers: Routers) -> Stage:
         name="routers", epochs=recipe.router_epochs, batch_size=recipe.router_batch_size, part=routers,
         losses=partial(router_losses, routers, recipe.router_positive_weight), sampler=class_balanced,
         lr=partial(cosine_lr, recipe.router_lr, recipe.router_epochs),
-        momentum=0.9, nesterov=True, weight_decay=recipe.router_weight_decay,
+        momentum=0.9, nesterov=True, weight_decay=recipe.router_weight_decay, lr_field="router_lr",
     )  # fmt: skip
 
 
