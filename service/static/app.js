@@ -1,7 +1,7 @@
 // The web page: sends images to POST /classify and shows what came back. Talks to nothing else than this service.
 
 const REQUESTS_AT_ONCE = 4; // of one file each: limits on a request then meet single files, and first answers come early
-const RETRIES = 5; // of a file that is refused because the queue is full
+const RETRIES = 5; // of a file that is refused for a while: the queue is full, or no worker is ready
 const REASONS = {
   confident: "the score fell below its threshold",
   last: "every expert was needed",
@@ -122,8 +122,8 @@ async function send({ file, card }, options, signal) {
   let answer;
   try {
     let response = await ask();
-    for (let retry = 0; response.status === 429 && retry < RETRIES; retry++) {
-      await seconds(Number(response.headers.get("retry-after")) || 1);
+    for (let retry = 0; response.headers.has("retry-after") && retry < RETRIES; retry++) {
+      await seconds(Number(response.headers.get("retry-after")));
       response = await ask();
     }
     answer = await response.json();

@@ -187,12 +187,14 @@ class PageServer(BaseHTTPRequestHandler):
         if name in ASKED:
             assert self.path == f"/classify?{ASKED[name]}"
         self.server.asked.append(name)
-        refused = self.server.asked.count(name) <= REFUSALS.get(name, 0)
-        self._send(json.dumps(FULL if refused else ANSWERS[name]), "application/json", 429 if refused else 200)
+        times = self.server.asked.count(name)
+        refused = times <= REFUSALS.get(name, 0)
+        status = (503 if times == 1 else 429) if refused else 200
+        self._send(json.dumps(FULL if refused else ANSWERS[name]), "application/json", status)
 
     def _send(self, text: str, kind: str, status: int = 200) -> None:
         self.send_response(status)
-        if status == 429:
+        if status != 200:
             self.send_header("Retry-After", "3")
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(text.encode())))
@@ -251,8 +253,8 @@ def test_a_browser_shows_answers_and_errors(tmp_path):
 
 
 @in_a_browser
-def test_what_a_full_queue_refuses_is_sent_again(tmp_path):
-    """After as many seconds as the answer says, five times at most; only then the error is shown."""
+def test_what_is_refused_for_a_while_is_sent_again(tmp_path):
+    """503 as 429: after as many seconds as the answer says, five times at most; only then the error is shown."""
     words, asked = drive(tmp_path, REFUSED)
     assert asked == ["busy.png"] * 3 + ["full.png"] * 6
     waited = [int(seconds) for seconds in re.findall(r"(?:busy|full)\.png took (\d+) s", words)]
