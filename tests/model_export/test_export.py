@@ -227,10 +227,9 @@ def test_the_manifest_tells_no_paths(exported, image_folder):
     assert read_bundle(exported).manifest.provenance["data"]["name"] == image_folder.name
 
 
-@pytest.mark.parametrize("mask", [0o022, 0o077])
-def test_whoever_may_read_the_manifest_may_read_the_graphs(run, tmp_path, mask):
-    """A service under another user, too."""
-    before = os.umask(mask)
+def test_whoever_may_read_the_manifest_may_read_the_graphs(run, tmp_path):
+    """A service under another user, too, whatever the umask is."""
+    before = os.umask(0o077)
     try:
         assert main([str(run), "-o", str(tmp_path / "bundle"), "--variants", "fp32"]) == 0
     finally:
