@@ -96,10 +96,10 @@ class DrainingServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: begin to drain if told so, stop if the engine could not start."""
         self._classifier.metrics.publish()
-        if self._told_to_stop and self._drain is None:
-            self._drain = asyncio.create_task(self._drain_then_exit())
-        if self._classifier.state == "failed":
+        if self._classifier.state == "failed":  # also where told to stop just then: it stays a failure
             self.should_exit = True
+        elif self._told_to_stop and self._drain is None:
+            self._drain = asyncio.create_task(self._drain_then_exit())
         return await super().on_tick(counter)
 
     async def _drain_then_exit(self) -> None:

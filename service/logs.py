@@ -40,7 +40,8 @@ class LossyHandler(logging.StreamHandler[TextIO]):
     """
     Writes lines, and loses those that find no room: whoever waited for that would serve nobody, and hear no signal.
 
-    The next line that is written says how many were lost before it.
+    The next line that is written says how many were lost before it. One of more than 4 KiB, such as a long stack trace,
+    may still wait: a pipe says only that it has room for a page.
     """
 
     def __init__(self, stream: TextIO) -> None:
