@@ -486,11 +486,11 @@ def read_bundle(path: Path | str) -> Bundle:
     """
     directory = Path(path)
     try:
+        if not (directory / MANIFEST).is_file():  # a pipe would be waited for
+            raise BundleError(
+                f"{directory}: no {MANIFEST} there; expected a bundle, the directory that ride-export writes"
+            )
         text = (directory / MANIFEST).read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        raise BundleError(
-            f"{directory}: no {MANIFEST} there; expected a bundle, the directory that ride-export writes"
-        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise BundleError(f"{directory / MANIFEST}: cannot be read ({error})") from error
     try:

@@ -109,12 +109,15 @@ def export(
         settings: what a checkpoint of the authors does not say of itself; see `read_published`.
 
     Raises:
-        BundleError: where the graphs do not say the same as the checkpoint, or `target` is something else.
+        BundleError: where the graphs do not say the same as the checkpoint, `target` is something else, or `version` is
+            empty.
         CheckpointError, DataError, RecipeError: for a run that is not finished or a file that is no checkpoint of the
             authors, images that are not there, settings that cannot be.
     """
     if not run.exists():
         raise CheckpointError(f"{run}: no such run directory or file")
+    if not version:
+        raise BundleError("version is ''; every answer names it, so it must be filled in")
     target = target.resolve()  # a link stays, what it leads to is replaced
     _refuse_foreign(target)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -188,17 +188,19 @@ def _recipe(name: str, options: argparse.Namespace) -> Recipe:
     recipe = RECIPES[name]
     if options.data is not None:
         recipe = dataclasses.replace(recipe, data=options.data)
-    recipe = recipe.override(settings)
-    if options.smoke:
-        without = {
-            "imbalance": recipe.profile == "natural", "retrain_epochs": not recipe.retrain_epochs,
-            "router_epochs": recipe.n_experts == 1, "oltr_epochs": recipe.method != "oltr",
-            "lfme_epochs": recipe.method != "lfme", "m2m_from": recipe.method != "m2m",
-            "cycles": recipe.cycles == 1,
-        } | dict.fromkeys(settings, True)  # fmt: skip
-        small = SMOKE | (SMOKE_OF_ALL_SPLITS if recipe.method == "lfme" else {})
-        recipe = recipe.override({key: text for key, text in small.items() if not without.get(key, False)})
-    return recipe
+    return recipe.override((_small(recipe, settings) if options.smoke else {}) | settings)
+
+
+def _small(recipe: Recipe, settings: dict[str, str]) -> dict[str, str]:
+    """What --smoke sets, of the fields that mean something in `recipe` with `settings`."""
+    method, profile = settings.get("method", recipe.method), settings.get("profile", recipe.profile)
+    without = {
+        "imbalance": profile == "natural", "retrain_epochs": not recipe.retrain_epochs,
+        "router_epochs": settings.get("n_experts", str(recipe.n_experts)) == "1", "oltr_epochs": method != "oltr",
+        "lfme_epochs": method != "lfme", "m2m_from": method != "m2m", "cycles": recipe.cycles == 1,
+    }  # fmt: skip
+    small = SMOKE | (SMOKE_OF_ALL_SPLITS if method == "lfme" else {})
+    return {field: text for field, text in small.items() if not without.get(field, False)}
 
 
 def _settings_record(options: argparse.Namespace) -> dict[str, Any]:

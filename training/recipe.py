@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import types
 import typing
@@ -542,7 +543,9 @@ def _refuse_unknown(settings: dict[str, Any]) -> None:
     valid = [field.name for field in dataclasses.fields(Recipe)]
     for key in settings:
         if key not in valid:
-            raise RecipeError(f"{key}: no such recipe field; valid are {', '.join(valid)}")
+            near = difflib.get_close_matches(key, valid, cutoff=0.5)
+            meant = f"did you mean {' or '.join(near)}? " if near else ""
+            raise RecipeError(f"{key}: no such recipe field; {meant}ride-train --help lists them all")
 
 
 def _parse(key: str, text: str, hint: Any) -> Any:

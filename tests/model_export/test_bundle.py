@@ -100,9 +100,11 @@ def test_a_class_belongs_to_the_split_of_its_count(count, split):
 
 
 def test_a_directory_without_a_manifest_is_no_bundle(tmp_path):
-    """Missing, a file, or empty."""
+    """Missing, a file, empty, or with a pipe in its place, which is not waited for."""
     (tmp_path / "file").write_text("x")
-    for path in (tmp_path / "none", tmp_path / "file", tmp_path):
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "manifest.json")
+    for path in (tmp_path / "none", tmp_path / "file", tmp_path, tmp_path / "pipe"):
         with pytest.raises(BundleError) as refusal:
             read_bundle(path)
         assert str(refusal.value).startswith(f"{path}: no manifest.json there; expected a bundle")

@@ -221,6 +221,13 @@ def test_a_place_that_cannot_be_written_is_named_at_once(run, tmp_path, capsys, 
     assert re.search(r"^ride-export: .*/file: (File exists|Not a directory)$", capsys.readouterr().err, re.MULTILINE)
 
 
+def test_an_empty_version_is_refused_at_once(run, tmp_path, capsys, monkeypatch):
+    """Not by the manifest, minutes later."""
+    monkeypatch.setattr("model_export.export.predict", None)
+    assert main([str(run), "-o", str(tmp_path / "bundle"), "--version", ""]) == 2
+    assert "version is ''; every answer names it" in capsys.readouterr().err
+
+
 def test_the_manifest_tells_no_paths(exported, image_folder):
     """A service shows it to whoever asks."""
     assert str(image_folder.parent) not in (exported / "manifest.json").read_text()

@@ -199,6 +199,24 @@ def test_a_smoke_run_is_possible_of_every_recipe(name, tmp_path, capsys):
     assert "nothing: no such directory" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("ride-retrained-cifar100", ["epochs=4"], {"epochs": 4, "cycles": 1, "warmup_epochs": 1}),
+        ("ride-cifar100", ["n_experts=1", "diversity_weight=0"], {"epochs": 2, "router_epochs": 5}),
+        ("ride-cifar100", ["profile=natural", "n_max=7"], {"n_max": 7, "imbalance": 100}),
+    ],
+)
+def test_a_smoke_run_takes_what_is_set_besides(name, settings, expected, monkeypatch, tmp_path):
+    """Together they must be possible, not each alone: 4 epochs are none of the 3 cycles that smoke makes one."""
+    recipes = []
+    monkeypatch.setattr("training.train.train", lambda recipe, run: recipes.append(recipe) or {"experts": []})
+    given = [part for setting in settings for part in ("--set", setting)]
+    assert main([name, "--smoke", *given, "--out", str(tmp_path / "run")]) == 0
+
+    assert {field: getattr(recipes[0], field) for field in expected} == expected
+
+
 def test_a_smoke_run_of_lfme_has_classes_in_every_split(monkeypatch, tmp_path):
     """A teacher learns each of them."""
     recipes = []

@@ -207,6 +207,25 @@ def test_parquet_is_read_as_bytes_or_struct(tmp_path, struct, names):
     assert "none for" in data.heldout_note
 
 
+def test_parquet_files_are_known_in_any_case_and_by_other_words(tmp_path):
+    """As directories are; a file that begins with no such word is nobody's."""
+    write_parquet(tmp_path, struct=False, names=None)
+    for old, new in (("train-00000-of-00001", "Training"), ("test-00000-of-00001", "Valid")):
+        (tmp_path / f"{old}.parquet").rename(tmp_path / f"{new}.Parquet")
+    (tmp_path / "extra.parquet").write_bytes(b"")
+    opened = open_set(recipe_for(tmp_path))
+
+    assert {part: len(source) for part, source in opened.parts().items()} == {"train": 20, "test": 4}
+
+
+def test_an_image_root_needs_list_files(colours, tmp_path):
+    """Else it would change nothing, and nobody would know."""
+    write_parquet(tmp_path, struct=False, names=None)
+    for directory in (tmp_path, colours):
+        with pytest.raises(DataError, match=f"image_root={colours}: {directory} has no list files"):
+            open_set(recipe_for(directory, image_root=str(colours)))
+
+
 @pytest.mark.parametrize("other", ["test-00000-of-00001", "train-2", "val"])
 @pytest.mark.parametrize("names", [["dog", "cat"], ["cat", "dog", "owl"]])
 def test_parquet_files_must_name_their_classes_alike(tmp_path, other, names):

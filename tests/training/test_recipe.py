@@ -28,7 +28,8 @@ def test_overrides_take_the_type_of_the_field():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"learning_rate": "1"}, "learning_rate: no such recipe field; valid are name, method, loss"),
+        ({"learning_rate": "1"}, "learning_rate: no such recipe field; ride-train --help lists them all"),
+        ({"weight_decays": "1"}, "no such recipe field; did you mean weight_decay or "),
         ({"epochs": "many"}, "epochs=many: must be a whole number"),
         ({"lr": "fast"}, "lr=fast: must be a number"),
         ({"epochs": "0"}, "epochs=0: must be from 1"),

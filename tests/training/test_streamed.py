@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from training.__main__ import main
 from training.checkpoint import checkpoints_of, save_checkpoint
+from training.data.limits import free_memory, processors
 from training.data.sets import DataError, Images, channel_statistics, load_data
-from training.data.streamed import StreamedImages, fits_in_memory, free_memory
+from training.data.streamed import StreamedImages, fits_in_memory
 from training.recipe import Recipe
 from training.train import trained_model
 
@@ -85,6 +86,20 @@ def test_sets_larger_than_a_quarter_of_the_memory_are_streamed(folder, monkeypat
     assert not fits_in_memory(82, recipe)
     monkeypatch.undo()
     assert 2**20 < free_memory() < 2**50
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"),
+    [(None, 8), ("max 100000", 8), ("250000 100000", 2), ("10000 100000", 1), ("1600000 100000", 8)],
+)
+def test_a_container_that_may_use_few_processors_gets_few_workers(tmp_path, monkeypatch, quota, expected):
+    """By the quota of its control group; it sees all processors of the machine."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)))
+    if quota is not None:
+        group = tmp_path / "sys" / "fs" / "cgroup"
+        group.mkdir(parents=True)
+        (group / "cpu.max").write_text(quota + "\n")
+    assert processors(tmp_path) == expected
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -174,7 +174,7 @@ def test_checkpoints_are_ordered_by_their_epochs(tmp_path):
         (["ride-cifar100", "--data", ""], "no data named; give --data"),
         (["ride-own", "--data", "/nowhere/at/all"], "/nowhere/at/all: no such directory"),
         (["ride-cifar100", "--set", "epochs"], "--set epochs: must be field=value"),
-        (["ride-cifar100", "--set", "depth=3"], "depth: no such recipe field; valid are"),
+        (["ride-cifar100", "--set", "depth=3"], "depth: no such recipe field; "),
     ],
 )
 def test_mistakes_on_the_command_line_are_explained(arguments, message, tmp_path, capsys):

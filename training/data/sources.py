@@ -170,7 +170,9 @@ def _open(recipe: Recipe) -> ImageSet:
     lists = lists_of(directory, recipe.train_list, recipe.val_list, recipe.test_list)
     if lists:
         return _open_lists(name, directory, lists, recipe.image_root)
-    opened = (_open_parquet if list(directory.glob("train*.parquet")) else _open_folders)(name, directory)
+    if recipe.image_root is not None:
+        raise DataError(f"image_root={recipe.image_root}: {directory} has no list files, whose paths could start there")
+    opened = (_open_parquet if _parquet_files(directory, "train") else _open_folders)(name, directory)
     stray = lists_for("heldout", directory) + lists_for("test", directory)
     opened.report.add_all("not taken", (f"{file}: no list for training is beside it" for file in stray))
     return opened
@@ -311,12 +313,11 @@ def _names_of_directories(entries: ListFile, n_classes: int) -> list[str] | None
 def _open_parquet(name: str, directory: Path) -> ImageSet:
     """train*.parquet, val*.parquet, test*.parquet; bytes or the {bytes, path} struct of Hugging Face."""
     report = Report()
-    train, naming = _read_parquet(sorted(directory.glob("train*.parquet")), report)
+    train, naming = _read_parquet(directory, _parquet_files(directory, "train"), report)
     sources = {"train": train}
     for part in ("heldout", "test"):
-        files = sorted({file for pattern in PART_WORDS[part] for file in directory.glob(f"{pattern}*.parquet")})
-        if files:
-            sources[part], others = _read_parquet(files, report)
+        if files := _parquet_files(directory, part):
+            sources[part], others = _read_parquet(directory, files, report)
             naming |= others
     return _checked(name, directory, _names_beside(directory) or _agreed_names(naming), sources, report)
 
@@ -338,14 +339,20 @@ def _agreed_names(naming: dict[Path, list[str]]) -> list[str] | None:
     return next(iter(naming.values()), None)
 
 
-def _read_parquet(files: list[Path], report: Report) -> tuple[Source, dict[Path, list[str]]]:
+def _parquet_files(directory: Path, part: str) -> list[Path]:
+    """In alphabetical order, those whose names begin with one of `PART_WORDS`, in any case of letters."""
+    files = (file for file in directory.iterdir() if file.name.lower().endswith(".parquet"))
+    return sorted(file for file in files if file.name.lower().startswith(PART_WORDS[part]))
+
+
+def _read_parquet(directory: Path, files: list[Path], report: Report) -> tuple[Source, dict[Path, list[str]]]:
     """Their rows, and the class names that each of the files carries, if it does."""
     import pyarrow
     import pyarrow.compute
     import pyarrow.parquet
 
     if not files:
-        raise DataError("no train*.parquet there")
+        raise DataError(f"{directory}: no train*.parquet there")
     try:
         tables = [pyarrow.parquet.read_table(file) for file in files]
         table = pyarrow.concat_tables(tables)

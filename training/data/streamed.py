@@ -6,7 +6,6 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from training.data.images import decode
+from training.data.limits import free_memory
 from training.data.report import MOST_SHOWN, DataError
 from training.data.samplers import batch_sizes
 from training.data.sources import Source
@@ -127,18 +127,6 @@ def fits_in_memory(n_images: int, recipe: Recipe) -> bool:
     if torch.cuda.is_available():
         free = min(free, torch.cuda.mem_get_info()[0])
     return n_images * recipe.image_size**2 * 3 <= MEMORY_SHARE * free
-
-
-def free_memory() -> int:
-    """Bytes that can be taken without swapping: of the machine, and of the control group where that has a limit."""
-    meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
-    free = int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text(encoding="ascii"))
-        return min(free, limit - int((group / "memory.current").read_text(encoding="ascii")))
-    except (OSError, ValueError):  # no such group, or its limit is "max"
-        return free
 
 
 def _ranges(sizes: Sequence[int]) -> list[range]:
