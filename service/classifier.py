@@ -248,8 +248,7 @@ class Classifier:
                 pixels, seconds = self._decode(upload.data)
                 self._count_decoding(seconds)
             else:
-                loop = asyncio.get_running_loop()
-                pixels, seconds = await loop.run_in_executor(self._decoders, self._decode, upload.data)
+                pixels, seconds = await self._decode_apart(upload.data)
         except ServiceError as error:
             self._batcher.release(1)
             return error
@@ -264,6 +263,14 @@ class Classifier:
             raise
         except NotFiniteError as error:
             return not_finite(error)
+
+    async def _decode_apart(self, data: bytes) -> tuple[NDArray[np.uint8], float]:
+        """Decode in a thread. Whoever gives up before one is free leaves no image behind in the executor's queue."""
+        waiting = [data]
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._decoders, lambda: self._decode(waiting.pop()))
+        finally:
+            waiting.clear()
 
     def _count_decoding(self, seconds: float) -> None:
         """Of this turn of the event loop; what waits for the next turn is begun after the count is back at 0."""

@@ -160,20 +160,19 @@ def _too_large(size: int, limit: int) -> ServiceError:
 
 
 class _Raw:
-    """A body that is one image file."""
+    """A body that is one image file. It grows in one place: the pieces of many at once would leave holes in memory."""
 
     def __init__(self) -> None:
-        self._pieces: list[bytes] = []
+        self._data = bytearray()
 
     def write(self, chunk: bytes) -> None:
-        self._pieces.append(chunk)
+        self._data += chunk
 
     def finish(self) -> list[Upload]:
-        data = b"".join(self._pieces)
-        return [Upload(None, data)] if data else []
+        return [Upload(None, bytes(self._data))] if self._data else []
 
     def close(self) -> None:
-        self._pieces.clear()
+        self._data = bytearray()
 
 
 class _Multipart:
@@ -242,7 +241,7 @@ class _Multipart:
                 f"is {self._max_images} images (RIDE_MAX_IMAGES); send several",
             )
         self._headers: dict[bytes, bytes] = {}
-        self._pieces: list[bytes] = []
+        self._data = bytearray()
 
     def _on_header_field(self, data: bytes, start: int, end: int) -> None:
         self._header_name += data[start:end]
@@ -274,11 +273,11 @@ class _Multipart:
             )
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
-        self._pieces.append(data[start:end])
+        self._data += memoryview(data)[start:end]
 
     def _on_part_end(self) -> None:
-        data = b"".join(self._pieces)
-        self._pieces = []
+        data = bytes(self._data)
+        self._data = bytearray()
         if data or self._filename:  # a browser sends an empty, nameless file for an empty file input
             self._uploads.append(Upload(self._filename or None, data))
 

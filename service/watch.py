@@ -123,7 +123,8 @@ class _WatchedTask:
             self._listener.add_done_callback(self._heard)
 
     def end(self) -> None:
-        """Take no notice of anything any more."""
+        """Take no notice of anything any more, and let go of the reason, whose stack trace holds on to this and all."""
+        self.reason = None
         if self._listener is not None:
             self._listener.remove_done_callback(self._heard)
             self._listener.cancel()

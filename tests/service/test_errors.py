@@ -2,15 +2,19 @@
 
 import asyncio
 import gc
+import sys
+import threading
 import weakref
 from contextlib import asynccontextmanager
 
+import numpy as np
 import pytest
 
 from service import uploads
 from service.classifier import Choice
 from service.engine import open_engine
 from service.errors import STATUS, ServiceError
+from service.images import SMALL_BYTES
 from service.schemas import ErrorAnswer
 from service.uploads import Upload, UploadMemory
 from tests.service.conftest import WatchedEngine, encode, start, until
@@ -214,6 +218,47 @@ async def test_a_body_is_let_go_with_its_answer(tiny_bundle, monkeypatch, conten
             assert [reader() for reader in readers] == [None]
         finally:
             gc.enable()
+
+
+async def test_an_image_whose_time_is_over_is_let_go_with_the_answer(tiny_bundle):
+    """The same of one that was queued; only the engine keeps its batch until it is through."""
+    async with start(tiny_bundle, timeout_s=0.05) as service:
+        gc.collect()
+        gc.disable()
+        try:
+            with service.engine.hold():
+                refused(await service.client.post("/classify", content=IMAGE), "timeout")
+                await until(lambda: not [found for found in gc.get_objects() if isinstance(found, Upload)])
+        finally:
+            gc.enable()
+
+
+async def test_an_image_given_up_while_it_waits_for_a_decoding_thread_is_let_go(service, monkeypatch):
+    """The executor keeps what waits in its queue until a thread has time to see that it was cancelled."""
+    classifier, leave, begun = service.classifier, threading.Event(), threading.Event()
+
+    def slowly(data):
+        begun.set()
+        leave.wait()
+        return np.zeros((8, 8, 3), np.uint8), 0.0
+
+    monkeypatch.setattr(classifier, "_decode", slowly)
+    choice = Choice(classifier.operation.thresholds, 1, 0.0, 1)
+    large, waiting = bytes(SMALL_BYTES + 1), bytes(SMALL_BYTES + 2)
+    references = sys.getrefcount(waiting)
+    first, second = (
+        asyncio.create_task(classifier.classify([Upload(None, data)], choice)) for data in (large, waiting)
+    )
+    await until(begun.is_set)
+    assert sys.getrefcount(waiting) > references
+    second.cancel()
+    await asyncio.wait([second])
+    del second
+    try:
+        assert sys.getrefcount(waiting) == references
+    finally:
+        leave.set()
+    await first
 
 
 async def test_an_empty_file_says_so(service):
