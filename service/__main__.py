@@ -1,6 +1,7 @@
 """The command line: ride-serve."""
 
 import asyncio
+import ctypes
 import logging
 import os
 import resource
@@ -29,11 +30,13 @@ from service.protocol import GuardedProtocol
 from service.remote import EngineLink, open_link
 from service.settings import Settings, SettingsError, read_settings, unknown_variables
 from service.shares import choose_shared_engine, choose_workers, engine_share_of, share_of
-from service.sockets import BACKLOG, open_sockets, refuse_connections
+from service.sockets import BACKLOG, admit, open_sockets, refuse_connections
 from service.supervisor import HANGUP, START_FAILED, STOP_SIGNALS, Supervisor, let_signals_in
 
 KEEP_ALIVE_S = 30
 QUEUE_EMPTY_S = 0.2  # after which whoever was connecting when the service stopped to listen has been let in
+LARGE_BYTES = 4 << 20
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 LAST_WORDS_S = 2.0  # for whoever has connected, but not asked yet
 
 
@@ -110,6 +113,9 @@ class DrainingServer(uvicorn.Server):
         for listening in self._sockets:
             refuse_connections(listening)
         await asyncio.sleep(QUEUE_EMPTY_S)
+        connections: set[Any] = self.server_state.connections
+        for connection in connections:
+            admit(connection.transport.get_extra_info("socket"))
         for server in self.servers:
             server.close()
         await self._wait_for_requests(min(end, time.monotonic() + LAST_WORDS_S))
@@ -150,6 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"ride-serve: {error}", file=sys.stderr)
         return 2
     _allow_open_files()
+    _return_memory()
     log(logging.INFO, "starting", workers=workers, settings=settings.model_dump(mode="json"))
     try:
         groups = open_sockets(settings.host, settings.port, workers)
@@ -187,6 +194,18 @@ def _allow_open_files() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):  # macOS names a limit that it does not grant
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _return_memory() -> None:
+    """
+    Have glibc give the memory of a large body or image back once it is free; by itself it keeps what one needed.
+
+    What is smaller than `LARGE_BYTES`, as most images are, stays with the process, which asks the system for less then.
+    """
+    with suppress(AttributeError, OSError):  # another C library, which has no such function
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
+        mallopt(M_TRIM_THRESHOLD, 4 * LARGE_BYTES)
 
 
 def _run_engine(bundle: Bundle, settings: Settings, link: EngineLink, counters: Counters) -> int:

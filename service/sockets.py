@@ -10,6 +10,11 @@ from typing import Final
 BACKLOG: Final = 2048
 ABSENT: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # an address that is not this machine's, or no IPv6 at all
 
+# Segments that have come further than so are dropped: option, for IPv4 and IPv6. Nobody's come with the most that there
+# can be, 255, unless they begin with it, and Linux, Windows and macOS begin with 64 or 128.
+FARTHEST: Final = {socket.AF_INET: (socket.IPPROTO_IP, 21), socket.AF_INET6: (socket.IPPROTO_IPV6, 73)}
+ALL_HOPS: Final = 255
+
 # Classic BPF over a segment that begins with its TCP header: drop it if it is a SYN, let all else through.
 SO_ATTACH_FILTER: Final = 26
 NO_SYN: Final = b"".join(
@@ -70,11 +75,27 @@ def refuse_connections(listening: socket.socket) -> None:
 
     Closing it resets the connections that are still in its queue, and under load there is always one. Whoever tries
     meanwhile tries again a second later, and finds the socket closed, or another one.
+
+    Where the system allows no filter, as some do without CAP_NET_ADMIN, a limit on hops stands in for it. Connections
+    that were half made inherit it: `admit` them.
     """
     program = ctypes.create_string_buffer(NO_SYN, len(NO_SYN))
     count = len(NO_SYN) // struct.calcsize("HBBI")
-    with suppress(OSError):  # a sandbox may not have it; then a connection may be reset
+    try:
         listening.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", count, ctypes.addressof(program)))
+    except OSError:
+        _limit_hops(listening, ALL_HOPS)
+
+
+def admit(connection: socket.socket) -> None:
+    """Receive what a connection's client sends, should it have been half made when `refuse_connections` came."""
+    _limit_hops(connection, 0)
+
+
+def _limit_hops(limited: socket.socket, least: int) -> None:
+    if limited.family in FARTHEST:
+        with suppress(OSError):  # a sandbox may have neither; then a connection may be reset
+            limited.setsockopt(*FARTHEST[limited.family], least)
 
 
 def _bound(family: int, address: tuple[object, ...], *, reuse_port: bool = False) -> socket.socket:

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from service.sockets import open_sockets, refuse_connections
+from service import sockets
+from service.sockets import admit, open_sockets, refuse_connections
 
 
 @pytest.fixture
@@ -23,6 +24,18 @@ def opened():
     for group in groups:
         for one in group:
             one.close()
+
+
+@pytest.fixture(params=["127.0.0.1", "::1"])
+def host(request):
+    """This machine, by either protocol."""
+    try:
+        socket.create_server(
+            (request.param, 0), family=socket.AF_INET6 if ":" in request.param else socket.AF_INET
+        ).close()
+    except OSError:
+        pytest.skip(f"no {request.param} here")
+    return request.param
 
 
 def connect(port):
@@ -116,15 +129,22 @@ def test_an_address_that_the_machine_lacks_is_passed_over_beside_one_that_it_has
     assert [[one.getsockname()[0] for one in group] for group in groups] == [["127.0.0.1"]] * 2
 
 
-def test_a_queue_can_be_emptied_and_closed_without_a_loss(opened):
-    """Who is in the queue stays there and can be answered; nobody else gets in, and after the close they know."""
-    listening = opened("127.0.0.1", 0)[0][0]
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_queue_can_be_emptied_and_closed_without_a_loss(opened, monkeypatch, host, allowed):
+    """
+    Who is in the queue stays there and can be answered; nobody else gets in, and after the close they know.
+
+    Filters may not be allowed, as in a container without capabilities.
+    """
+    if not allowed:
+        monkeypatch.setattr(sockets, "SO_ATTACH_FILTER", 9999)
+    listening = opened(host, 0)[0][0]
     port = listening.getsockname()[1]
-    with connect(port) as waiting:
+    with socket.create_connection((host, port), timeout=10) as waiting:
         refuse_connections(listening)
-        late = socket.socket()
+        late = socket.socket(listening.family)
         late.setblocking(False)
-        assert late.connect_ex(("127.0.0.1", port)) == errno.EINPROGRESS
+        assert late.connect_ex((host, port)) == errno.EINPROGRESS
         time.sleep(0.1)
         accepted, _ = listening.accept()
         with pytest.raises(BlockingIOError):
@@ -138,3 +158,20 @@ def test_a_queue_can_be_emptied_and_closed_without_a_loss(opened):
     with late:
         assert select.select([], [late], [], 10)[1]
         assert late.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNREFUSED
+
+
+def test_a_connection_that_was_half_made_when_others_were_refused_is_heard(opened, monkeypatch, host):
+    """It inherits the limit on hops that stands in for the filter; what was dropped comes again."""
+    monkeypatch.setattr(sockets, "SO_ATTACH_FILTER", 9999)
+    listening = opened(host, 0)[0][0]
+    with socket.create_connection(listening.getsockname()[:2], timeout=10) as client:
+        accepted, _ = listening.accept()
+        with accepted:
+            accepted.settimeout(0.2)
+            refuse_connections(accepted)  # what it would have inherited
+            client.sendall(b"question")
+            with pytest.raises(TimeoutError):
+                accepted.recv(100)
+            admit(accepted)
+            accepted.settimeout(10)
+            assert accepted.recv(100) == b"question"
