@@ -137,7 +137,7 @@ class Settings(BaseSettings):
         ByteSize(512 * 1024**2),
         ge=1,
         description="Bodies of all requests together that are held in memory, such as 512MiB, divided among the "
-        "workers. One that does not fit is refused with 429. Decoding needs memory beside it: up to 12 bytes per pixel "
+        "workers. One that does not fit is refused with 429. Decoding needs memory beside it: up to 14 bytes per pixel "
         "of max-pixels for each thread.",
     )
     max_pixels: int = Field(
