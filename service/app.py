@@ -81,7 +81,7 @@ class Service:
 
 
 class CommonHeaders:
-    """Gives every request an id, and every answer that id and the security headers."""
+    """Gives every request an id, every answer that id and the security headers, and has browsers ask each time anew."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -93,7 +93,7 @@ class CommonHeaders:
             return
         request_id = request_id_of(scope["headers"])
         scope.setdefault("state", {})["request_id"] = request_id
-        headers = common_headers(request_id, scope["path"])
+        headers = [*common_headers(request_id, scope["path"]), (b"cache-control", b"no-cache")]
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -1,7 +1,8 @@
 // The web page: sends images to POST /classify and shows what came back. Talks to nothing else than this service.
 
 const REQUESTS_AT_ONCE = 4; // of one file each: limits on a request then meet single files, and first answers come early
-const RETRIES = 5; // of a file that is refused for a while: the queue is full, or no worker is ready
+const RETRIES = 5; // of a file that is refused for a while: the queue is full, or no worker is ready, or nobody answers
+const RETRY_S = 1; // where the service has not said after how long
 const REASONS = {
   confident: "the score fell below its threshold",
   last: "every expert was needed",
@@ -41,16 +42,20 @@ let cards = 0;
 // The model ---------------------------------------------------------------------------------------------------------
 
 async function showModel() {
-  try {
-    const answer = await fetch("model");
-    const told = await answer.json();
-    if (!answer.ok) throw new Error(told.error?.message ?? `the service answered ${answer.status}`);
-    model = told;
-    describeModel();
-  } catch (error) {
-    byId("model").textContent = `No model: ${error.message}`;
-    byId("model").className = "bad";
+  while (!model) {
+    try {
+      const answer = await fetch("model");
+      const told = await answer.json();
+      if (!answer.ok) throw new Error(told.error?.message ?? `the service answered ${answer.status}`);
+      model = told;
+    } catch (error) {
+      byId("model").textContent = `No model: ${error.message}`;
+      byId("model").className = "bad";
+      await seconds(RETRY_S); // the service may be starting
+    }
   }
+  byId("model").className = "";
+  describeModel();
 }
 
 function describeModel() {
@@ -118,14 +123,9 @@ async function classify(files) {
 async function send({ file, card }, options, signal) {
   const body = new FormData();
   body.append("file", file, file.name);
-  const ask = () => fetch(`classify?${options}`, { method: "POST", body, signal });
   let answer;
   try {
-    let response = await ask();
-    for (let retry = 0; response.headers.has("retry-after") && retry < RETRIES; retry++) {
-      await seconds(Number(response.headers.get("retry-after")));
-      response = await ask();
-    }
+    const response = await ask(`classify?${options}`, { method: "POST", body, signal });
     answer = await response.json();
   } catch (error) {
     answer = { error: { code: "no answer", message: `${error.message}. Is the service running?` } };
@@ -135,6 +135,20 @@ async function send({ file, card }, options, signal) {
   card.classList.remove("waiting");
   card.append(...(result.error ? showError(card, result.error, answer.request_id) : showResult(card, result)));
   showSession();
+}
+
+/** A response; where there is none, or one that says so, after some more tries. */
+async function ask(url, request, retries = RETRIES) {
+  let wait = RETRY_S;
+  try {
+    const response = await fetch(url, request);
+    if (!response.headers.has("retry-after") || !retries) return response;
+    wait = Number(response.headers.get("retry-after"));
+  } catch (error) {
+    if (request.signal.aborted || !retries) throw error;
+  }
+  await seconds(wait);
+  return ask(url, request, retries - 1);
 }
 
 // One image ---------------------------------------------------------------------------------------------------------

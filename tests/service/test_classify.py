@@ -424,6 +424,7 @@ async def test_every_answer_carries_the_security_headers(service):
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["content-security-policy"].startswith("default-src 'self'; ")
         assert ("'unsafe-inline'" in headers["content-security-policy"]) == (path == "/docs")
+        assert headers["cache-control"] == "no-cache"  # else a browser shows yesterday's page after an update
 
 
 async def test_the_documentation_needs_no_other_host(service):

@@ -99,9 +99,10 @@ ANSWERS = {
     "tiger.png": {"request_id": "r1", "model": {"name": "pets", "version": "7"}, "results": [ANSWERED]},
     "notes.txt": {"request_id": "r2", "error": FAILED["error"], "results": [FAILED]},
 }
-ANSWERS["busy.png"] = ANSWERS["tiger.png"]
+ANSWERS["busy.png"] = ANSWERS["lost.png"] = ANSWERS["tiger.png"]
 FULL = {"request_id": "r3", "error": {"code": "overloaded", "message": "256 images are waiting; retry in 3 s"}}
 REFUSALS = {"busy.png": 2, "full.png": 1000}  # requests until a file's first answer
+LOST = {"/model": 2, "lost.png": 2}  # requests that get no answer at all, where the service restarts
 ASKED = {"tiger.png": "mode=fast", "notes.txt": "threshold=0.5"}
 # What a person would do: choose a mode, paste a picture, choose a threshold, paste something else.
 DRIVER = """
@@ -135,6 +136,10 @@ for (const name of ["busy.png", "full.png"]) {
   await answered(name === "busy.png" ? 1 : 2);
   note(`${name} took ${Math.round((performance.now() - started) / 1000)} s`);
 }
+"""
+RESTARTED = """
+paste(await picture("lost.png"));
+await answered(1);
 """
 DRIVEN = """
 const wait = (seconds) => new Promise((next) => setTimeout(next, 1000 * seconds));
@@ -173,6 +178,8 @@ class PageServer(BaseHTTPRequestHandler):
         elif self.path == "/driver.js":
             self._send(DRIVEN % self.server.driver, "text/javascript")
         elif self.path == "/model":
+            if self.server.restarts and self._is_lost("/model"):
+                return
             self._send(json.dumps(self.server.model), "application/json")
         else:
             file = STATIC / self.path.rpartition("/")[2]
@@ -186,11 +193,18 @@ class PageServer(BaseHTTPRequestHandler):
         name = name.decode()
         if name in ASKED:
             assert self.path == f"/classify?{ASKED[name]}"
-        self.server.asked.append(name)
+        if self._is_lost(name):
+            return
         times = self.server.asked.count(name)
         refused = times <= REFUSALS.get(name, 0)
         status = (503 if times == 1 else 429) if refused else 200
         self._send(json.dumps(FULL if refused else ANSWERS[name]), "application/json", status)
+
+    def _is_lost(self, name: str) -> bool:
+        """Note that it was asked for; whether the connection is closed without an answer this time."""
+        self.server.asked.append(name)
+        self.close_connection = self.server.asked.count(name) <= LOST.get(name, 0)
+        return self.close_connection
 
     def _send(self, text: str, kind: str, status: int = 200) -> None:
         self.send_response(status)
@@ -213,10 +227,14 @@ def test_the_answers_below_are_of_the_service_s_shapes():
     ErrorAnswer.model_validate(ANSWERS["notes.txt"])
 
 
-def drive(tmp_path, driver, model=MODEL):
-    """What a real browser's page says once it was driven, and the names of the files it sent, in order."""
+def drive(tmp_path, driver, model=MODEL, restarts=False):
+    """
+    What a real browser's page says once it was driven, and the names of the files it sent, in order.
+
+    With `restarts` the model, too, is lost as `LOST` says, and noted.
+    """
     with ThreadingHTTPServer(("127.0.0.1", 0), PageServer) as server:
-        server.driver, server.model, server.asked = driver, model, []
+        server.driver, server.model, server.restarts, server.asked = driver, model, restarts, []
         Thread(target=server.serve_forever, daemon=True).start()
         dom = subprocess.run(
             [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -261,6 +279,15 @@ def test_what_is_refused_for_a_while_is_sent_again(tmp_path):
     assert waited == [pytest.approx(2 * 3, abs=2), pytest.approx(5 * 3, abs=2)]  # by the browser's clock
     assert "busy.png tiger few: 9 training images 2 of 3 experts" in words
     assert words.count("overloaded : 256 images are waiting; retry in 3 s (request r3)") == 1
+
+
+@in_a_browser
+def test_a_page_that_is_opened_while_the_service_restarts_recovers(tmp_path):
+    """The model and the answer come when they can; nobody has to reload the page or choose the file again."""
+    words, asked = drive(tmp_path, RESTARTED, restarts=True)
+    assert asked == ["/model"] * 3 + ["lost.png"] * 3
+    assert "No model" not in words
+    assert "lost.png tiger few: 9 training images 2 of 3 experts" in words
 
 
 @in_a_browser
