@@ -10,9 +10,9 @@ from typing import Final
 BACKLOG: Final = 2048
 ABSENT: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # an address that is not this machine's, or no IPv6 at all
 
-# Segments that have come further than so are dropped: option, for IPv4 and IPv6. Nobody's come with the most that there
-# can be, 255, unless they begin with it, and Linux, Windows and macOS begin with 64 or 128.
-FARTHEST: Final = {socket.AF_INET: (socket.IPPROTO_IP, 21), socket.AF_INET6: (socket.IPPROTO_IPV6, 73)}
+# Options that drop segments with fewer hops left than so, for IPv4 and IPv6. With the most that there can be, 255, only
+# those of a neighbour that begins with 255 pass; Linux, Windows and macOS begin with 64 or 128.
+HOPS_LEFT: Final = {socket.AF_INET: (socket.IPPROTO_IP, 21), socket.AF_INET6: (socket.IPPROTO_IPV6, 73)}
 ALL_HOPS: Final = 255
 
 # Classic BPF over a segment that begins with its TCP header: drop it if it is a SYN, let all else through.
@@ -93,9 +93,9 @@ def admit(connection: socket.socket) -> None:
 
 
 def _limit_hops(limited: socket.socket, least: int) -> None:
-    if limited.family in FARTHEST:
+    if limited.family in HOPS_LEFT:
         with suppress(OSError):  # a sandbox may have neither; then a connection may be reset
-            limited.setsockopt(*FARTHEST[limited.family], least)
+            limited.setsockopt(*HOPS_LEFT[limited.family], least)
 
 
 def _bound(family: int, address: tuple[object, ...], *, reuse_port: bool = False) -> socket.socket:
