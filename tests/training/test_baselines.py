@@ -1,5 +1,6 @@
 """The formulas of the baselines, against golden values, hand-worked cases and plain references."""
 
+import copy
 import dataclasses
 import math
 
@@ -308,6 +309,27 @@ def test_bbn_branches_see_their_own_half_in_training_and_every_image_in_evaluati
     assert not torch.allclose(first[:, 64:], second[:, 64:])
 
 
+def test_bbn_passes_one_half_after_the_other_through_the_shared_layers():
+    """Their features are those of two batches that come one after the other, and so is what their norms have seen."""
+    torch.manual_seed(0)
+    model, _ = bbn.build(tiny("bbn-cifar100"), [9, 5, 2], *MEAN_STD)
+    shared = nn.Sequential(model.net.trunk, model.net.experts[0].layers.shared)
+    plain = copy.deepcopy(shared)
+    for module in plain.modules():
+        if isinstance(module, bbn.HalvesBatchNorm2d):
+            module.__class__ = nn.BatchNorm2d
+    uniform, rare = noise(4), noise(4, seed=1) / 3
+
+    together, apart = shared(torch.cat([uniform, rare])), torch.cat([plain(uniform), plain(rare)])
+
+    norms = [module for module in shared.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms and all(type(norm) is bbn.HalvesBatchNorm2d for norm in norms)
+    assert torch.allclose(together, apart, atol=1e-5)
+    for one, other in zip(shared.buffers(), plain.buffers(), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    assert torch.equal(shared.eval()(uniform), shared(torch.cat([uniform, rare]))[:4])
+
+
 def test_bbn_branches_begin_apart():
     """The re-balancing block is no copy of the other; its batch norms begin as theirs do."""
     layers = bbn.build(tiny("bbn-cifar100"), [9, 5, 2], *MEAN_STD)[0].net.experts[0].layers
@@ -326,7 +348,7 @@ def test_a_bbn_step_takes_a_batch_from_either_sampler():
     seen = Outputs(torch.zeros(1, 128, 2), torch.randn(1, 128, 128, generator=torch.Generator().manual_seed(0)))
     _, losses = stage.step(lambda images: seen, torch.zeros(256), labels[first], 100, torch.Generator())
 
-    assert (stage.batch_size, stage.nesterov, len(first[:128].unique())) == (256, False, 128)
+    assert (stage.batch_size, stage.nesterov, len(first[:128].unique())) == (256, True, 128)
     assert labels[first[:128]].float().mean().item() == pytest.approx(0.2, abs=0.08)
     assert labels[first[128:]].float().mean().item() == pytest.approx(0.8, abs=0.12)
     assert losses["loss"].item() == pytest.approx((0.75 * losses["uniform"] + 0.25 * losses["reversed"]).item())

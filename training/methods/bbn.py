@@ -3,9 +3,8 @@ BBN: two branches at the end of one network, one fed uniformly, the other mostly
 from the first to the second as the epochs go by.
 
 The last block of the last stage is doubled, and the classifier sees both branches' features side by side. A batch is
-first half uniform, second half drawn with frequencies reversed. In training each branch sees its own half only, so that
-its batch norms do too; in evaluation both see every image, at equal weight. The shared layers'
-batch norms see the whole batch at once; the public code passes its halves through them one after the other.
+first half uniform, second half drawn with frequencies reversed. In training each branch sees its own half only, and the
+shared layers' batch norms see one half after the other; in evaluation both branches see every image, at equal weight.
 
 Source: Zhou et al., "BBN: Bilateral-Branch Network with Cumulative Learning", arXiv:1912.02413, and its public code.
 """
@@ -26,6 +25,17 @@ from training.methods.method import Losses, Model, Network, Stage, build_model, 
 from training.models.classifiers import LinearClassifier
 from training.models.multi_expert import Expert, Outputs
 from training.recipe import Recipe
+
+
+class HalvesBatchNorm2d(nn.BatchNorm2d):
+    """Normalises, in training, each half of a batch by its own statistics, and counts both."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(2B, C, H, W) to the same."""
+        if not self.training:
+            return super().forward(maps)
+        uniform, rare = maps.chunk(2)
+        return torch.cat([super().forward(uniform), super().forward(rare)])
 
 
 class Branches(nn.Module):
@@ -94,7 +104,10 @@ def build(
     """A fresh model of one expert with two branches, and its one stage."""
     model = build_model(recipe, len(class_counts), mean, std)
     expert = cast(Expert, model.net.experts[0])
-    expert.layers = Branches(cast(nn.Sequential, expert.layers))
+    branches = Branches(cast(nn.Sequential, expert.layers))
+    expert.layers = branches
+    for shared in (model.net.trunk, branches.shared):
+        _norm_halves_apart(shared)
     plain = cast(LinearClassifier, expert.classifier)
     expert.classifier = LinearClassifier(2 * plain.in_features, plain.out_features)
     batch_size = 2 * recipe.batch_size
@@ -105,3 +118,10 @@ def build(
         momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay,
     )  # fmt: skip
     return model, [stage]
+
+
+def _norm_halves_apart(layers: nn.Module) -> None:
+    for module in list(layers.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, HalvesBatchNorm2d(child.num_features))
