@@ -323,7 +323,8 @@ def test_bbn_passes_one_half_after_the_other_through_the_shared_layers():
     together, apart = shared(torch.cat([uniform, rare])), torch.cat([plain(uniform), plain(rare)])
 
     norms = [module for module in shared.modules() if isinstance(module, nn.BatchNorm2d)]
-    assert norms and all(type(norm) is bbn.HalvesBatchNorm2d for norm in norms)
+    assert norms
+    assert all(type(norm) is bbn.HalvesBatchNorm2d for norm in norms)
     assert torch.allclose(together, apart, atol=1e-5)
     for one, other in zip(shared.buffers(), plain.buffers(), strict=True):
         assert torch.allclose(one, other, atol=1e-5)
