@@ -94,7 +94,7 @@ def _sweep(options: argparse.Namespace) -> int:
         return _fail(error)
     try:
         text, failures = sweep(recipes, seeds, options.out, _settings_record(options), options.also)
-    except (ClaimedError, RunsError) as error:
+    except (ClaimedError, RecipeError, RunsError) as error:
         return _fail(error)
     print(text)
     return _report_failures(failures, options.out)

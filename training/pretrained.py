@@ -57,6 +57,11 @@ def start_from(net: MultiExpertNet, recipe: Recipe, images_digest: str = "") -> 
         layers.load_state_dict({key: weights[key] for key in fitting}, strict=False)
         taken += [f"{part}.{key}" for key in fitting]
         fresh += [f"{part}.{key}" for key in ours if key not in fitting]
+    if not taken:
+        raise CheckpointError(
+            f"pretrained={recipe.pretrained}: none of its tensors has a place in this recipe's network, which would "
+            "start from nothing; take a recipe whose layers are the backbone's own, or leave pretrained out"
+        )
     return {"source": source, "taken": taken, "fresh": fresh}
 
 

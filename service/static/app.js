@@ -226,7 +226,7 @@ function routerTable(result) {
   if (!result.router_scores.length) return make("p", { className: "label", textContent: `Stopped: ${reason}. There was nothing to decide.` });
   const rows = result.router_scores.map((score, router) => {
     const threshold = result.thresholds[router];
-    const goesOn = score >= threshold;
+    const wentOn = router + 1 < result.experts_used;  // a budget stops above the threshold, min_confidence goes on below
     return make(
       "tr",
       {},
@@ -241,7 +241,7 @@ function routerTable(result) {
           make("i", { style: { left: `${100 * threshold}%` } }),
         ),
       ),
-      make("td", { textContent: `${score.toFixed(2)} ${goesOn ? "≥" : "<"} ${threshold.toFixed(2)} ${goesOn ? "next" : "stop"}` }),
+      make("td", { textContent: `${score.toFixed(2)} ${score >= threshold ? "≥" : "<"} ${threshold.toFixed(2)} ${wentOn ? "next" : "stop"}` }),
     );
   });
   return make("table", { className: "routers" }, make("caption", { textContent: `Scores: ${reason}` }), ...rows);
