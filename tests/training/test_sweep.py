@@ -272,6 +272,12 @@ def test_a_directory_that_cannot_be_made_is_said_in_a_line(tmp_path, capsys):
     assert capsys.readouterr().err == f"ride-train: {out}: Not a directory\n"
 
 
+def test_a_seed_that_no_generator_takes_is_refused_in_a_line(tmp_path, capsys):
+    """As it is by a training of its own."""
+    assert main(["sweep", "ride-own", "--seeds=-1", "--out", str(tmp_path / "sweep")]) == 2
+    assert capsys.readouterr().err == "ride-train: seed=-1: must be from 0 to 4294967295\n"
+
+
 def test_the_help_names_every_command(capsys):
     """With its options."""
     with pytest.raises(SystemExit):
