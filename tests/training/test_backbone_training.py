@@ -304,3 +304,12 @@ def test_one_image_left_over_ends_no_training(small_nets, folder, tmp_path, left
         recipe, batch_size=len(load_data(recipe).train) - left, router_batch_size=16, accumulate=accumulate
     )
     assert train(recipe, tmp_path / "run")["experts"]
+
+
+def test_weights_of_which_none_fit_are_refused(tmp_path):
+    """SHIKE's layers are other ones than the backbone's; a start from nothing would look like one from the file."""
+    write_weights(tmp_path / "w.pth", "resnet32_cifar")
+    recipe = dataclasses.replace(RECIPES["shike-cifar100"], pretrained=str(tmp_path / "w.pth"))
+
+    with pytest.raises(CheckpointError, match="none of its tensors has a place in this recipe's network"):
+        start_from(build_model(recipe, 4, *MEAN_STD).net, recipe)
