@@ -121,7 +121,7 @@ class Settings(BaseSettings):
         ge=1,
         description="Images that may wait at once, divided among the workers. One more is refused with 429. A longer "
         "queue loses fewer requests in a burst and makes each wait longer: N / (images per second) is the wait at "
-        "worst. Unless it is set, it is longer where that leaves a worker less than max-images.",
+        "worst. Unless it is set, each worker has room for twice max-images at least, however many there are.",
     )
     max_images: int = Field(
         64,
@@ -137,8 +137,8 @@ class Settings(BaseSettings):
         ByteSize(512 * 1024**2),
         ge=1,
         description="Bodies of all requests together that are held in memory, such as 512MiB, divided among the "
-        "workers. One that does not fit is refused with 429. Decoding needs memory beside it: up to 14 bytes per pixel "
-        "of max-pixels for each thread.",
+        "workers. One that does not fit is refused with 429. Unless it is set, each worker has max-bytes at least. "
+        "Decoding needs memory beside it: up to 14 bytes per pixel of max-pixels for each thread.",
     )
     max_pixels: int = Field(
         40_000_000,

@@ -385,6 +385,8 @@ class Recipe:
             )
         if self.method in ("bbn", "oltr") and not self.backbone.endswith("_cifar"):
             raise RecipeError(f"backbone={self.backbone!r}: method {self.method!r} is built for the CIFAR ResNets")
+        if self.method in ("bbn", "oltr") and self.depth_fusion:
+            raise RecipeError(f"depth_fusion=true: method {self.method!r} takes the last layers apart; false")
         for field in ("mixup", "cutmix", "label_smoothing"):
             if getattr(self, field) and self.method not in ("ride", "single"):
                 raise RecipeError(f"{field}={getattr(self, field):g}: only methods 'ride' and 'single' can; take 0")

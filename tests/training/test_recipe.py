@@ -57,6 +57,19 @@ def test_overrides_take_the_type_of_the_field():
         ),
         (
             {
+                "method": "bbn",
+                "n_experts": "1",
+                "diversity_weight": "0",
+                "loss": "ce",
+                "classifier": "linear",
+                "deferred_from": "none",
+                "rotation": "0",
+                "depth_fusion": "true",
+            },
+            "depth_fusion=true: method 'bbn' takes the last layers apart; false",
+        ),
+        (
+            {
                 "method": "ace",
                 "group_shares": "0.6,0.3",
                 "backbone": "swin_t",

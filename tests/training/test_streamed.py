@@ -102,6 +102,21 @@ def test_a_container_that_may_use_few_processors_gets_few_workers(tmp_path, monk
     assert processors(tmp_path) == expected
 
 
+@pytest.mark.parametrize(("limit", "expected"), [(None, 9 << 30), ("max", 9 << 30), (str(8 << 30), 6 << 30)])
+def test_pages_of_files_that_were_read_do_not_count_as_taken_memory(tmp_path, limit, expected):
+    """A group that has 7 of its 8 GiB, 5 of them pages of files that were read once, can give 6."""
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text(f"MemTotal: {16 << 20} kB\nMemAvailable: {9 << 20} kB\n")
+    if limit is not None:
+        group = tmp_path / "sys" / "fs" / "cgroup"
+        group.mkdir(parents=True)
+        (group / "memory.max").write_text(limit + "\n")
+        (group / "memory.current").write_text(f"{7 << 30}\n")
+        (group / "memory.stat").write_text(f"anon {2 << 30}\ninactive_file {5 << 30}\n")
+
+    assert free_memory(tmp_path) == expected
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_that_is_damaged_while_training_is_named(folder, tmp_path, workers):
     """It was whole when the training began."""

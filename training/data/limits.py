@@ -21,13 +21,20 @@ def processors(root: Path = Path("/")) -> int:
         return affinity
 
 
-def free_memory() -> int:
-    """Bytes that can be taken without swapping."""
-    meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
+def free_memory(root: Path = Path("/")) -> int:
+    """
+    Bytes that can be taken without swapping; pages of files that nobody has used lately count as free.
+
+    Args:
+        root: where /proc and /sys lie; only tests change it.
+    """
+    meminfo = (root / "proc/meminfo").read_text(encoding="ascii")
     free = int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
+    group = root / "sys/fs/cgroup"
     try:
         limit = int((group / "memory.max").read_text(encoding="ascii"))
-        return min(free, limit - int((group / "memory.current").read_text(encoding="ascii")))
+        taken = int((group / "memory.current").read_text(encoding="ascii"))
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        return min(free, limit - taken + int(statistics.get("inactive_file", 0)))
     except (OSError, ValueError):  # no such group, or its limit is "max"
         return free
