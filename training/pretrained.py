@@ -73,7 +73,8 @@ def _from_run(net: MultiExpertNet, recipe: Recipe, images_digest: str) -> dict[s
         checkpoint, model = trained_model(run)
     except CheckpointError as error:
         raise CheckpointError(f"pretrained: {error}") from None
-    if checkpoint.recipe.data == recipe.data and not checkpoint.saw(images_digest):
+    same_set = Path(checkpoint.recipe.data).resolve() == Path(recipe.data).resolve()  # however it was spelled
+    if same_set and not checkpoint.saw(images_digest):
         raise CheckpointError(
             f"pretrained={run}: trained on other images of {recipe.data} than this training has, "
             "perhaps on such as are held out or tested here; draw the same ones"

@@ -237,6 +237,8 @@ def test_a_training_starts_from_a_run_of_ours(small_nets, folder, tmp_path):
         start_from(build_model(wider, 4, *MEAN_STD).net, wider, digest)
     with pytest.raises(CheckpointError, match=r"first: trained on other images of .* than this training has"):
         train(dataclasses.replace(second, subset_seed=1), tmp_path / "second")
+    with pytest.raises(CheckpointError, match=r"first: trained on other images of .* than this training has"):
+        start_from(net, dataclasses.replace(second, data=f"{folder.parent}/./{folder.name}/"), "another")
     with pytest.raises(CheckpointError, match=r"pretrained: .*: no checkpoints there"):
         start_from(net, dataclasses.replace(second, pretrained=str(tmp_path)))
 
