@@ -121,20 +121,29 @@ async function classify(files) {
 }
 
 async function send({ file, card }, options, signal) {
-  const body = new FormData();
-  body.append("file", file, file.name);
-  let answer;
-  try {
-    const response = await ask(`classify?${options}`, { method: "POST", body, signal });
-    answer = await response.json();
-  } catch (error) {
-    answer = { error: { code: "no answer", message: `${error.message}. Is the service running?` } };
-  }
+  const answer = await answerFor(file, options, signal);
   if (signal.aborted) return;
   const result = answer.results?.[0] ?? { error: answer.error };
   card.classList.remove("waiting");
   card.append(...(result.error ? showError(card, result.error, answer.request_id) : showResult(card, result)));
   showSession();
+}
+
+/** What the service says of a file, or why it could not say anything. */
+async function answerFor(file, options, signal) {
+  try {
+    await file.slice(0, 1).arrayBuffer();
+  } catch {
+    return { error: { code: "not readable", message: "a folder, or a file that is gone; choose image files" } };
+  }
+  const body = new FormData();
+  body.append("file", file, file.name);
+  try {
+    const response = await ask(`classify?${options}`, { method: "POST", body, signal });
+    return await response.json();
+  } catch (error) {
+    return { error: { code: "no answer", message: `${error.message}. Is the service running?` } };
+  }
 }
 
 /** A response; where there is none, or one that says so, after some more tries. */
@@ -226,7 +235,9 @@ function routerTable(result) {
   if (!result.router_scores.length) return make("p", { className: "label", textContent: `Stopped: ${reason}. There was nothing to decide.` });
   const rows = result.router_scores.map((score, router) => {
     const threshold = result.thresholds[router];
-    const wentOn = router + 1 < result.experts_used;  // a budget stops above the threshold, min_confidence goes on below
+    const wentOn = router + 1 < result.experts_used; // a budget stops above the threshold, min_confidence goes on below
+    const digits = [2, 3, 4, 5].find((n) => score.toFixed(n) !== threshold.toFixed(n)) ?? 2; // until they differ
+    const comparison = `${score.toFixed(digits)} ${score >= threshold ? "≥" : "<"} ${threshold.toFixed(digits)}`;
     return make(
       "tr",
       {},
@@ -241,7 +252,7 @@ function routerTable(result) {
           make("i", { style: { left: `${100 * threshold}%` } }),
         ),
       ),
-      make("td", { textContent: `${score.toFixed(2)} ${score >= threshold ? "≥" : "<"} ${threshold.toFixed(2)} ${wentOn ? "next" : "stop"}` }),
+      make("td", { textContent: `${comparison} ${wentOn ? "next" : "stop"}` }),
     );
   });
   return make("table", { className: "routers" }, make("caption", { textContent: `Scores: ${reason}` }), ...rows);

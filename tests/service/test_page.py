@@ -91,7 +91,7 @@ ANSWERED = {
         {"label": "<b>cat</b>", "index": 1, "probability": 0.39, "split": "many"},
     ],
     "experts_used": 2, "experts_total": 3, "exit_reason": "confident",
-    "router_scores": [0.73, 0.21], "thresholds": [0.5, 0.4], "macs": 1000,
+    "router_scores": [0.73, 0.3996], "thresholds": [0.5, 0.4], "macs": 1000,
     "latency_ms": {"decode": 0.2, "queue": 1.1, "trunk": 1.9, "experts": [1.2, 1.0], "total": 6.6},
 }  # fmt: skip
 FAILED = {"filename": "notes.txt", "error": {"code": "image_unsupported", "message": "5 bytes are no known image"}}
@@ -136,6 +136,15 @@ for (const name of ["busy.png", "full.png"]) {
   await answered(name === "busy.png" ? 1 : 2);
   note(`${name} took ${Math.round((performance.now() - started) / 1000)} s`);
 }
+"""
+UNREADABLE = """
+const slice = Blob.prototype.slice;
+Blob.prototype.slice = function (...places) {
+  return this.name === "folder" ? { arrayBuffer: () => Promise.reject(new Error("gone")) } : slice.apply(this, places);
+};
+choose("mode", "fast");
+paste(new File(["x"], "folder"), await picture("tiger.png"));
+await answered(2);
 """
 RESTARTED = """
 paste(await picture("lost.png"));
@@ -264,7 +273,7 @@ def test_a_browser_shows_answers_and_errors(tmp_path):
         "1 image this session: 2 experts 100 %",
         "tiger.png tiger few: 9 training images 2 of 3 experts", "<b>cat</b> 39.0 %",
         "Scores: the score fell below its threshold",
-        "after expert 1 0.73 ≥ 0.50 next after expert 2 0.21 < 0.40 stop", "Time: 6.6 ms", "other 1.2 ms",
+        "after expert 1 0.73 ≥ 0.50 next after expert 2 0.3996 < 0.4000 stop", "Time: 6.6 ms", "other 1.2 ms",
         "notes.txt image_unsupported : 5 bytes are no known image (request r2)",
     ):  # fmt: skip
         assert said in words
@@ -288,6 +297,15 @@ def test_a_page_that_is_opened_while_the_service_restarts_recovers(tmp_path):
     assert asked == ["/model"] * 3 + ["lost.png"] * 3
     assert "No model" not in words
     assert "lost.png tiger few: 9 training images 2 of 3 experts" in words
+
+
+@in_a_browser
+def test_a_folder_or_a_file_that_is_gone_is_not_sent(tmp_path):
+    """The card says so at once, and not that the service gives no answer."""
+    words, asked = drive(tmp_path, UNREADABLE)
+    assert asked == ["tiger.png"]
+    assert "not readable : a folder, or a file that is gone; choose image files" in words
+    assert "1 image this session: 2 experts 100 %" in words
 
 
 @in_a_browser
