@@ -91,7 +91,7 @@ ANSWERED = {
         {"label": "<b>cat</b>", "index": 1, "probability": 0.39, "split": "many"},
     ],
     "experts_used": 2, "experts_total": 3, "exit_reason": "confident",
-    "router_scores": [0.73, 0.3996], "thresholds": [0.5, 0.4], "macs": 1000,
+    "router_scores": [0.73, 0.21], "thresholds": [0.5, 0.4], "macs": 1000,
     "latency_ms": {"decode": 0.2, "queue": 1.1, "trunk": 1.9, "experts": [1.2, 1.0], "total": 6.6},
 }  # fmt: skip
 FAILED = {"filename": "notes.txt", "error": {"code": "image_unsupported", "message": "5 bytes are no known image"}}
@@ -100,6 +100,9 @@ ANSWERS = {
     "notes.txt": {"request_id": "r2", "error": FAILED["error"], "results": [FAILED]},
 }
 ANSWERS["busy.png"] = ANSWERS["lost.png"] = ANSWERS["tiger.png"]
+ANSWERS["near.png"] = ANSWERS["tiger.png"] | {
+    "results": [ANSWERED | {"router_scores": [0.5003, 0.7], "exit_reason": "budget"}]
+}
 FULL = {"request_id": "r3", "error": {"code": "overloaded", "message": "256 images are waiting; retry in 3 s"}}
 REFUSALS = {"busy.png": 2, "full.png": 1000}  # requests until a file's first answer
 LOST = {"/model": 2, "lost.png": 2}  # requests that get no answer at all, where the service restarts
@@ -136,6 +139,10 @@ for (const name of ["busy.png", "full.png"]) {
   await answered(name === "busy.png" ? 1 : 2);
   note(`${name} took ${Math.round((performance.now() - started) / 1000)} s`);
 }
+"""
+NEAR = """
+paste(await picture("near.png"));
+await answered(1);
 """
 UNREADABLE = """
 const slice = Blob.prototype.slice;
@@ -273,7 +280,7 @@ def test_a_browser_shows_answers_and_errors(tmp_path):
         "1 image this session: 2 experts 100 %",
         "tiger.png tiger few: 9 training images 2 of 3 experts", "<b>cat</b> 39.0 %",
         "Scores: the score fell below its threshold",
-        "after expert 1 0.73 ≥ 0.50 next after expert 2 0.3996 < 0.4000 stop", "Time: 6.6 ms", "other 1.2 ms",
+        "after expert 1 0.73 ≥ 0.50 next after expert 2 0.21 < 0.40 stop", "Time: 6.6 ms", "other 1.2 ms",
         "notes.txt image_unsupported : 5 bytes are no known image (request r2)",
     ):  # fmt: skip
         assert said in words
@@ -297,6 +304,13 @@ def test_a_page_that_is_opened_while_the_service_restarts_recovers(tmp_path):
     assert asked == ["/model"] * 3 + ["lost.png"] * 3
     assert "No model" not in words
     assert "lost.png tiger few: 9 training images 2 of 3 experts" in words
+
+
+@in_a_browser
+def test_a_score_beside_its_threshold_is_told_apart_from_it(tmp_path):
+    """In as many digits as that takes; and a limit on experts stops above the threshold."""
+    words, _ = drive(tmp_path, NEAR)
+    assert "after expert 1 0.5003 ≥ 0.5000 next after expert 2 0.70 ≥ 0.40 stop" in words
 
 
 @in_a_browser

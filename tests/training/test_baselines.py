@@ -339,6 +339,9 @@ def test_bbn_branches_begin_apart():
         one, other = getattr(layers.conventional, name).weight, getattr(layers.rebalancing, name).weight
         assert not torch.isclose(one, other).all(dim=(1, 2, 3)).any()
         assert one.std().item() == pytest.approx(other.std().item(), rel=0.1)
+    for name in ("bn1", "bn2"):
+        one, other = getattr(layers.conventional, name).state_dict(), getattr(layers.rebalancing, name).state_dict()
+        assert all(one[key].equal(other[key]) for key in one)
 
 
 def test_a_bbn_step_takes_a_batch_from_either_sampler():
