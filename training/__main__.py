@@ -323,7 +323,9 @@ def _several(name: str, description: str) -> argparse.ArgumentParser:
 
 
 def _with_settings(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser.add_argument("--data", help="cifar10, cifar100, or a directory: of class folders, with train*.parquet, or with list files")
+    parser.add_argument(
+        "--data", help="cifar10, cifar100, or a directory: of class folders, with train*.parquet, or with list files"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="override a field of the recipe"
     )

@@ -39,8 +39,9 @@ def start_from(net: MultiExpertNet, recipe: Recipe, images_digest: str = "") -> 
 
     Raises:
         CheckpointError: for weights that torchvision does not have, a file that cannot be read, or one that is not of
-            the backbone at full width, with the first differing tensor and both shapes, or of which the net has no layer.
-            For a run that is not finished, has other layers, or had other images of the same set: what is held out or tested here may be among them.
+            the backbone at full width, with the first differing tensor and both shapes, or none of whose tensors has a
+            place in the net. For a run that is not finished, has other layers, or had other images of the same set:
+            what is held out or tested here may be among them.
     """
     if Path(str(recipe.pretrained)).is_dir():
         return _from_run(net, recipe, images_digest)
