@@ -26,11 +26,15 @@ def main(arguments: list[str] | None = None) -> int:
     if options.risk_confidence is not None and options.max_risk is None:
         parser.error("--risk-confidence: says how sure --max-risk must be, which is not given")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half written goes
-    from model_export.export import Wish, export
-    from model_export.precision import obstacle, parse_precisions
-    from training.checkpoint import CheckpointError
-    from training.data.sets import DataError
-    from training.recipe import RecipeError, parse_settings
+    try:
+        from model_export.export import Wish, export
+        from model_export.precision import obstacle, parse_precisions
+        from training.checkpoint import CheckpointError
+        from training.data.sets import DataError
+        from training.recipe import RecipeError, parse_settings
+    except ModuleNotFoundError as error:  # the service can be installed without what exporting needs
+        print(f"ride-export: {error}; install the extras 'train' and 'export', as README.md says", file=sys.stderr)
+        return 2
 
     try:
         precisions = []

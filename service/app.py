@@ -10,6 +10,7 @@ from typing import Any, Final
 import fastapi_offline
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
+from fastapi.routing import APIRoute
 from prometheus_client.exposition import choose_encoder
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
@@ -53,6 +54,9 @@ def create_app(classifier: Classifier, *, listen_at_once: bool = True) -> "Servi
     app.router.routes.append(Route("/classify", classify, methods=["POST"], name="classify"))  # answers other methods
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     _add_routes(app, classifier)
+    for route in app.routes:
+        if isinstance(route, APIRoute) and not route.include_in_schema:
+            route.methods = {*(route.methods or ()), "HEAD"}  # of the pages, which FastAPI gives GET only
     _describe_classify(app)
     app.add_middleware(CommonHeaders)
     app.add_exception_handler(HTTPException, _http_error)
@@ -104,7 +108,7 @@ class CommonHeaders:
 
 
 def _add_routes(app: FastAPI, classifier: Classifier) -> None:
-    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(STATIC / "index.html")
 

@@ -19,7 +19,7 @@ from service.batcher import Batcher, QueueFullError
 from service.cascade import BatchReport, Cascade, Engine, Job, NotFiniteError, Observer, Outcome
 from service.cores import available_cores
 from service.counters import Counters
-from service.engine import RUNTIME_VERSION, EngineError
+from service.engine import RUNTIME_VERSION, EngineError, batch_size_for
 from service.errors import ServiceError
 from service.images import decode, is_small
 from service.logs import log
@@ -402,7 +402,7 @@ class Classifier:
         cascade = self._cascade(engine, Schedule(max_batch), watch)
         blank = np.zeros((manifest.input.height, manifest.input.width, 3), np.uint8)
         thresholds = (0.0,) * (manifest.n_experts - 1)
-        for size in warm_up_sizes(max_batch):
+        for size in warm_up_sizes(max_batch, on_gpu=self._on_gpu):
             for _ in range(PROFILE_RUNS):
                 for outcome in cascade.run(
                     [Job(blank, thresholds, manifest.n_experts, 0.0, 1, 0.0) for _ in range(size)]
@@ -431,7 +431,9 @@ class _Stopwatch:
             times[images] = min(seconds, times.get(images, seconds))
 
 
-def warm_up_sizes(max_batch: int) -> list[int]:
-    """Powers of two, and the largest batch."""
+def warm_up_sizes(max_batch: int, *, on_gpu: bool) -> list[int]:
+    """Powers of two, and the largest batch; on a GPU all that are filled up to different sizes."""
+    if on_gpu:
+        return sorted({min(batch_size_for(rows), max_batch) for rows in range(1, max_batch + 1)})
     sizes = [2**power for power in range(max_batch.bit_length()) if 2**power < max_batch]
     return [*sizes, max_batch]

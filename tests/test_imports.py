@@ -1,6 +1,7 @@
 """The packages depend on each other in one direction only, and serving needs neither torch nor onnx."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,3 +87,15 @@ def test_the_export_loads_nothing_of_the_service():
     loaded = loaded_after(*modules("model_export"))
 
     assert not {name for name in loaded if name.split(".")[0] == "service"}
+
+
+@pytest.mark.parametrize(
+    ("module", "given"), [("training", ["ce-cifar100"]), ("model_export", ["run", "-o", "bundle"])]
+)
+def test_where_only_the_service_is_installed_the_other_commands_say_what_is_missing(module, given):
+    """In a line, not in a traceback."""
+    code = f"import sys; sys.modules['torch'] = None; from {module}.__main__ import main; sys.exit(main({given!r}))"
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert (told.returncode, told.stdout) == (2, "")
+    assert re.fullmatch(r"ride-(train|export): .*torch.*; install the extras? .*'train'.*README.md says\n", told.stderr)

@@ -48,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _train(_parser().parse_args(given))
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else error)
+    except ModuleNotFoundError as error:  # the service can be installed without what training needs
+        return _fail(f"{error}; install the extra 'train', as README.md says")
     except KeyboardInterrupt:
         print("ride-train: interrupted", file=sys.stderr)
         return 130

@@ -342,8 +342,12 @@ class Recipe:
             raise RecipeError(f"cycles={self.cycles}: must divide epochs={self.epochs}")
         if self.method in ("single", *ONE_PROCESS) and self.n_experts != 1:
             raise RecipeError(f"n_experts={self.n_experts}: method {self.method!r} trains one expert")
-        if self.accumulate > min(self.batch_size, self.router_batch_size):
-            raise RecipeError(f"accumulate={self.accumulate}: must be at most batch_size and router_batch_size")
+        if self.accumulate > self.batch_size:
+            raise RecipeError(f"accumulate={self.accumulate}: must be at most batch_size={self.batch_size}")
+        if "routers" in self.stage_epochs() and self.accumulate > self.router_batch_size:
+            raise RecipeError(
+                f"accumulate={self.accumulate}: must be at most router_batch_size={self.router_batch_size}"
+            )
         if self.method in ("shike", "ace") and self.n_experts < 2:
             raise RecipeError(f"n_experts={self.n_experts}: method {self.method!r} needs two experts or more")
         if self.method == "sade" and self.n_experts != 3:

@@ -44,32 +44,45 @@ let cards = 0;
 async function showModel() {
   while (!model) {
     try {
-      const answer = await fetch("model");
-      const told = await answer.json();
-      if (!answer.ok) throw new Error(told.error?.message ?? `the service answered ${answer.status}`);
-      model = told;
+      await askForModel();
     } catch (error) {
       byId("model").textContent = `No model: ${error.message}`;
       byId("model").className = "bad";
       await seconds(RETRY_S); // the service may be starting
     }
   }
-  byId("model").className = "";
+}
+
+/** Ask which model is served, and describe it where it is another one than before, or one that is set otherwise. */
+async function askForModel() {
+  const answer = await fetch("model");
+  const told = await answer.json();
+  if (!answer.ok) throw new Error(told.error?.message ?? `the service answered ${answer.status}`);
+  if (JSON.stringify(told) === JSON.stringify(model)) return;
+  model = told;
   describeModel();
 }
 
 function describeModel() {
+  byId("model").className = "";
   byId("model").textContent =
     `${model.name} ${model.version}: ${model.classes.length} classes, ${model.experts} ${model.experts === 1 ? "expert" : "experts"}`;
-  for (let n = 1; n < model.max_experts; n++) byId("max-experts").append(make("option", { value: n, textContent: n }));
-  if (model.max_experts < model.experts) byId("max-experts").options[0].textContent = model.max_experts;
-  if (model.thresholds.length) byId("threshold").value = model.thresholds[0];
-  else byId("mode").disabled = true; // one expert: nothing to decide
-  for (const mode of Object.keys(model.modes)) {
-    if (mode === "balanced") continue; // the model's own
-    byId("mode").add(make("option", { value: mode, textContent: mode }), byId("mode").options.length - 1);
-  }
+  byId("max-experts").options[0].textContent = model.max_experts < model.experts ? model.max_experts : "all";
+  offer("max-experts", Array.from({ length: model.max_experts - 1 }, (_, i) => i + 1));
+  byId("mode").disabled = !model.thresholds.length; // one expert: nothing to decide
+  offer("mode", Object.keys(model.modes).filter((mode) => mode !== "balanced")); // that is the model's own
+  if (byId("mode").value !== "own") byId("threshold").value = model.thresholds[0] ?? 0.5;
   showThresholds();
+}
+
+/** Put values behind a list's first option, in place of those of the model before; what was chosen stays if it can. */
+function offer(id, values) {
+  const list = byId(id);
+  const chosen = list.value;
+  list.querySelectorAll("[data-offered]").forEach((option) => option.remove());
+  list.options[0].after(...values.map((value) => make("option", { value, textContent: value, "data-offered": "" })));
+  list.value = chosen;
+  if (list.selectedIndex < 0) list.selectedIndex = 0;
 }
 
 /** Which images the next expert sees, and how many experts calibration measured so on held-out images. */
@@ -106,14 +119,15 @@ async function classify(files) {
   const images = [...files];
   if (!images.length) return;
   const { signal } = sending;
+  const waiting = images.map((file) => ({ file, card: newCard(file) }));
+  byId("results").prepend(...waiting.map(({ card }) => card));
+  if (model) await askForModel().catch(() => {}); // the service may have been restarted; if it is gone, the cards say so
   const options = new URLSearchParams();
   if (byId("max-experts").value) options.set("max_experts", byId("max-experts").value);
   const mode = byId("mode").value;
   if (mode === "own") options.set("threshold", byId("threshold").value);
   else if (mode) options.set("mode", mode);
 
-  const waiting = images.map((file) => ({ file, card: newCard(file) }));
-  byId("results").prepend(...waiting.map(({ card }) => card));
   const sendNext = async () => {
     while (waiting.length && !signal.aborted) await send(waiting.shift(), options, signal);
   };

@@ -533,6 +533,15 @@ async def test_a_page_is_there_for_people(service):
         assert (await service.client.get(f"/static/{file}")).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/", "/docs", "/openapi.json", "/model", "/metrics", "/healthz", "/static/app.js"])
+async def test_whatever_can_be_fetched_can_be_asked_about(service, path):
+    """HEAD answers as GET does, without the body."""
+    response = await service.client.head(path)
+
+    assert response.status_code == 200
+    assert response.headers["content-type"] == (await service.client.get(path)).headers["content-type"]
+
+
 async def test_a_service_that_cannot_start_says_so_and_never_gets_ready(tiny_bundle, caplog):
     """The engine's reason is in the log; /readyz stays 503."""
 

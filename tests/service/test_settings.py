@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from model_export.bundle import read_bundle
 from service.classifier import Classifier, warm_up_sizes
 from service.cores import available_cores
-from service.engine import open_engine
+from service.engine import batch_size_for, open_engine
 from service.logs import log, set_up
 from service.operating_point import choose_operation
 from service.settings import DEFAULT_BUNDLE, Settings, SettingsError, read_settings, unknown_variables
@@ -307,7 +307,14 @@ def test_threads_are_the_settings_or_the_cores(tiny_bundle, monkeypatch):
 @pytest.mark.parametrize(("limit", "sizes"), [(1, [1]), (2, [1, 2]), (5, [1, 2, 4, 5]), (32, [1, 2, 4, 8, 16, 32])])
 def test_the_warm_up_covers_all_orders_of_batch_size(limit, sizes):
     """Powers of two, and the largest batch."""
-    assert warm_up_sizes(limit) == sizes
+    assert warm_up_sizes(limit, on_gpu=False) == sizes
+
+
+def test_on_a_gpu_the_warm_up_covers_every_size_that_a_batch_is_filled_up_to():
+    """A size that was never run would make the first request that needs it wait, with TensorRT for minutes."""
+    sizes = warm_up_sizes(20, on_gpu=True)
+    assert sizes == [1, 2, 3, 4, 6, 8, 12, 16, 20]
+    assert {batch_size_for(size) for size in sizes} == {batch_size_for(rows) for rows in range(1, 21)}
 
 
 def test_log_lines_are_json_with_the_stack_trace_inside(capsys):

@@ -294,5 +294,9 @@ def test_fp16_learns_with_a_scaled_loss(folder, tmp_path):
 
 def test_more_parts_than_images_are_refused():
     """The message names the fields."""
-    with pytest.raises(RecipeError, match="accumulate=200: must be at most batch_size and router_batch_size"):
+    with pytest.raises(RecipeError, match="accumulate=200: must be at most batch_size=128"):
         dataclasses.replace(RECIPES["ride-cifar100"], accumulate=200)
+    with pytest.raises(RecipeError, match="accumulate=100: must be at most router_batch_size=64"):
+        dataclasses.replace(RECIPES["ride-cifar100"], router_batch_size=64, accumulate=100)
+    dataclasses.replace(RECIPES["ride-cifar100"], router_batch_size=64, accumulate=100, router_epochs=0)
+    dataclasses.replace(RECIPES["ce-cifar100"], router_batch_size=64, accumulate=100)

@@ -266,7 +266,7 @@ def _share(labels: np.ndarray, share: float, n_classes: int, seed: int) -> np.nd
 
 
 def _taken(size: int, share: float) -> int:
-    """How many of a class are `share` of it: at least one where it has three images, never its last two."""
+    """How many of a class are `share` of it: at least one where it has three images, none of fewer."""
     return max(round(share * size), 1) if size > 2 else 0
 
 

@@ -183,7 +183,7 @@ def retrain_stage(recipe: Recipe, model: Model, class_counts: Sequence[int]) -> 
     classifiers = nn.ModuleList(expert.classifier for expert in experts)
 
     def losses(outputs: Outputs, labels: Tensor, epoch: int) -> Losses:
-        each = [individual(logits, labels, recipe.epochs + epoch) for logits in outputs.expert_logits]
+        each = [individual(logits, labels, epoch) for logits in outputs.expert_logits]
         return {"loss": torch.stack(each).sum()}
 
     def begin() -> None:

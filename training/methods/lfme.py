@@ -100,6 +100,7 @@ class Student:
         self.recipe, self.net, self.classes = recipe, model.net, classes
         self.teachers = {name: cast(MultiExpertNet, model.teachers[name]) for name in classes}
         self.weights: dict[str, float] = {}
+        self._teacher_accuracies: dict[str, float] = {}  # they learn nothing any more
 
     def prepare(self, train: AnyImages, heldout: AnyImages, epoch: int) -> None:
         """Weigh each teacher by how far the student's accuracy on its classes is below its own."""
@@ -110,9 +111,11 @@ class Student:
                 self.weights[name] = 1.0
                 continue
             images = Images(heldout.pixels[of_split], heldout.labels[of_split])
-            taught = only(features_and_logits(self.teachers[name], images).expert_logits[0], classes)
+            if name not in self._teacher_accuracies:
+                taught = only(features_and_logits(self.teachers[name], images).expert_logits[0], classes)
+                self._teacher_accuracies[name] = class_mean_accuracy(taught, images.labels)
             self.weights[name] = teacher_weight(
-                class_mean_accuracy(logits[of_split], images.labels), class_mean_accuracy(taught, images.labels),
+                class_mean_accuracy(logits[of_split], images.labels), self._teacher_accuracies[name],
                 self.recipe.lfme_threshold,
             )  # fmt: skip
 

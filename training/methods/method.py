@@ -16,7 +16,7 @@ from training.data.samplers import shuffled
 from training.data.sets import AnyImages
 from training.models.backbones import BACKBONES
 from training.models.classifiers import CosineClassifier, LinearClassifier
-from training.models.depth_fusion import TwoLevelTrunk, fusion_layers
+from training.models.depth_fusion import FusionLayers, TwoLevelTrunk
 from training.models.groups import Aggregation, GroupNet
 from training.models.multi_expert import Expert, MultiExpertNet, Outputs, Trunk
 from training.models.router import Routers
@@ -131,7 +131,7 @@ def build_model(recipe: Recipe, n_classes: int, mean: Sequence[float], std: Sequ
     def expert(index: int) -> Expert:
         layers = backbone.expert(recipe)
         if recipe.depth_fusion:
-            layers = fusion_layers(index, recipe.reduced, recipe.image_size)
+            layers = FusionLayers(index, width, recipe.image_size)
         if recipe.classifier == "cosine":
             return Expert(layers, CosineClassifier(width, n_classes, recipe.cosine_scale))
         return Expert(layers, LinearClassifier(width, n_classes))

@@ -93,11 +93,6 @@ class FusionLayers(nn.Module):
         return F.adaptive_avg_pool2d(fused, 1).flatten(1)
 
 
-def fusion_layers(index: int, reduced: bool, image_size: int) -> FusionLayers:
-    """The layers of expert `index`; D is 48 when reduced, else 64."""
-    return FusionLayers(index, 48 if reduced else 64, image_size)
-
-
 def _stage(width_in: int, width: int, stride: int) -> nn.Sequential:
     blocks = [ProjectionBlock(width_in, width, stride), *(ProjectionBlock(width, width, 1) for _ in range(BLOCKS - 1))]
     return nn.Sequential(*blocks)
