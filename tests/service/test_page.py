@@ -303,7 +303,8 @@ def test_what_is_refused_for_a_while_is_sent_again(tmp_path):
     words, asked = drive(tmp_path, REFUSED)
     assert asked == ["busy.png"] * 3 + ["full.png"] * 6
     waited = [int(seconds) for seconds in re.findall(r"(?:busy|full)\.png took (\d+) s", words)]
-    assert 2 * 3 <= waited[0] < 4 * 3 and 5 * 3 <= waited[1] < 10 * 3  # by the browser's clock
+    assert 2 * 3 <= waited[0] < 4 * 3
+    assert 5 * 3 <= waited[1] < 10 * 3
     assert "busy.png tiger few: 9 training images 2 of 3 experts" in words
     assert words.count("overloaded : 256 images are waiting; retry in 3 s (request r3)") == 1
 
