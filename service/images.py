@@ -2,7 +2,7 @@
 
 import io
 import math
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import simplejpeg
@@ -17,11 +17,12 @@ from service.structure import (
     PNG_START,
     SCANS,
     SMALL_SCANS,
-    check_head,
     check_structure,
     exif_of,
     has_more,
     has_plain_chunks,
+    orientation_of,
+    plain_head,
 )
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow would warn at one size and refuse at another; `decode` has the limit
@@ -40,7 +41,7 @@ SCARCE: Final = {
 }  # of the limit: it takes 18 bytes per pixel and more, others up to 12
 SCALED_MARGIN: Final = 7  # times the input size; below 6, accuracy moved by more than 0.1 points
 XMP: Final = ("xmp", "XML:com.adobe.xmp")
-ORIENTATION_TAG: Final = 0x0112
+RAW_EXIF: Final = "Raw profile type exif"
 # What undoes each EXIF orientation; 1 is upright.
 UPRIGHT: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -78,8 +79,6 @@ def decode(data: bytes, spec: InputSpec, max_pixels: int, *, scaled: bool = Fals
         check_structure(kind, data)
         image = _decode_jpeg(data, spec, max_pixels, scaled) if kind == "JPEG" else None
         if image is None:
-            if kind == "JPEG":
-                check_head(data)
             image = _decode_any(kind, data, max_pixels)
         elif isinstance(image, np.ndarray):
             return image
@@ -100,10 +99,10 @@ def is_small(data: bytes) -> bool:
         if has_more(SCANS, data, SMALL_SCANS):
             return False
         try:
-            height, width, *_ = simplejpeg.decode_jpeg_header(data)
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         except ValueError:
             return False
-        return bool(height * width <= SMALL_JPEG)
+        return bool(height * width <= SMALL_JPEG and colours != "CMYK")  # which is left to Pillow
     if data.startswith(PNG_START) and data[12:16] == b"IHDR" and len(data) >= 24:
         width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
         return width * height <= SMALL_PNG and has_plain_chunks(data)
@@ -123,7 +122,7 @@ def _decode_jpeg(data: bytes, spec: InputSpec, max_pixels: int, scaled: bool) ->
         _check_size("JPEG", width, height, max_pixels)
         if colours == "CMYK":
             return None
-        if exif is None and (height, width) == (spec.height, spec.width):
+        if not exif and (height, width) == (spec.height, spec.width):
             pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
             return pixels
         by = _scale(height, width, spec) if scaled else 1
@@ -133,7 +132,7 @@ def _decode_jpeg(data: bytes, spec: InputSpec, max_pixels: int, scaled: bool) ->
     except ValueError:  # damaged; Pillow decides how badly
         return None
     image = Image.frombuffer("RGBX", (pixels.shape[1], pixels.shape[0]), pixels, "raw", "RGBX", 0, 1)
-    return image if exif is None else _turn(image, _orientation(exif))
+    return _turn(image, orientation_of(exif))
 
 
 def _scale(height: int, width: int, spec: InputSpec) -> int:
@@ -143,7 +142,8 @@ def _scale(height: int, width: int, spec: InputSpec) -> int:
 
 
 def _decode_any(kind: str, data: bytes, max_pixels: int) -> Image.Image:
-    with Image.open(io.BytesIO(data), formats=(kind,)) as image:
+    file = io.BytesIO(plain_head(data) if kind == "JPEG" else data)
+    with Image.open(file, formats=(kind,)) as image:
         _check_size(kind, image.width, image.height, max_pixels)
         bits, negative = 16, False
         if isinstance(image, TiffImageFile):
@@ -156,11 +156,13 @@ def _decode_any(kind: str, data: bytes, max_pixels: int) -> Image.Image:
         _forget_xmp(image)
         image.load()  # which turns a TIFF upright
         pixels = to_rgb(image, bits=bits, negative=negative)
-        return pixels if kind == "TIFF" else _turn(pixels, _orientation(image))
+        if kind == "TIFF":
+            return pixels
+        return _turn(pixels, orientation_of(exif_of(data) if kind == "JPEG" else _exif_beside(image)))
 
 
 def _forget_xmp(image: Image.Image) -> None:
-    """For want of an EXIF orientation Pillow takes that of an XMP block, where it looks for one; EXIF alone counts."""
+    """For want of an EXIF orientation Pillow turns a TIFF by that of an XMP block; EXIF alone counts."""
     for key in XMP:
         image.info.pop(key, None)
 
@@ -200,7 +202,7 @@ def sniff(data: bytes) -> str | None:
         return "WEBP"
     if data.startswith(b"BM"):
         return "BMP"
-    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+    if data.startswith((b"II*\0", b"MM\0*", b"II+\0")):  # MM\0+ is none that Pillow can read
         return "TIFF"
     return None
 
@@ -253,19 +255,15 @@ def fit(image: Image.Image, spec: InputSpec) -> Image.Image:
     return image.resize((spec.width, spec.height), FILTERS[spec.interpolation], box=box)
 
 
-def _orientation(image: Image.Image | bytes) -> int:
-    """Of an image or an EXIF block; 1, upright, where the block is absent or damaged: the pixels are still good."""
+def _exif_beside(image: Image.Image) -> bytes:
+    """The EXIF block that Pillow found beside a loaded image's pixels; empty where there is none, or a damaged one."""
+    if "exif" in image.info:
+        return bytes(image.info["exif"])
+    _, _, _, *lines = f"{image.info.get(RAW_EXIF, '')}\n\n\n".split("\n")  # as ImageMagick writes it into a PNG
     try:
-        if isinstance(image, bytes):
-            exif = Image.Exif()
-            exif.load(image)
-        else:
-            _forget_xmp(image)  # that of a PNG may come behind its pixels
-            exif = image.getexif()
-        found: Any = exif.get(ORIENTATION_TAG, 1)
-    except Exception:  # EXIF is a TIFF of its own, with as many ways to be broken
-        return 1
-    return found if isinstance(found, int) else 1
+        return bytes.fromhex("".join(lines))
+    except ValueError:
+        return b""
 
 
 def _no_image(data: bytes) -> ServiceError:

@@ -4,7 +4,7 @@ import itertools
 import re
 import struct
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, Literal, NamedTuple
 
 from PIL.JpegImagePlugin import MARKER
 
@@ -21,9 +21,10 @@ MAX_SCANS: Final = 100
 SMALL_SCANS: Final = 16
 MAX_MARKERS: Final = 1000  # of a JPEG that Pillow reads, one by one
 APP1: Final = b"\xff\xe1"
+COMMENT: Final = b"\xff\xfe"
 EXIF_START: Final = b"Exif\0\0"
 EXIF_MARK: Final = re.compile(EXIF_START)
-MAX_EXIF: Final = 64  # Pillow joins them one by one, in a time that grows with the square of their number
+EXIF_STARTS: Final = re.compile(b"\\A(?:" + EXIF_START + b"){1,2}")
 SMALL_CHUNKS: Final = 32
 MAX_CHUNKS: Final = 20_000  # of a PNG; usual ones are of 8 KiB or more
 # Those of a PNG that cost nothing; others may hold compressed text, or a TIFF's worth of tags.
@@ -39,7 +40,24 @@ MAX_TIFF_TAGS: Final = 1000
 TIFF_PIECES: Final = (273, 279, 324, 325)  # where strips and tiles are, and their sizes
 MAX_TIFF_PIECES: Final = 2**16
 MAX_TIFF_VALUES: Final = 3 * 2**16  # of any other tag: as many as the largest palette has
+MAX_TIFF_RATIONALS: Final = 2**12  # of one tag; Pillow makes an object of each
+TIFF_DIRECTORIES: Final = (34665, 34853, 40965)  # where EXIF, GPS and interoperability are, which Pillow reads whole
+MAX_DIRECTORY_VALUES: Final = 2**14  # of one of these
 TIFF_BYTES: Final = (1, 2, 7)  # types that stay bytes
+TIFF_RATIONALS: Final = (5, 10)
+TIFF_OFFSETS: Final = {4: 4, 13: 4, 16: 8, 18: 8}  # type -> bytes
+TIFF_SHORT: Final = 3
+ORIENTATION: Final = 0x0112
+UPRIGHT: Final = 1
+
+
+class Tag(NamedTuple):
+    """An entry of a TIFF's directory: its value, or where that lies."""
+
+    number: int
+    value_type: int
+    n_values: int
+    value: bytes
 
 
 def check_structure(kind: str, data: bytes) -> None:
@@ -60,50 +78,52 @@ def check_structure(kind: str, data: bytes) -> None:
         if any(True for _ in itertools.islice(_gif_blocks(data), MAX_GIF_BLOCKS, None)):
             too_many = f"{MAX_GIF_BLOCKS:,} blocks before its first frame"
     elif kind == "TIFF":
-        tags = list(itertools.islice(_tiff_tags(data), MAX_TIFF_TAGS + 1))
-        if len(tags) > MAX_TIFF_TAGS:
-            too_many = f"{MAX_TIFF_TAGS:,} tags"
-        for tag, value_type, count in tags:
-            if tag in TIFF_PIECES and count > MAX_TIFF_PIECES:
-                too_many = f"{MAX_TIFF_PIECES:,} strips or tiles"
-            elif count > MAX_TIFF_VALUES and value_type not in TIFF_BYTES:
-                too_many = f"{MAX_TIFF_VALUES:,} values in tag {tag}"
+        too_many = _excess_of_tiff(data)
     elif kind == "BMP" and _bmp_has_run_lengths(data):
         raise ServiceError("image_unsupported", "BMP of run lengths; save it without compression, or as PNG")
     if too_many is not None:
         raise ServiceError("image_unsupported", f"{kind} has more than {too_many}; save it in fewer")
 
 
-def check_head(jpeg: bytes) -> None:
-    """Raise ServiceError image_unsupported for a JPEG before whose first scan Pillow would find no end of markers."""
-    if any(True for _ in itertools.islice(_segments(jpeg), MAX_MARKERS - 1, None)):
+def plain_head(jpeg: bytes) -> bytes:
+    """
+    The JPEG for Pillow: its EXIF segments are comments now. Pillow would look for a resolution in all of them, joined.
+
+    Raises:
+        ServiceError: image_unsupported where Pillow would find no end of markers before the first scan.
+    """
+    segments = list(itertools.islice(_segments(jpeg), MAX_MARKERS))
+    if len(segments) == MAX_MARKERS:
         raise ServiceError(
             "image_unsupported",
             f"JPEG has {MAX_MARKERS:,} markers and stray bytes, or more, before its image; save it anew",
         )
-
-
-def exif_of(jpeg: bytes) -> bytes | None:
-    """The EXIF block that says how the image is turned, if any. Raises ServiceError for more than Pillow can take."""
-    if EXIF_MARK.search(jpeg) is None:  # nearly all, after one look
-        return None
-    if has_more(EXIF_MARK, jpeg, MAX_EXIF):
-        raise ServiceError("image_unsupported", f"JPEG has more than {MAX_EXIF} EXIF segments; save it without them")
-    for marker, segment in itertools.islice(_segments(jpeg), MAX_MARKERS):
+    plain = bytearray(jpeg)
+    for at, marker, segment in segments:
         if marker == APP1 and segment.startswith(EXIF_START):
-            return segment[len(EXIF_START) :]
-    return None
+            plain[at : at + len(marker)] = COMMENT
+    return bytes(plain)
 
 
-def _segments(jpeg: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Markers before the first scan, as Pillow reads them, and what they hold; a stray byte comes with nothing."""
+def exif_of(jpeg: bytes) -> bytes:
+    """The EXIF block that says how the image is turned: the first one; empty where there is none."""
+    if EXIF_MARK.search(jpeg) is None:  # nearly all, after one look
+        return b""
+    for _, marker, segment in itertools.islice(_segments(jpeg), MAX_MARKERS):
+        if marker == APP1 and segment.startswith(EXIF_START):
+            return segment
+    return b""
+
+
+def _segments(jpeg: bytes) -> Iterator[tuple[int, bytes, bytes]]:
+    """Where each marker before the first scan is, as Pillow reads them, it, and what it holds; a stray byte nothing."""
     at = len(JPEG_START) - 1
     while at + 2 <= len(jpeg) and (marker := jpeg[at : at + 2]) != SCAN_MARK:
         code, end = int.from_bytes(marker), at + 1
         if code in MARKER:
             has_length = MARKER[code][2] is not None
             end = at + 2 + (int.from_bytes(jpeg[at + 2 : at + 4]) if has_length else 0)
-        yield marker, jpeg[at + 4 : end]
+        yield at, marker, jpeg[at + 4 : end]
         at = end
 
 
@@ -143,17 +163,69 @@ def _gif_blocks(gif: bytes) -> Iterator[int]:
         at += 1
 
 
-def _tiff_tags(tiff: bytes) -> Iterator[tuple[int, int, int]]:
-    """Tag, type and number of values of each entry in the first directory, as far as it is there."""
-    order = "<" if tiff.startswith(b"II") else ">"
-    big = b"+" in tiff[2:4]
-    offset, count, entry = ("Q", "Q", "HHQ8x") if big else ("I", "H", "HHI4x")
+def orientation_of(exif: bytes) -> int:
+    """
+    How an EXIF block, which is a TIFF without pixels, says that the image is turned; 1, upright, where it does not.
+
+    Read here: Pillow would make Python objects of whatever else is in it, and of a million values in this tag.
+    """
+    block = EXIF_STARTS.sub(b"", exif)
+    for tag in itertools.islice(_tiff_tags(block), MAX_TIFF_TAGS):
+        if tag.number == ORIENTATION:
+            is_one = tag.value_type == TIFF_SHORT and tag.n_values == 1
+            return int.from_bytes(tag.value[:2], _byte_order(block)) if is_one else UPRIGHT
+    return UPRIGHT
+
+
+def _excess_of_tiff(tiff: bytes) -> str | None:
+    """More of what than it may be is in the first directory, or in one that Pillow reads whole, if any."""
+    tags = list(itertools.islice(_tiff_tags(tiff), MAX_TIFF_TAGS + 1))
+    if len(tags) > MAX_TIFF_TAGS:
+        return f"{MAX_TIFF_TAGS:,} tags"
+    for tag in tags:
+        rational = tag.value_type in TIFF_RATIONALS
+        if tag.number in TIFF_PIECES and tag.n_values > MAX_TIFF_PIECES:
+            return f"{MAX_TIFF_PIECES:,} strips or tiles"
+        if tag.value_type not in TIFF_BYTES and tag.n_values > (MAX_TIFF_RATIONALS if rational else MAX_TIFF_VALUES):
+            return f"{MAX_TIFF_RATIONALS if rational else MAX_TIFF_VALUES:,} values in tag {tag.number}"
+    directories = [tag for tag in tags if tag.number in TIFF_DIRECTORIES]
+    for directory in directories:
+        inner = list(itertools.islice(_tiff_tags(tiff, directory), MAX_TIFF_TAGS + 1))
+        n_values = sum(tag.n_values for tag in inner if tag.value_type not in TIFF_BYTES)
+        if len(inner) > MAX_TIFF_TAGS or n_values > MAX_DIRECTORY_VALUES:
+            return (
+                f"{MAX_TIFF_TAGS:,} tags or {MAX_DIRECTORY_VALUES:,} values in the directory of tag {directory.number}"
+            )
+        if directory in tags:  # that of EXIF may refer to one, too, and goes no deeper
+            directories += [tag for tag in inner if tag.number in TIFF_DIRECTORIES]
+    return None
+
+
+def _byte_order(tiff: bytes) -> Literal["little", "big"]:
+    return "little" if tiff.startswith(b"II") else "big"
+
+
+def _tiff_tags(tiff: bytes, directory: Tag | None = None) -> Iterator[Tag]:
+    """
+    The entries of the first directory, or of the one that a tag of the file refers to, as far as they are there.
+
+    Raises:
+        ServiceError: image_unsupported where that tag's value is not what refers to a directory.
+    """
+    order = "<" if _byte_order(tiff) == "little" else ">"
+    big = tiff[2:3] == b"+"  # where Pillow looks
+    offset, count, entry = ("Q", "Q", "HHQ8s") if big else ("I", "H", "HHI4s")
     try:
-        (at,) = struct.unpack_from(order + offset, tiff, 8 if big else 4)
+        if directory is None:
+            (at,) = struct.unpack_from(order + offset, tiff, 8 if big else 4)
+        elif directory.value_type in TIFF_OFFSETS and directory.n_values == 1:
+            at = int.from_bytes(directory.value[: TIFF_OFFSETS[directory.value_type]], _byte_order(tiff))
+        else:
+            raise ServiceError("image_unsupported", f"TIFF's tag {directory.number} is no offset; save it anew")
         (n_entries,) = struct.unpack_from(order + count, tiff, at)
         layout = struct.Struct(order + entry)
         for index in range(n_entries):
-            yield layout.unpack_from(tiff, at + struct.calcsize(count) + index * layout.size)
+            yield Tag._make(layout.unpack_from(tiff, at + struct.calcsize(count) + index * layout.size))
     except struct.error:  # it ends too early, which is for the decoder to say
         return
 

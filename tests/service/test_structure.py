@@ -92,12 +92,119 @@ def test_a_directory_of_too_many_tags_is_refused():
 
 
 def test_a_tag_of_too_many_values_is_refused():
-    """Resolutions come as fractions, each an object of its own; a name may be as long as it likes."""
-    resolutions = tiff(strips=1000).replace(struct.pack("<HHI", 277, 3, 1), struct.pack("<HHI", 282, 5, 200_000))
-    name = tiff(strips=1000).replace(struct.pack("<HHI", 277, 3, 1), struct.pack("<HHI", 282, 2, 200_000))
-    with pytest.raises(ServiceError, match="TIFF has more than 196,608 values in tag 282"):
-        structure.check_structure("TIFF", resolutions)
-    structure.check_structure("TIFF", name)
+    """A name may be as long as it likes; fractions, each an object of its own, are expected to be few."""
+
+    def with_tag(value_type, count):
+        return tiff(strips=1000).replace(struct.pack("<HHI", 277, 3, 1), struct.pack("<HHI", 282, value_type, count))
+
+    for value_type, count, limit in ((3, 200_000, "196,608"), (5, 5000, "4,096"), (10, 5000, "4,096")):
+        with pytest.raises(ServiceError, match=f"TIFF has more than {limit} values in tag 282; save it in fewer"):
+            structure.check_structure("TIFF", with_tag(value_type, count))
+    structure.check_structure("TIFF", with_tag(3, 190_000))
+    structure.check_structure("TIFF", with_tag(2, 200_000))
+
+
+def with_directory(inner, pointer=34665, value_type=4, big=False):
+    """A TIFF that refers to a further directory of these entries: number, type, count, value."""
+    width, entry, counter = (8, "<HHQQ", "<Q") if big else (4, "<HHII", "<H")
+    data = (b"II+\0" + struct.pack("<HHQ", 8, 0, 16)) if big else (b"II*\0" + struct.pack("<I", 8))
+    inner_at = len(data) + struct.calcsize(counter) + struct.calcsize(entry) + width
+    data += struct.pack(counter, 1) + struct.pack(entry, pointer, value_type, 1, inner_at) + bytes(width)
+    return data + struct.pack(counter, len(inner)) + b"".join(struct.pack(entry, *each) for each in inner)
+
+
+@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize("pointer", structure.TIFF_DIRECTORIES)
+def test_what_a_directory_refers_to_is_limited_as_well(pointer, big):
+    """Pillow makes objects of all that is in the directories of EXIF, GPS and interoperability; bytes stay bytes."""
+    fractions = with_directory([(50_000 + n, 5, 4096, 0) for n in range(5)], pointer, big=big)
+    with pytest.raises(ServiceError, match=f"16,384 values in the directory of tag {pointer}; save it in fewer"):
+        structure.check_structure("TIFF", fractions)
+    with pytest.raises(ServiceError, match=f"1,000 tags or .* in the directory of tag {pointer}"):
+        structure.check_structure("TIFF", with_directory(1001 * [(305, 2, 1, 0)], pointer, big=big))
+    with pytest.raises(ServiceError, match=f"TIFF's tag {pointer} is no offset; save it anew"):
+        structure.check_structure("TIFF", with_directory([], pointer, value_type=3, big=big))
+    structure.check_structure("TIFF", with_directory([(37500, 7, 10**6, 0), (33434, 5, 1, 0)], pointer, big=big))
+
+
+def test_a_directory_that_exif_refers_to_is_limited_as_well():
+    """That of interoperability lies one deeper; it may even be that of EXIF again."""
+    entries = [(40965, 4, 1, 26), (50_000, 5, 16_383, 0)]
+    assert with_directory(entries)[26:28] == b"\x02\0"  # it begins there
+    structure.check_structure("TIFF", with_directory(entries))
+    deep = with_directory([(40965, 4, 1, 26 + 2 + 12)])
+    with pytest.raises(ServiceError, match="16,384 values in the directory of tag 40965"):
+        structure.check_structure("TIFF", deep + struct.pack("<H", 1) + struct.pack("<HHII", 50_000, 5, 16_385, 0))
+
+
+def test_a_tiff_with_the_tags_of_a_camera_is_taken():
+    """Pillow's own, with directories of EXIF and GPS."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    exif.get_ifd(34665)[33434] = 0.01
+    exif.get_ifd(34853)[1] = "N"
+    data = encode(PIXELS, "TIFF", exif=exif)
+    np.testing.assert_array_equal(decode(data, SPEC, 10**6), PIXELS[::-1, ::-1])
+
+
+def test_the_other_byte_order_of_a_big_tiff_is_no_image_here():
+    """Pillow takes it for a small one, whose first directory lies elsewhere."""
+    with pytest.raises(ServiceError, match="are no known image"):
+        decode(b"MM\0+" + tiff(strips=1)[4:], SPEC, 10**6)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "CMYK", "PNG", "PNG of old", "WEBP"])
+def test_pillow_reads_no_exif(monkeypatch, kind):
+    """It would make an object of each of a million values, in half a minute; the image is turned all the same."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    image = Image.fromarray(PIXELS).convert("CMYK" if kind == "CMYK" else "RGB")
+    options = {"dpi": (72, 72)} if kind in ("JPEG", "CMYK") else {"lossless": True} if kind == "WEBP" else {}
+    file_kind = {"CMYK": "JPEG", "PNG of old": "PNG"}.get(kind, kind)
+    plain, turned = encode(image, file_kind, **options), encode(image, file_kind, exif=exif, **options)
+    if kind == "PNG of old":
+        text = b"Raw profile type exif\0\nexif\n      38\n" + exif.tobytes().hex().encode() + b"\n"
+        turned = plain[:33] + chunk(b"tEXt", text) + plain[33:]
+
+    def refuse(*_):
+        raise AssertionError("Pillow was asked for EXIF")
+
+    upright = decode(plain, SPEC, 10**6)
+    monkeypatch.setattr(Image.Exif, "load", refuse)
+    np.testing.assert_array_equal(decode(turned, SPEC, 10**6), upright[::-1, ::-1])
+
+
+def exif_block(value_type, count, value=b"\3\0\0\0", order="<", before=0):
+    """An EXIF block with an orientation, behind so many other tags."""
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, before + 1)
+    other = before * struct.pack(order + "HHI4x", 1, 2, 1)
+    return b"Exif\0\0" + head + other + struct.pack(order + "HHI", 0x0112, value_type, count) + value
+
+
+def test_only_a_plain_orientation_turns_an_image():
+    """One short number, in either byte order; anything else leaves the image as it is."""
+    assert structure.orientation_of(exif_block(3, 1)) == 3
+    assert structure.orientation_of(exif_block(3, 1)[6:]) == 3
+    assert structure.orientation_of(b"Exif\0\0" + exif_block(3, 1)) == 3
+    assert structure.orientation_of(exif_block(3, 1, b"\0\6\0\0", ">", before=900)) == 6
+    for block in (
+        exif_block(5, 4_000_000),
+        exif_block(6, 4),
+        exif_block(3, 2),
+        exif_block(3, 1, before=1000),
+        b"",
+        b"x",
+    ):
+        assert structure.orientation_of(block) == 1
+    assert structure.orientation_of(exif_block(3, 1)[:-4]) == 1
+
+
+def test_exif_is_no_business_of_pillow_s():
+    """Damaged or endless, it spoils no CMYK image; what is not EXIF stays."""
+    segment = b"\xff\xe1" + (2 + 6 + 26).to_bytes(2) + b"Exif\0\0MM\0*" + bytes(22)
+    np.testing.assert_array_equal(decode(jpeg("CMYK", 900 * segment), SPEC, 10**6), decode(jpeg("CMYK"), SPEC, 10**6))
+    adobe = b"\xff\xe1" + (2 + 4).to_bytes(2) + b"http"
+    assert structure.plain_head(jpeg("RGB", segment + adobe)) == jpeg("RGB", b"\xff\xfe" + segment[2:] + adobe)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP"])
@@ -107,7 +214,7 @@ def test_a_file_that_ends_anywhere_is_for_the_decoder_to_judge(kind):
     for end in range(0, len(data), 7):
         structure.check_structure(kind, data[:end])
         if kind == "JPEG":
-            structure.check_head(data[:end])
+            structure.plain_head(data[:end])
 
 
 def test_a_bitmap_of_the_oldest_kind_has_no_compression():
