@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from service import __version__
 from service.classifier import Classifier
 from service.errors import ServiceError
 from service.headers import common_headers, request_id_of
+from service.logs import log
 from service.remote import engine_gone
 from service.routes import ClassifyRoute
 from service.schemas import ErrorAnswer, ModelAnswer, classify_operation, schema_components
@@ -60,6 +62,7 @@ def create_app(classifier: Classifier, *, listen_at_once: bool = True) -> "Servi
     _describe_classify(app)
     app.add_middleware(CommonHeaders)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _failed)
     return Service(classify, app)
 
 
@@ -147,7 +150,10 @@ def _add_routes(app: FastAPI, classifier: Classifier) -> None:
     @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics", summary="Figures for Prometheus", response_class=Response)
     async def metrics(request: Request) -> Response:
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        try:
+            encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        except (TypeError, ValueError):  # of a version that is no number
+            encode, content_type = choose_encoder("")
         return Response(encode(classifier.metrics.registry), headers={"content-type": content_type})
 
 
@@ -203,4 +209,15 @@ async def _http_error(request: Request, error: Exception) -> Response:
         refusal = ServiceError("not_found", f"there is no {request.url.path[:200]}; see /docs")
     response = _error(request, refusal)
     response.headers.update(error.headers or {})
+    return response
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """500 in our shape; it is made outside of CommonHeaders, and the error goes on to uvicorn's log."""
+    request_id = request.state.request_id
+    log(logging.ERROR, "failed", request_id=request_id, path=request.url.path[:200])
+    message = f"our failure, not yours; the log has it under request id {request_id}"
+    response = _error(request, ServiceError("internal", message))
+    for name, value in common_headers(request_id, request.url.path):
+        response.headers[name.decode()] = value.decode()
     return response

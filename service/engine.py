@@ -78,6 +78,11 @@ class CpuEngine:
             EngineError: where the provider does not work on this machine.
         """
         graphs = bundle.manifest.variants[variant]
+        if graphs.precision == "bf16":
+            raise EngineError(
+                f"variant {variant!r}: {PROVIDERS[provider]} would compute it in fp32; set RIDE_PROVIDER=openvino, or "
+                "choose another"
+            )
         self.provider = provider
         self.variant = variant
         self._threads = threads

@@ -162,13 +162,10 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         stray = phase == self._phase == "between" and self._messages == messages  # it belongs to no request
-        if self._messages == messages:
+        if self._messages == messages and not (phase == "head" and self._phase != "head"):
             self._framing_bytes += len(data) - (self._body_bytes - body_bytes)
             if self._framing_bytes > MAX_HEAD_BYTES + FRAMING_PER_BODY_BYTE * self._body_bytes:
-                if self._answering():
-                    self.transport.abort()
-                else:
-                    self._refuse(TOO_LARGE)
+                self._refuse_size()
                 return
         if self._head_timer is None and (self._phase == "head" or stray):
             self._head_timer = self.loop.call_later(HEAD_S, self._head_timed_out)
@@ -226,9 +223,13 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        """The head is over."""
+        """The head is over; one that came in large pieces is measured only now."""
         self._phase = "body"
         self._cancel_head_timer()
+        self._framing_bytes = 0
+        if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > MAX_HEAD_BYTES:
+            self._refuse_size()
+            raise httptools.HttpParserError("the connection is closed")
         if self.parser.should_upgrade():
             self._passed_over = True
         elif self._may_be_short():
@@ -334,6 +335,13 @@ class GuardedProtocol(HttpToolsProtocol):
         head.append(b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(content))
         self.transport.write(b"".join((*head, content)))
         self.transport.close()
+
+    def _refuse_size(self) -> None:
+        """Refuse a head, or what frames a body, that is too large; hang up where the request before waits."""
+        if self._answering():
+            self.transport.abort()
+        else:
+            self._refuse(TOO_LARGE)
 
     def _head_timed_out(self) -> None:
         self._head_timer = None

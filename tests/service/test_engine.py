@@ -327,6 +327,17 @@ def test_what_is_asked_for_is_run_whatever_it_loses(make_bundle):
     assert open_engine(bundle, None, provider="cpu", threads=1).variant == "fp32"
 
 
+@pytest.mark.parametrize("provider", ["cpu", "auto"])
+def test_what_only_openvino_computes_is_not_computed_otherwise(make_bundle, provider):
+    """The graphs of bf16 are those of fp32: they would run, and be called what they are not."""
+    bundle = read_bundle(make_bundle(losses={"fp32": 0, "bf16": 0}))
+
+    with pytest.raises(
+        EngineError, match="variant 'bf16': CPUExecutionProvider would compute it in fp32; set RIDE_PROV"
+    ):
+        open_engine(bundle, "bf16", provider=provider, threads=1)
+
+
 def test_the_process_survives_its_next_signal_after_openvino_engines_came_and_went(tmp_path):
     """Each core of OpenVINO gives the thread another stack for signal handlers, and takes it away when it goes."""
     pytest.importorskip("openvino")

@@ -7,6 +7,7 @@ import threading
 import weakref
 from contextlib import asynccontextmanager
 
+import httpx
 import numpy as np
 import pytest
 
@@ -522,6 +523,24 @@ async def test_other_paths_and_methods_get_errors_of_the_same_shape(service, met
     response = refused(await service.client.request(method, path), code, words)
     if code == "method_not_allowed":
         assert response.headers["allow"] in response.json()["error"]["message"]
+
+
+async def test_a_failure_of_any_route_is_told_as_others_are(service, monkeypatch, caplog):
+    """JSON with the request's id, which the log has, too; nothing of the reason leaves."""
+
+    def broken(_):
+        raise RuntimeError("the disk is on fire")
+
+    monkeypatch.setattr("service.app._describe", broken)
+    transport = httpx.ASGITransport(service.app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        response = refused(await client.get("/model", headers={"x-request-id": "r7"}), "internal", "request id r7")
+
+    assert "fire" not in response.text
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert [record.fields for record in caplog.records if record.msg == "failed"] == [
+        {"request_id": "r7", "path": "/model"}
+    ]
 
 
 async def test_a_page_is_there_for_people(service):

@@ -377,3 +377,12 @@ def test_macs_of_an_image_are_those_of_what_ran(tiny_bundle):
         768 + 355 + 12, 768 + 2 * 355 + 2 * 12, 768 + 3 * 355 + 2 * 12
     ]  # fmt: skip
     assert image_macs(manifest, 2, "margin") == 768 + 2 * 355
+
+
+@pytest.mark.parametrize("accept", ["text/plain;version=x", "application/openmetrics-text; version=1.0.0-rc1", ";;q="])
+async def test_whoever_asks_for_a_version_that_is_none_gets_the_usual_one(service, accept):
+    """As whoever asks for none."""
+    response = await service.client.get("/metrics", headers={"accept": accept})
+
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain")
