@@ -412,6 +412,21 @@ def test_other_files_are_refused_with_what_they_are(tmp_path):
             pass
 
 
+def test_a_tar_archive_is_known_by_its_first_bytes_alone(tmp_path):
+    """Nothing is unpacked to find one, and headers that lead to further headers are not followed."""
+    (tmp_path / "notes.txt").write_text("none of this")
+    for packing in ("gz", "bz2", "xz"):
+        with tarfile.open(tmp_path / f"old.{packing}", f"w:{packing}") as archive:
+            archive.add(tmp_path / "notes.txt")
+    chained = tarfile.TarInfo("././@LongLink")
+    chained.type, chained.size = tarfile.GNUTYPE_LONGNAME, 1
+    (tmp_path / "chain.tar").write_bytes((chained.tobuf(tarfile.GNU_FORMAT) + b"x".ljust(512, b"\0")) * 3000)
+    for name, words in {"old.gz": "it begins with the bytes", "old.bz2": "it begins with the bytes",
+                        "old.xz": "it begins with the bytes", "chain.tar": "is a tar archive"}.items():  # fmt: skip
+        with pytest.raises(TorchFileError, match=words), open_torch_file(tmp_path / name):
+            pass
+
+
 @pytest.fixture(scope="module")
 def routed_file(tmp_path_factory):
     """A published model of two experts and three classes with a router, and its state dict."""
