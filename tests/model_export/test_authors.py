@@ -370,8 +370,8 @@ def test_compressed_and_damaged_archives_are_refused(tmp_path):
     with pytest.raises(TorchFileError, match=r"data\.pkl is compressed or encrypted"), open_torch_file(bomb):
         pass
 
-    large = archive_of(tmp_path / "large.pth", **{"data.pkl": bytes(2**24 + 1)})
-    with pytest.raises(TorchFileError, match="said to have 16777217 bytes, too many"), open_torch_file(large):
+    large = archive_of(tmp_path / "large.pth", **{"data.pkl": bytes(2**21 + 1)})
+    with pytest.raises(TorchFileError, match="said to have 2097153 bytes, too many"), open_torch_file(large):
         pass
 
     damaged = archive_of(tmp_path / "damaged.pth")
@@ -386,6 +386,21 @@ def test_compressed_and_damaged_archives_are_refused(tmp_path):
         archive.writestr("model/data/0", bytes(16))
     with pytest.raises(TorchFileError, match="no name twice"), open_torch_file(twice):
         pass
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["zip", "stream"])
+def test_a_pickle_larger_than_any_checkpoint_s_is_refused(stream, tmp_path):
+    """Empty dictionaries take far more memory than bytes; 1,200 tensors and what an optimiser has of each are read."""
+    file = tmp_path / "model.pth"
+    torch.save([{} for _ in range(400_000)], file, _use_new_zipfile_serialization=not stream)
+    with pytest.raises(TorchFileError, match=r"bytes, too many|is no pickle"), open_torch_file(file):
+        pass
+
+    tensors = {f"module.backbone.layer4s.{index}.2.bn3.running_mean": torch.zeros(1) for index in range(1200)}
+    moments = {index: {"exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1)} for index in range(1200)}
+    torch.save({"state_dict": tensors, "optimizer": moments}, file, _use_new_zipfile_serialization=not stream)
+    with open_torch_file(file) as opened:
+        assert len(opened.content["state_dict"]) == len(opened.content["optimizer"]) == 1200
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path):
