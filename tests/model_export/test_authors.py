@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import struct
 import sys
 import tarfile
@@ -479,6 +480,28 @@ def test_a_published_model_with_routers_becomes_a_bundle(routed_file, image_fold
     assert "mean=0.4914,0.4822,0.4465" in printed
     assert manifest.class_counts == (24, 10, 6)  # of 30, 12 and 8, less a fifth for the test
     assert manifest.calibration.data.endswith("which the published model was trained on: accuracies are too high")
+
+
+def test_no_risk_is_certified_on_images_that_the_published_model_was_trained_on(
+    routed_file, image_folder, tmp_path, capsys
+):
+    """A share of a natural set's training images; on validation images of the set's own it is."""
+    file, target = routed_file[0], tmp_path / "bundle"
+    risk = ["--max-risk", "60", "--risk-confidence", "0.8", "--variants", "fp32"]
+    assert main([str(file), "-o", str(target), "--data", str(image_folder), *SMALL, *risk]) == 2
+    assert (
+        f"--max-risk 60: the held-out images are a share of the training images of {image_folder}, with which {file} "
+        "was trained, so that nothing is certified for others; take --max-accuracy-loss, or --data that has validation "
+        "and test images of its own"
+    ) in capsys.readouterr().err
+    assert not target.exists()
+
+    for part in ("train", "val", "test"):
+        shutil.copytree(image_folder, tmp_path / "parted" / part)
+    parted = ["--data", str(tmp_path / "parted"), "--set", "profile=natural", "--set", "image_size=16"]
+    assert main([str(file), "-o", str(target), *parted, *risk]) == 0
+    calibration = read_bundle(target).manifest.calibration
+    assert (calibration.data, calibration.risk.max_risk) == ("the set's own validation images", 60)
 
 
 def test_a_stage_1_model_becomes_a_bundle_without_routers(image_folder, tmp_path, capsys):
