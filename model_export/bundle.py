@@ -178,6 +178,7 @@ class Variant:
 
     Attributes:
         precision: what the graphs are computed in. bf16 has the files of fp32: the runtime rounds (OpenVINO).
+        experts: each makes `new_logits_sum` of `logits_sum`, as an ONNX graph's output cannot have an input's name.
         routers: none where the model was trained without; another rule than "router" then decides.
     """
 
