@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 import types
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 SPLITS = ("many", "medium", "few")
 LARGEST_INTEGER = 2**53  # that every reader of JSON can hold
+LARGEST_SIDE = 4096  # of the input, pixels
+VARIANT_NAME = re.compile(r"[A-Za-z0-9._-]{1,40}")
 
 RISK_CONFIDENCE = 0.95  # of --max-risk, unless told otherwise
 MAX_VARIANT_LOSS = 0.3  # percentage points in any split; a variant that loses more is not used unless it is asked for
@@ -74,8 +77,11 @@ class InputSpec:
     std: tuple[float, float, float]
 
     def __post_init__(self) -> None:
-        if self.height < 1 or self.width < 1:
-            raise _fail("input", f"size is {self.height}x{self.width}; expected at least 1x1")
+        if not (1 <= self.height <= LARGEST_SIDE and 1 <= self.width <= LARGEST_SIDE):
+            raise _fail(
+                "input",
+                f"size is {self.height}x{self.width}; expected at least 1x1 and at most {LARGEST_SIDE}x{LARGEST_SIDE}",
+            )
         if min(self.std) <= 0:
             raise _fail("input.std", f"is {list(self.std)}; expected positive numbers")
 
@@ -172,6 +178,7 @@ class Variant:
 
     Attributes:
         precision: what the graphs are computed in. bf16 has the files of fp32: the runtime rounds (OpenVINO).
+        experts: each makes `new_logits_sum` of `logits_sum`, as an ONNX graph's output cannot have an input's name.
         routers: none where the model was trained without; another rule than "router" then decides.
     """
 
@@ -239,12 +246,22 @@ class Risk:
     variants: Mapping[str, float]
 
     def __post_init__(self) -> None:
+        if not 0 <= self.max_risk <= 100:
+            raise _fail("calibration.risk.max_risk", f"is {self.max_risk}; expected percentage points in [0, 100]")
         if not 0 < self.confidence < 1:
             raise _fail("calibration.risk.confidence", f"is {self.confidence}; expected a probability in (0, 1)")
+        if self.images < 1:
+            raise _fail("calibration.risk.images", f"is {self.images}; expected 1 or more")
         if self.upper_bound > self.max_risk:
             raise _fail("calibration.risk.upper_bound", f"is {self.upper_bound}; expected at most {self.max_risk}")
         if set(self.loss_by_split) != set(SPLITS):
             raise _fail("calibration.risk.loss_by_split", f"has {sorted(self.loss_by_split)}; expected {list(SPLITS)}")
+        losses = {"loss": self.loss, "upper_bound": self.upper_bound}
+        losses |= {f"loss_by_split.{name}": loss for name, loss in self.loss_by_split.items() if loss is not None}
+        losses |= {f"variants.{name}": bound for name, bound in self.variants.items()}
+        for name, loss in losses.items():
+            if not -100 <= loss <= 100:
+                raise _fail(f"calibration.risk.{name}", f"is {loss}; expected percentage points in [-100, 100]")
 
 
 @dataclass(frozen=True)
@@ -292,6 +309,7 @@ class Manifest:
     Attributes:
         classes: C names, in the order of the logits.
         class_counts: C numbers of training images, same order.
+        variants: by their names, of up to 40 letters, digits, ".", "_" and "-"; one named fp32 is computed in fp32.
         rule, thresholds: the default operating point; E - 1 thresholds in [0, 1].
         provenance: recipe, seed, commit, data and test figures, for people to read.
     """
@@ -339,6 +357,7 @@ class Manifest:
             raise _fail("name, version", f"are {self.name!r} and {self.version!r}; expected both to be filled in")
         self._check_classes()
         self._check_experts()
+        self._check_variant_names()
         self._check_calibration()
         if self.default_variant not in self.variants:
             raise _fail("default_variant", f"is {self.default_variant!r}; the variants are {sorted(self.variants)}")
@@ -373,8 +392,15 @@ class Manifest:
             _check_length("macs.routers", self.macs.routers, n_experts - 1, "one for each expert but the last")
         _check_thresholds("thresholds", self.thresholds, n_experts)
 
+    def _check_variant_names(self) -> None:
+        for name, variant in self.variants.items():
+            if not VARIANT_NAME.fullmatch(name):
+                raise _fail("variants", f"has {_shown(name)}; expected 1 to 40 letters, digits, '.', '_' and '-'")
+            if name == "fp32" and variant.precision != "fp32":
+                raise _fail("variants.fp32.precision", f"is {variant.precision!r}; expected 'fp32', as its name says")
+
     def _check_calibration(self) -> None:
-        n_experts, points = self.n_experts, self.calibration.points
+        n_experts, points, risk = self.n_experts, self.calibration.points, self.calibration.risk
         if self.calibration.images < 1:
             raise _fail("calibration.images", f"is {self.calibration.images}; expected 1 or more")
         for index, point in enumerate(points):
@@ -404,6 +430,9 @@ class Manifest:
         means = [point.mean_experts for point in points]
         if means != sorted(means):
             raise _fail("calibration.points", "is not in the order of mean_experts; expected it to ascend")
+        if risk is not None and (strange := risk.variants.keys() - self.variants):
+            problem = f"has {_shown(min(strange))}; the variants are {sorted(self.variants)}"
+            raise _fail("calibration.risk.variants", problem)
 
     def _check_graphs(self, where: str, variant: Variant) -> None:
         n_experts, n_classes = self.n_experts, len(self.classes)

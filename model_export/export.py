@@ -109,8 +109,8 @@ def export(
         settings: what a checkpoint of the authors does not say of itself; see `read_published`.
 
     Raises:
-        BundleError: where the graphs do not say the same as the checkpoint, `target` is something else, or `version` is
-            empty.
+        BundleError: where the graphs do not say the same as the checkpoint, `target` is something else, `version` is
+            empty, or a risk is wished for that could only be tested on images that the model was trained on.
         CheckpointError, DataError, RecipeError: for a run that is not finished or a file that is no checkpoint of the
             authors, images that are not there, settings that cannot be.
     """
@@ -138,7 +138,7 @@ def _write(
 ) -> Manifest:  # fmt: skip
     """The whole bundle, in an empty directory."""
     if run.is_file():
-        checkpoint, model, images, origin = _published(run, data, settings)
+        checkpoint, model, images, origin = _published(run, data, settings, wish)
     else:
         checkpoint, model, images, origin = _finished(run, data, settings)
     recipe, rule = checkpoint.recipe, _rule_of(run, wish, model)
@@ -222,10 +222,18 @@ def _finished(run: Path, data: str | None, settings: Mapping[str, str]) -> _Subj
     return checkpoint, model, images, {}
 
 
-def _published(file: Path, data: str | None, settings: Mapping[str, str]) -> _Subject:
+def _published(file: Path, data: str | None, settings: Mapping[str, str], wish: Wish) -> _Subject:
     """The model of one of the authors' files, with the classes and their counts of the images that are given."""
     published = read_published(file, {**settings, **({} if data is None else {"data": data})})
-    recipe, images = published.recipe, _as_trained_on(load_data(published.recipe), published.recipe)
+    recipe, images = published.recipe, load_data(published.recipe)
+    if recipe.profile == "natural" and "training images" in images.heldout_note:
+        if wish.max_risk is not None:
+            raise BundleError(
+                f"--max-risk {wish.max_risk:g}: the held-out images are a share of the training images of "
+                f"{recipe.data}, with which {file} was trained, so that nothing is certified for others; "
+                "take --max-accuracy-loss, or --data that has validation and test images of its own"
+            )
+        images = _as_trained_on(images)
     if len(images.classes) != published.n_classes:
         raise BundleError(
             f"{recipe.data}: has {len(images.classes)} classes, the classifiers in {file} {published.n_classes}"
@@ -248,10 +256,8 @@ def _published(file: Path, data: str | None, settings: Mapping[str, str]) -> _Su
     return checkpoint, published.model, images, origin
 
 
-def _as_trained_on(images: Data, recipe: Recipe) -> Data:
+def _as_trained_on(images: Data) -> Data:
     """As the authors had them: of a natural set they held nothing back, so a share of it held out here is no news."""
-    if recipe.profile != "natural" or "training images" not in images.heldout_note:
-        return images
     labels = np.concatenate([images.train.labels.numpy(), images.heldout.labels.numpy()])
     return dataclasses.replace(
         images,

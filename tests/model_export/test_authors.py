@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import struct
 import sys
 import tarfile
@@ -370,8 +371,8 @@ def test_compressed_and_damaged_archives_are_refused(tmp_path):
     with pytest.raises(TorchFileError, match=r"data\.pkl is compressed or encrypted"), open_torch_file(bomb):
         pass
 
-    large = archive_of(tmp_path / "large.pth", **{"data.pkl": bytes(2**24 + 1)})
-    with pytest.raises(TorchFileError, match="said to have 16777217 bytes, too many"), open_torch_file(large):
+    large = archive_of(tmp_path / "large.pth", **{"data.pkl": bytes(2**21 + 1)})
+    with pytest.raises(TorchFileError, match="said to have 2097153 bytes, too many"), open_torch_file(large):
         pass
 
     damaged = archive_of(tmp_path / "damaged.pth")
@@ -386,6 +387,21 @@ def test_compressed_and_damaged_archives_are_refused(tmp_path):
         archive.writestr("model/data/0", bytes(16))
     with pytest.raises(TorchFileError, match="no name twice"), open_torch_file(twice):
         pass
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["zip", "stream"])
+def test_a_pickle_larger_than_any_checkpoint_s_is_refused(stream, tmp_path):
+    """Empty dictionaries take far more memory than bytes; 1,200 tensors and what an optimiser has of each are read."""
+    file = tmp_path / "model.pth"
+    torch.save([{} for _ in range(400_000)], file, _use_new_zipfile_serialization=not stream)
+    with pytest.raises(TorchFileError, match=r"bytes, too many|is no pickle"), open_torch_file(file):
+        pass
+
+    tensors = {f"module.backbone.layer4s.{index}.2.bn3.running_mean": torch.zeros(1) for index in range(1200)}
+    moments = {index: {"exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1)} for index in range(1200)}
+    torch.save({"state_dict": tensors, "optimizer": moments}, file, _use_new_zipfile_serialization=not stream)
+    with open_torch_file(file) as opened:
+        assert len(opened.content["state_dict"]) == len(opened.content["optimizer"]) == 1200
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path):
@@ -408,6 +424,21 @@ def test_other_files_are_refused_with_what_they_are(tmp_path):
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"a": 1}))
     for name, words in {"old.tar": "is a tar archive", "plain.pkl": "is a pickle, but none of torch.save",
                         "notes.txt": "it begins with the bytes b'none'", "gone": "cannot be read"}.items():  # fmt: skip
+        with pytest.raises(TorchFileError, match=words), open_torch_file(tmp_path / name):
+            pass
+
+
+def test_a_tar_archive_is_known_by_its_first_bytes_alone(tmp_path):
+    """Nothing is unpacked to find one, and headers that lead to further headers are not followed."""
+    (tmp_path / "notes.txt").write_text("none of this")
+    for packing in ("gz", "bz2", "xz"):
+        with tarfile.open(tmp_path / f"old.{packing}", f"w:{packing}") as archive:
+            archive.add(tmp_path / "notes.txt")
+    chained = tarfile.TarInfo("././@LongLink")
+    chained.type, chained.size = tarfile.GNUTYPE_LONGNAME, 1
+    (tmp_path / "chain.tar").write_bytes((chained.tobuf(tarfile.GNU_FORMAT) + b"x".ljust(512, b"\0")) * 3000)
+    for name, words in {"old.gz": "it begins with the bytes", "old.bz2": "it begins with the bytes",
+                        "old.xz": "it begins with the bytes", "chain.tar": "is a tar archive"}.items():  # fmt: skip
         with pytest.raises(TorchFileError, match=words), open_torch_file(tmp_path / name):
             pass
 
@@ -449,6 +480,28 @@ def test_a_published_model_with_routers_becomes_a_bundle(routed_file, image_fold
     assert "mean=0.4914,0.4822,0.4465" in printed
     assert manifest.class_counts == (24, 10, 6)  # of 30, 12 and 8, less a fifth for the test
     assert manifest.calibration.data.endswith("which the published model was trained on: accuracies are too high")
+
+
+def test_no_risk_is_certified_on_images_that_the_published_model_was_trained_on(
+    routed_file, image_folder, tmp_path, capsys
+):
+    """A share of a natural set's training images; on validation images of the set's own it is."""
+    file, target = routed_file[0], tmp_path / "bundle"
+    risk = ["--max-risk", "60", "--risk-confidence", "0.8", "--variants", "fp32"]
+    assert main([str(file), "-o", str(target), "--data", str(image_folder), *SMALL, *risk]) == 2
+    assert (
+        f"--max-risk 60: the held-out images are a share of the training images of {image_folder}, with which {file} "
+        "was trained, so that nothing is certified for others; take --max-accuracy-loss, or --data that has validation "
+        "and test images of its own"
+    ) in capsys.readouterr().err
+    assert not target.exists()
+
+    for part in ("train", "val", "test"):
+        shutil.copytree(image_folder, tmp_path / "parted" / part)
+    parted = ["--data", str(tmp_path / "parted"), "--set", "profile=natural", "--set", "image_size=16"]
+    assert main([str(file), "-o", str(target), *parted, *risk]) == 0
+    calibration = read_bundle(target).manifest.calibration
+    assert (calibration.data, calibration.risk.max_risk) == ("the set's own validation images", 60)
 
 
 def test_a_stage_1_model_becomes_a_bundle_without_routers(image_folder, tmp_path, capsys):

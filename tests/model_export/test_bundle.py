@@ -158,7 +158,7 @@ def test_a_missing_key_is_refused(bundle, key):
 
 
 RISK = {
-    "max_risk": 0.5, "confidence": 0.95, "images": 50, "loss": -0.1, "upper_bound": 0.4, "variants": {"int8": 0.7},
+    "max_risk": 0.5, "confidence": 0.95, "images": 50, "loss": -0.1, "upper_bound": 0.4, "variants": {"fp32": 0.4},
     "loss_by_split": {"many": 0.0, "medium": None, "few": 1.2},
 }  # fmt: skip
 
@@ -217,6 +217,8 @@ def test_an_unknown_key_is_refused(bundle, key):
         ("macs.experts.1", -1, "macs: holds a negative number"),
         ("class_counts.6", -5, "class_counts: holds -5"),
         ("input.height", 0, "input: size is 0x8; expected at least 1x1"),
+        ("input.height", 10**9, "input: size is 1000000000x8; expected at least 1x1 and at most 4096x4096"),
+        ("input.width", 4097, "input: size is 8x4097; expected at least 1x1 and at most 4096x4096"),
         ("input.std.0", 0, "input.std: is [0.0, 0.25, 0.3]; expected positive numbers"),
         ("thresholds.1", 1.01, "thresholds: is [0.5, 1.01]; expected values in [0, 1]"),
         ("thresholds.1", -0.01, "thresholds: is [0.5, -0.01]"),
@@ -226,6 +228,13 @@ def test_an_unknown_key_is_refused(bundle, key):
         ("variants.fp32.parity.accuracy.all", 49, "is 'fp32', which loses 0.50 points in a split"),
         ("calibration.risk", RISK | {"confidence": 1.0}, "risk.confidence: is 1.0; expected a probability in (0, 1)"),
         ("calibration.risk", RISK | {"upper_bound": 0.6}, "calibration.risk.upper_bound: is 0.6; expected at most 0.5"),
+        ("calibration.risk", RISK | {"max_risk": -5}, "risk.max_risk: is -5.0; expected percentage points in [0, 100]"),
+        ("calibration.risk", RISK | {"max_risk": 101}, "risk.max_risk: is 101.0; expected percentage points in [0, 10"),
+        ("calibration.risk", RISK | {"images": 0}, "calibration.risk.images: is 0; expected 1 or more"),
+        ("calibration.risk", RISK | {"loss": 5e9}, "risk.loss: is 5000000000.0; expected percentage points in [-1"),
+        ("calibration.risk", RISK | {"upper_bound": -101}, "risk.upper_bound: is -101.0; expected percentage points"),
+        ("calibration.risk", RISK | {"loss_by_split": {"many": 0, "medium": 0, "few": -101}}, "split.few: is -101.0"),
+        ("calibration.risk", RISK | {"variants": {"fp32": 101}}, "calibration.risk.variants.fp32: is 101.0; expected"),
         ("calibration.points.0.accuracy.all", 100.5, "accuracy.all: is 100.5; expected a percentage"),
         ("calibration.points.0.accuracy.few", -1, "accuracy.few: is -1"),
         ("split_bounds.few_below", 102, "split_bounds: few_below is 102 and many_above is 100"),
@@ -245,7 +254,9 @@ def test_an_unknown_key_is_refused(bundle, key):
         ("variants.fp32.routers.1", ..., "variants.fp32.routers: has 1 entries; expected 2"),
         ("default_variant", "int8", "default_variant: is 'int8'; the variants are ['fp32']"),
         ("variants", {}, "default_variant: is 'fp32'; the variants are []"),
+        ("variants.fp32.precision", "int8", "variants.fp32.precision: is 'int8'; expected 'fp32', as its name says"),
         # calibration
+        ("calibration.risk", RISK | {"variants": {"int8": 0}}, "variants: has 'int8'; the variants are ['fp32']"),
         ("calibration.points", [], "calibration.points: has no point of the rule 'router' whose thresholds are all 0"),
         ("calibration.points.4", ..., "calibration.points: has no point of the rule 'router' whose thresholds are all"),
         ("calibration.points.4.rule", "margin", "points: has no point of the rule 'router' whose thresholds"),
@@ -432,6 +443,17 @@ def test_a_variant_is_faithful_as_long_as_no_split_loses_more_than_is_allowed(ma
     assert manifest.variants["int8"].parity.largest_loss == pytest.approx(0.41)
     with pytest.raises(BundleError, match=r"default_variant: is 'int8', which loses 0\.41 points in a split"):
         dataclasses.replace(manifest, default_variant="int8")
+
+
+@pytest.mark.parametrize("name", ["x y", "", "fp32\n", "int8/", "ïnt8", "x" * 41])
+def test_the_name_of_a_variant_is_a_short_word(make_bundle, name):
+    """It is typed as a setting and labels metrics. It need not be its precision."""
+    manifest = read_bundle(make_bundle()).manifest
+    fp32 = manifest.variants["fp32"]
+    with pytest.raises(BundleError, match=r"variants: has '.*; expected 1 to 40 letters, digits, '\.', '_' and '-'"):
+        dataclasses.replace(manifest, variants={"fp32": fp32, name: fp32})
+    for word in ("INT8_per-channel.2", "x" * 40):
+        dataclasses.replace(manifest, variants={"fp32": fp32, word: fp32})
 
 
 def test_a_variant_that_broke_the_bound_on_the_risk_is_not_served_unasked(make_bundle):
