@@ -127,7 +127,8 @@ def save_checkpoint(
     """
     directory = run / "checkpoints" / f"{stage}-{epochs_done:04d}"
     partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for leftover in directory.parent.glob("*.partial"):
+        shutil.rmtree(leftover)
     partial.mkdir(parents=True)
     state: dict[str, Tensor] = {}
     if optimiser is not None:  # there is none where a stage was fitted in closed form, or taken from another run
@@ -150,12 +151,13 @@ def save_checkpoint(
     (partial / "checkpoint.json").write_text(text + "\n", encoding="utf-8")
     for file in (*partial.iterdir(), partial):
         _flush(file)
-    shutil.rmtree(directory, ignore_errors=True)
+    if directory.exists():
+        _remove(directory)
     partial.rename(directory)
     _flush(directory.parent)
     for older in directory.parent.glob(f"{stage}-*"):
         if _epochs_of(older) < epochs_done:
-            shutil.rmtree(older)
+            _remove(older)
     return directory
 
 
@@ -212,6 +214,12 @@ def _epochs_of(directory: Path) -> int:
     """Of a checkpoint's directory by its name; 0 where it is none."""
     digits = directory.name.rpartition("-")[2]
     return int(digits) if digits.isdecimal() else 0
+
+
+def _remove(directory: Path) -> None:
+    """A kill in between leaves what nobody takes for a checkpoint."""
+    doomed = directory.rename(directory.with_name(directory.name + ".old.partial"))
+    shutil.rmtree(doomed)
 
 
 def _three(values: list[float]) -> tuple[float, float, float]:

@@ -154,16 +154,40 @@ def test_resuming_on_other_images_is_refused(folder, finished_run, tiny_argument
         assert message in capsys.readouterr().err
 
 
-def test_checkpoints_are_ordered_by_their_epochs(tmp_path):
-    """Ten thousand is after nine thousand, although its text is not; older ones go."""
-    model, info = torch.nn.Linear(1, 1), {
+def save_untrained(run: Path, epochs: int) -> None:
+    """A checkpoint of the stage "experts" with a layer of one weight."""
+    info = {
         "recipe": RECIPES["ce-cifar100"].to_dict(), "classes": ["a"], "class_counts": [1], "mean": [0, 0, 0],
         "std": [1, 1, 1], "metrics": {}, "commit": "",
     }  # fmt: skip
+    save_checkpoint(run, "experts", epochs, torch.nn.Linear(1, 1), None, info)
+
+
+def test_checkpoints_are_ordered_by_their_epochs(tmp_path):
+    """Ten thousand is after nine thousand, although its text is not; older ones go."""
     for epochs in (9999, 10_000):
-        save_checkpoint(tmp_path, "experts", epochs, model, None, info)
+        save_untrained(tmp_path, epochs)
     assert checkpoints_of(tmp_path)["experts"].epochs_done == 10_000
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+
+
+def test_a_kill_while_an_older_checkpoint_is_deleted_leaves_the_newest(tmp_path, monkeypatch):
+    """The half of the older one is not taken for a checkpoint, and goes with the next that is saved."""
+
+    def killed(directory, **_):
+        if directory.exists():
+            (directory / "checkpoint.json").unlink()
+            raise KeyboardInterrupt
+
+    save_untrained(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_untrained(tmp_path, 2)
+    assert checkpoints_of(tmp_path)["experts"].epochs_done == 2
+
+    save_untrained(tmp_path, 3)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["experts-0003"]
 
 
 @pytest.mark.parametrize(
