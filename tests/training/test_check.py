@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import shutil
 import zlib
 from pathlib import Path
 
@@ -101,6 +102,43 @@ def test_leading_directories_of_list_files_may_differ(tmp_path, prefix, moved_to
     data = load_data(recipe_for(root, image_root=str(tmp_path / "root"), holdout_share=0.4))
 
     assert [len(part) for part in (data.train, data.heldout, data.test)] == [4, 2, 2]
+
+
+@pytest.mark.parametrize("n_missing", [1, 6])
+def test_an_image_that_is_missing_is_not_taken_from_another_tree(listed, n_missing):
+    """Even where one beside it has a file of the same name for every line."""
+    shutil.copytree(listed / "images", listed / "backup" / "images")
+    for index in range(n_missing):
+        (listed / f"images/c0/{index}.png").unlink()
+
+    missing = check_data(recipe_for(listed)).findings["missing"]
+    assert missing == [f"{listed}/images/c0/{index}.png" for index in range(n_missing)]
+
+
+def test_a_listed_path_may_be_spelled_in_several_ways(listed):
+    """It is one file, which may not be trained on and tested as well."""
+    (listed / "Set_LT_test.txt").write_text("./images//c0/0.png 0\nimages/./c1/0.png 1\ntest/c2/0.png 2\n")
+
+    assert check_data(recipe_for(listed)).findings["file in two parts"] == [
+        f"{listed}/images/c{label}/0.png: class 'c{label}' (train), class 'c{label}' (test)" for label in (0, 1)
+    ]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_path_or_name(listed):
+    """As some editors write it, before the first line."""
+    for name, text in (("Set_LT_train.txt", None), ("classes.txt", "crane\nheron\nibis\n")):
+        file = listed / name
+        file.write_text(text or file.read_text(), encoding="utf-8-sig")
+    data = load_data(recipe_for(listed))
+
+    assert (data.classes, data.counts) == (("crane", "heron", "ibis"), (8, 4, 2))
+
+
+def test_class_names_that_are_no_text_are_refused_by_file(listed):
+    """As a spreadsheet in Latin-1 writes them."""
+    (listed / "classes.txt").write_bytes("grèbe\nheron\nibis\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"classes.txt: cannot be read as text: .* byte 0xe8"):
+        open_set(recipe_for(listed))
 
 
 @pytest.mark.parametrize(

@@ -409,11 +409,19 @@ def _feature_names(table: Any, label: str) -> list[str] | None:
 
 
 def _names_beside(directory: Path) -> list[str] | None:
-    """classes.txt: one name a line, in the order of the labels."""
+    """
+    classes.txt: one name a line, in the order of the labels.
+
+    Raises:
+        DataError: where it is not UTF-8.
+    """
     file = directory / "classes.txt"
     if not file.is_file():
         return None
-    return [line.strip() for line in file.read_text(encoding="utf-8").rstrip().split("\n")]
+    try:
+        return [line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().split("\n")]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: cannot be read as text: {error}") from None
 
 
 def _n_classes(labels: np.ndarray) -> int:
