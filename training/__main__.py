@@ -149,11 +149,16 @@ def _check(options: argparse.Namespace) -> int:
     try:
         recipe = _recipe("ride-own", options)
         found = check_data(recipe, decode=not options.quick)
-        print(f"{options.data}: {summary_of(open_set(recipe))}")
+        print(_printable(f"{options.data}: {summary_of(open_set(recipe))}"))
     except (DataError, RecipeError) as error:
         return _fail(error)
-    print(found if found.findings else "nothing is wrong with it")
+    print(_printable(str(found)) if found.findings else "nothing is wrong with it")
     return 2 if found.has_errors else 0
+
+
+def _printable(text: str) -> str:
+    r"""What is not UTF-8 in the names of files as \udcXX, which any output takes."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _list(options: argparse.Namespace) -> int:

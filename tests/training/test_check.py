@@ -1,8 +1,12 @@
 """What is wrong with a set is found before the first epoch and told all at once; sets of list files."""
 
 import dataclasses
+import errno
 import io
+import os
 import shutil
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -419,6 +423,40 @@ def test_linked_directories_are_followed_once_and_never_in_circles(tmp_path):
         "a/0.png", "a/again/7.png", "a/again/8.png", "b/2.png", "b/deeper/0.png", "b/deeper/1.png", "c/9.png",
     ]  # fmt: skip
     assert check_data(recipe_for(root)).findings["missing"] == [f"{root}/b/2.png"]
+
+
+def test_a_directory_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    """Its images would be gone without a word."""
+    root = fill(tmp_path, {"a": "0.png 1.png", "a/closed": "2.png", "b": "0.png 1.png"})
+    scandir = os.scandir
+
+    def refusing(path):
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(DataError, match=rf"(?s)unreadable \(1\): .*{root}/a/closed: Permission denied"):
+        load_data(recipe_for(root))
+
+
+def test_class_directories_whose_names_are_not_utf_8_are_refused(tmp_path):
+    """A bundle could not hold them."""
+    root = fill(tmp_path, {os.fsdecode(b"caf\xe9"): "0.png 1.png", "b": "0.png 1.png"})
+    with pytest.raises(DataError, match=r"names of classes are not UTF-8: 'caf\\udce9'; rename the directory$"):
+        open_set(recipe_for(root))
+
+
+def test_image_files_whose_names_are_not_utf_8_can_be_told(tmp_path):
+    """On an output that takes nothing else."""
+    root = fill(tmp_path, {"a": "0.png 1.png", "b": "0.png 1.png"})
+    Path(root, "a", os.fsdecode(b"\xe9.png")).write_bytes(b"no image")
+    command = [sys.executable, "-m", "training", "check", str(root), "--set", "workers=0"]
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, capture_output=True, text=True, env=strict, check=False)
+
+    assert (done.returncode, done.stderr) == (2, "")
+    assert rf"{root}/a/\udce9.png: not a readable image" in done.stdout
 
 
 def test_files_beside_the_images_are_told_and_hidden_ones_are_none(tmp_path):
