@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from training.checkpoint import Checkpoint, CheckpointError, checkpoints_of, current_commit, write_atomically
-from training.claim import claimed
+from training.claim import ClaimedError, claimed
 from training.data.sets import Data, channel_statistics, load_data
 from training.distributed import from_first, joined, rank, world_size
 from training.evaluate import count_unusable, macs_of, predict, summarise
@@ -43,7 +43,7 @@ def train(recipe: Recipe, run: Path) -> dict[str, Any]:
 
     Raises:
         DataError: for images that are missing, unreadable or too few.
-        ClaimedError: where another process trains in `run`.
+        ClaimedError: where another process trains in `run`, or has trained there while the images were read.
         CheckpointError: where `run` holds another recipe's checkpoints, or `recipe.first_stage` does not fit.
         DivergedError: when the loss, or a logit of a test image, is not finite.
         LostProcessError: where torchrun started several processes, and another one ended.
@@ -103,6 +103,11 @@ def _train(recipe: Recipe, run: Path, device: torch.device, held: ExitStack) -> 
     def claim() -> None:
         run.mkdir(parents=True, exist_ok=True)
         held.enter_context(claimed(run))
+        if {checkpoint.path for checkpoint in checkpoints_of(run).values()} != {each.path for each in done.values()}:
+            raise ClaimedError(
+                f"{run}: another process has trained there since this one began; --resume goes on with its "
+                "checkpoints, --out names another directory"
+            )
 
     from_first(claim)
     log = Log.open(run, {name: checkpoint.epochs_done for name, checkpoint in done.items()})

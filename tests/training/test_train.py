@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from training import checkpoint
 from training.__main__ import main
 from training.checkpoint import CheckpointError, checkpoints_of, current_commit, save_checkpoint
+from training.data.sets import load_data
 from training.evaluate import predict
 from training.recipes import RECIPES
 from training.train import trained_model
@@ -113,6 +114,22 @@ def test_a_finished_run_is_not_trained_again(finished_run, tiny_arguments, capsy
     """Without --resume a run directory in use is refused; with it, a finished one is only evaluated."""
     assert main([*tiny_arguments, "--out", str(finished_run)]) == 2
     assert "has checkpoints already; --resume" in capsys.readouterr().err
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_not_overwritten(
+    tiny_arguments, finished_run, tmp_path, capsys, monkeypatch
+):
+    """Reading the images takes minutes, in which nobody has claimed the directory yet."""
+    run = tmp_path / "run"
+
+    def load_meanwhile(recipe, *, checked):
+        shutil.copytree(finished_run, run)
+        return load_data(recipe, checked=checked)
+
+    monkeypatch.setattr("training.train.load_data", load_meanwhile)
+    assert main([*tiny_arguments, "--out", str(run)]) == 2
+    assert f"{run}: another process has trained there since this one began; --resume goes" in capsys.readouterr().err
+    assert lines_of(run) == lines_of(finished_run)
 
 
 def test_resuming_under_another_recipe_is_refused(finished_run, tiny_arguments, capsys):
