@@ -19,7 +19,7 @@ from training.data.sets import Data, channel_statistics, load_data
 from training.distributed import from_first, joined, rank, world_size
 from training.evaluate import count_unusable, macs_of, predict, summarise
 from training.first_stage import take_over
-from training.loop import DivergedError, Log, autocast_dtype, fit_stage, rates_of, run_stage
+from training.loop import DivergedError, Log, autocast_dtype, fit_stage, rates_of, refuse_without_compiler, run_stage
 from training.methods import ace, bbn, lfme, m2m, oltr, ride, sade, shike, single
 from training.methods.method import FitStage, Method, Model, Stage
 from training.methods.teacher import refuse_other_teachers
@@ -47,7 +47,8 @@ def train(recipe: Recipe, run: Path) -> dict[str, Any]:
         CheckpointError: where `run` holds another recipe's checkpoints, or `recipe.first_stage` does not fit.
         DivergedError: when the loss, or a logit of a test image, is not finite.
         LostProcessError: where torchrun started several processes, and another one ended.
-        RecipeError: for a precision that the device has not, or a method that several processes cannot share.
+        RecipeError: for a precision that the device has not, a method that several processes cannot share, or a
+            network to be compiled without a compiler.
     """
     with joined() as device, ExitStack() as held:
         return _train(recipe, run, device, held)
@@ -60,6 +61,8 @@ def _train(recipe: Recipe, run: Path, device: torch.device, held: ExitStack) -> 
     done = checkpoints_of(run)
     for checkpoint in done.values():
         _refuse_other_recipe(checkpoint, recipe)
+    if any(name not in done or done[name].epochs_done < epochs for name, epochs in recipe.stage_epochs().items()):
+        refuse_without_compiler(recipe, device)
     decoding: Decoding = next((checkpoint.decoding for checkpoint in done.values()), recipe.decoding)
     data = load_data(dataclasses.replace(recipe, decoding=decoding), checked=bool(done))
     for checkpoint in done.values():
