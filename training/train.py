@@ -84,7 +84,7 @@ def _train(recipe: Recipe, run: Path, device: torch.device, held: ExitStack) -> 
         "decoding": data.decoding, "processes": world_size(),
     }  # fmt: skip
     if recipe.pretrained is not None:
-        info["pretrained"] = start_from(model.net, recipe, data.digest)
+        info["pretrained"] = start_from(model.net, recipe, data.digest, data.classes)
 
     def evaluate(current: Model, stage: Stage | FitStage, per_class: bool = False) -> dict[str, Any]:
         if stage.name != "routers":  # not trained yet, or never
