@@ -48,6 +48,7 @@ class Checkpoint:
         decoding: "resident" or "streamed": which of the two draws the augmentation.
         state: single numbers that a stage goes on with.
         images_digest: of the training images; empty where an older version wrote the checkpoint.
+        unseen_digest: of the held-out and test images, likewise.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class Checkpoint:
     decoding: Decoding = "resident"
     state: dict[str, float] = field(default_factory=dict)
     images_digest: str = ""
+    unseen_digest: str = ""
 
     def saw(self, images_digest: str) -> bool:
         """Whether it was trained on the images of this digest; taken for granted where an older version wrote it."""
@@ -119,7 +121,7 @@ def save_checkpoint(
         model: that learns.
         optimiser: None for a stage without steps.
         info: at least `recipe` (as Recipe.to_dict), `classes`, `class_counts`, `mean`, `std`, `metrics` and `commit`;
-            `decoding`, `state` and `images_digest`, to resume; anything else is for people.
+            `decoding`, `state`, `images_digest` and `unseen_digest`, to resume; anything else is for people.
         averaged: its averaged weights, where there are any: those that are evaluated and exported.
 
     Raises:
@@ -179,7 +181,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             class_counts=tuple(content["class_counts"]), mean=_three(content["mean"]), std=_three(content["std"]),
             metrics=content["metrics"], commit=content["commit"],
             decoding=content.get("decoding", "resident"), state=content.get("state", {}),
-            images_digest=content.get("images_digest", ""),
+            images_digest=content.get("images_digest", ""), unseen_digest=content.get("unseen_digest", ""),
         )  # fmt: skip
     except CheckpointError:
         raise

@@ -80,8 +80,8 @@ def _train(recipe: Recipe, run: Path, device: torch.device, held: ExitStack) -> 
     images, heldout, test = (part.to(device) for part in (data.train, data.heldout, data.test))
     info: dict[str, Any] = {
         "recipe": recipe.to_dict(), "classes": data.classes, "class_counts": data.counts, "mean": mean, "std": std,
-        "images_digest": data.digest, "commit": current_commit(), "torch": torch.__version__, "device": device.type,
-        "decoding": data.decoding, "processes": world_size(),
+        "images_digest": data.digest, "unseen_digest": data.unseen_digest, "commit": current_commit(),
+        "torch": torch.__version__, "device": device.type, "decoding": data.decoding, "processes": world_size(),
     }  # fmt: skip
     if recipe.pretrained is not None:
         info["pretrained"] = start_from(model.net, recipe, data.digest, data.classes)
@@ -192,13 +192,18 @@ def refuse_other_images(checkpoint: Checkpoint, data: Data) -> None:
     Whatever was held out would else be drawn anew, and images that were trained on among it.
 
     Raises:
-        CheckpointError: where the training images are not those of the checkpoint.
+        CheckpointError: where the images are not those of the checkpoint.
     """
     differs = checkpoint.other_images(data.classes, data.counts, data.digest)
     if differs:
         raise CheckpointError(
             f"{checkpoint.path}: was trained on other images than are there now: {differs}; restore them, or begin "
             "anew in another directory"
+        )
+    if checkpoint.unseen_digest not in ("", data.unseen_digest):
+        raise CheckpointError(
+            f"{checkpoint.path}: other images were held out or tested than are there now: some have changed, are gone, "
+            "are new or go by other names; restore them, or begin anew in another directory"
         )
 
 

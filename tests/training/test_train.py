@@ -171,6 +171,22 @@ def test_resuming_on_other_images_is_refused(folder, finished_run, tiny_argument
         assert message in capsys.readouterr().err
 
 
+def test_resuming_with_other_test_images_is_refused(folder, tiny_arguments, tmp_path, capsys):
+    """The figures of a run would be of other images than its thresholds; an older version's runs did not note them."""
+    copy = Path(shutil.copytree(folder, tmp_path / "images" / "train")).parent
+    shutil.copytree(folder, copy / "test")
+    arguments = [str(copy) if part == str(folder) else part for part in tiny_arguments]
+    arguments += ["--set", "epochs=1", "--set", "router_epochs=0", "--out", str(tmp_path / "run")]
+    assert main(arguments) == 0
+    (copy / "test" / "class 0" / "0.png").unlink()
+
+    assert main([*arguments, "--resume"]) == 2
+    assert "other images were held out or tested than are there now: some have" in capsys.readouterr().err
+    for file in tmp_path.glob("run/checkpoints/*/checkpoint.json"):
+        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "unseen_digest"}))
+    assert main([*arguments, "--resume"]) == 0
+
+
 def save_untrained(run: Path, epochs: int) -> None:
     """A checkpoint of the stage "experts" with a layer of one weight."""
     info = {
