@@ -558,6 +558,20 @@ def test_a_set_too_small_to_hold_out_any_image_is_refused(tmp_path, own_test, te
         load_data(recipe_for(tmp_path / str(least - 1), test_share=test_share))
 
 
+def test_a_profile_that_takes_every_image_is_refused(tmp_path):
+    """The message says what to lower: the classes are large enough."""
+    names = " ".join(f"{n}.png" for n in range(5))
+    root = fill(tmp_path, {"train/a": names, "train/b": names, "test/a": "0.png", "test/b": "1.png"})
+    whole = dataclasses.replace(recipe_for(root, imbalance=1.0), profile="exp")
+    message = r"for the held-out set; profile=exp takes all with imbalance=1; lower n_max \(5\)$"
+    with pytest.raises(DataError, match=message):
+        load_data(whole)
+    assert len(load_data(dataclasses.replace(whole, n_max=4)).heldout) == 2
+
+    with pytest.raises(DataError, match=r"set; classes need 3 or more each, n_max=2 leaves fewer$"):
+        load_data(recipe_for(root, n_max=2))
+
+
 def test_a_smoke_run_takes_few_images_of_a_natural_set_too(tmp_path):
     """At most n_max of each class, held-out and test images among them; the same ones every time."""
     root = fill(tmp_path, {"a": " ".join(f"{n}.png" for n in range(60)), "b": " ".join(f"{n}.png" for n in range(8))})

@@ -163,8 +163,8 @@ def _split(image_set: ImageSet, recipe: Recipe, report: Report) -> _Split:
     classes, train, test = image_set.classes, image_set.train, image_set.test
     labels = train.labels
     all_tested = np.arange(len(test)) if test is not None else np.empty(0, np.int64)
-    least = 3
     if recipe.profile == "natural":
+        least = 3
         left = np.arange(len(labels))
         if recipe.n_max is not None:
             left = _at_most(labels, recipe.n_max, len(classes), recipe.subset_seed)
@@ -183,6 +183,9 @@ def _split(image_set: ImageSet, recipe: Recipe, report: Report) -> _Split:
             small = _tell_small(classes, sizes, labels[heldout], "held-out images", report)
             note += f"; none for {small} of {len(classes)} classes" if small else ""
         aside = image_set.heldout or train
+        needed = f"classes need {least} or more each"
+        if recipe.n_max is not None and recipe.n_max < least:
+            needed += f", n_max={recipe.n_max} leaves fewer"
     else:
         if test is None:
             raise DataError(
@@ -191,7 +194,8 @@ def _split(image_set: ImageSet, recipe: Recipe, report: Report) -> _Split:
             )
         sizes = np.bincount(labels, minlength=len(classes))
         try:
-            counts = class_counts(recipe.n_max or int(sizes[0]), recipe.imbalance, len(classes), recipe.profile)
+            n_max = recipe.n_max or int(sizes[0])
+            counts = class_counts(n_max, recipe.imbalance, len(classes), recipe.profile)
             chosen = draw_subset(labels, counts, recipe.subset_seed, recipe.subset_order)
         except ValueError as error:
             raise DataError(f"{image_set.name}: {error}") from None
@@ -203,8 +207,9 @@ def _split(image_set: ImageSet, recipe: Recipe, report: Report) -> _Split:
             f"; none for {', '.join(classes[c] for c in missing)}" if missing else ""
         )
         aside = train
+        needed = f"profile={recipe.profile} takes all with imbalance={recipe.imbalance:g}; lower n_max ({n_max})"
     if not len(heldout):
-        raise DataError(f"{image_set.name}: no images are left for the held-out set; classes need {least} or more each")
+        raise DataError(f"{image_set.name}: no images are left for the held-out set; {needed}")
     return _Split((train, chosen), (aside, heldout), (train if test is None else test, all_tested), note)
 
 
