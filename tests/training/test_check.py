@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import zlib
@@ -289,6 +290,21 @@ def test_files_of_one_size_and_equal_ends_are_not_taken_for_the_same(listed):
         (listed / f"images/c{label}/0.png").write_bytes(buffer.getvalue())
 
     assert not check_data(recipe_for(listed), decode=False).findings
+
+
+def test_an_image_may_have_two_hundred_million_pixels(tmp_path):
+    """Whatever Pillow holds for too many; the headers alone say how many there are."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    root = fill(tmp_path, {"a": "0.png", "b": "0.png"})
+    for label, width in (("a", 20_000), ("b", 20_001)):
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 10_000, 1, 0, 0, 0, 0))
+        (root / label / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+
+    too_large = "not a readable image: 20001x10000 is more than 200,000,000 pixels; scale it down"
+    assert check_data(recipe_for(root), decode=False).findings["unreadable"] == [f"{root}/b/0.png: {too_large}"]
 
 
 def test_worker_processes_find_the_same(listed, monkeypatch):
