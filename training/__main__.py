@@ -107,6 +107,7 @@ def _bias_variance(options: argparse.Namespace) -> int:
         recipes = [_recipe(name, options) for name in dict.fromkeys(options.recipes)]
         from training.bias_variance import DRAWS, N_MAX, SMOKE_DRAWS, SMOKE_N_MAX, bias_variance
         from training.claim import ClaimedError
+        from training.data.report import DataError
         from training.runs import RunsError
     except RecipeError as error:
         return _fail(error)
@@ -121,7 +122,7 @@ def _bias_variance(options: argparse.Namespace) -> int:
             n_max=n_max,
             splits_n_max=options.split_n_max,
         )
-    except (ClaimedError, RecipeError, RunsError) as error:
+    except (ClaimedError, DataError, RecipeError, RunsError) as error:
         return _fail(error)
     print(text)
     return _report_failures(failures, options.out)
