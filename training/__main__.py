@@ -107,6 +107,7 @@ def _bias_variance(options: argparse.Namespace) -> int:
         recipes = [_recipe(name, options) for name in dict.fromkeys(options.recipes)]
         from training.bias_variance import DRAWS, N_MAX, SMOKE_DRAWS, SMOKE_N_MAX, bias_variance
         from training.claim import ClaimedError
+        from training.data.report import DataError
         from training.runs import RunsError
     except RecipeError as error:
         return _fail(error)
@@ -121,7 +122,7 @@ def _bias_variance(options: argparse.Namespace) -> int:
             n_max=n_max,
             splits_n_max=options.split_n_max,
         )
-    except (ClaimedError, RecipeError, RunsError) as error:
+    except (ClaimedError, DataError, RecipeError, RunsError) as error:
         return _fail(error)
     print(text)
     return _report_failures(failures, options.out)
@@ -149,11 +150,16 @@ def _check(options: argparse.Namespace) -> int:
     try:
         recipe = _recipe("ride-own", options)
         found = check_data(recipe, decode=not options.quick)
-        print(f"{options.data}: {summary_of(open_set(recipe))}")
+        print(_printable(f"{options.data}: {summary_of(open_set(recipe))}"))
     except (DataError, RecipeError) as error:
         return _fail(error)
-    print(found if found.findings else "nothing is wrong with it")
+    print(_printable(str(found)) if found.findings else "nothing is wrong with it")
     return 2 if found.has_errors else 0
+
+
+def _printable(text: str) -> str:
+    r"""What is not UTF-8 in the names of files as \udcXX, which any output takes."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _list(options: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ import torch
 from training.checkpoint import write_atomically
 from training.data.longtail import SPLITS, class_counts, split_of
 from training.data.sets import load_data
+from training.data.sources import open_set
 from training.distributed import best_device
 from training.evaluate import mean_by_class, mean_by_split, predict
 from training.plots import plot_bias_variance
@@ -226,7 +227,8 @@ def bias_variance(
         The tables as Markdown; the runs that failed, with the reason. Draws that not all recipes finished are left out.
 
     Raises:
-        RecipeError: for recipes on different data, or without a random subset.
+        DataError: where there is nothing that could be a set.
+        RecipeError: for recipes on different data, or without a random subset or test images of their own.
         ClaimedError, RunsError: before anything is trained.
     """
     first = recipes[0]
@@ -253,6 +255,9 @@ def bias_variance(
         )
         for draw in range(draws) for recipe in recipes
     }  # fmt: skip
+    unfinished = any(not (out / name / "results.json").exists() for name in runs)
+    if unfinished and open_set(first).test is None:
+        raise RecipeError(f"{first.data}: has no test images of its own, which all draws need; put some in test/")
     failures = train_all(runs, out, settings | {"n_max": n_max}, _save_predictions)
 
     complete = [d for d in range(draws) if not any(_run_name(recipe, d) in failures for recipe in recipes)]

@@ -48,6 +48,7 @@ class Checkpoint:
         decoding: "resident" or "streamed": which of the two draws the augmentation.
         state: single numbers that a stage goes on with.
         images_digest: of the training images; empty where an older version wrote the checkpoint.
+        unseen_digest: of the held-out and test images, likewise.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class Checkpoint:
     decoding: Decoding = "resident"
     state: dict[str, float] = field(default_factory=dict)
     images_digest: str = ""
+    unseen_digest: str = ""
 
     def saw(self, images_digest: str) -> bool:
         """Whether it was trained on the images of this digest; taken for granted where an older version wrote it."""
@@ -119,7 +121,7 @@ def save_checkpoint(
         model: that learns.
         optimiser: None for a stage without steps.
         info: at least `recipe` (as Recipe.to_dict), `classes`, `class_counts`, `mean`, `std`, `metrics` and `commit`;
-            `decoding`, `state` and `images_digest`, to resume; anything else is for people.
+            `decoding`, `state`, `images_digest` and `unseen_digest`, to resume; anything else is for people.
         averaged: its averaged weights, where there are any: those that are evaluated and exported.
 
     Raises:
@@ -127,7 +129,8 @@ def save_checkpoint(
     """
     directory = run / "checkpoints" / f"{stage}-{epochs_done:04d}"
     partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for leftover in directory.parent.glob("*.partial"):
+        shutil.rmtree(leftover)
     partial.mkdir(parents=True)
     state: dict[str, Tensor] = {}
     if optimiser is not None:  # there is none where a stage was fitted in closed form, or taken from another run
@@ -150,12 +153,13 @@ def save_checkpoint(
     (partial / "checkpoint.json").write_text(text + "\n", encoding="utf-8")
     for file in (*partial.iterdir(), partial):
         _flush(file)
-    shutil.rmtree(directory, ignore_errors=True)
+    if directory.exists():
+        _remove(directory)
     partial.rename(directory)
     _flush(directory.parent)
     for older in directory.parent.glob(f"{stage}-*"):
         if _epochs_of(older) < epochs_done:
-            shutil.rmtree(older)
+            _remove(older)
     return directory
 
 
@@ -177,7 +181,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             class_counts=tuple(content["class_counts"]), mean=_three(content["mean"]), std=_three(content["std"]),
             metrics=content["metrics"], commit=content["commit"],
             decoding=content.get("decoding", "resident"), state=content.get("state", {}),
-            images_digest=content.get("images_digest", ""),
+            images_digest=content.get("images_digest", ""), unseen_digest=content.get("unseen_digest", ""),
         )  # fmt: skip
     except CheckpointError:
         raise
@@ -212,6 +216,12 @@ def _epochs_of(directory: Path) -> int:
     """Of a checkpoint's directory by its name; 0 where it is none."""
     digits = directory.name.rpartition("-")[2]
     return int(digits) if digits.isdecimal() else 0
+
+
+def _remove(directory: Path) -> None:
+    """A kill in between leaves what nobody takes for a checkpoint."""
+    doomed = directory.rename(directory.with_name(directory.name + ".old.partial"))
+    shutil.rmtree(doomed)
 
 
 def _three(values: list[float]) -> tuple[float, float, float]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -271,6 +273,18 @@ def autocast_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:
         return torch.float16
     half = recipe.precision == "bf16" or (recipe.precision == "auto" and has_bf16_units(device))
     return torch.bfloat16 if half else None
+
+
+def refuse_without_compiler(recipe: Recipe, device: torch.device) -> None:
+    """
+    torch.compile would look for one only when the first batch is there, and say so in a hundred lines.
+
+    Raises:
+        RecipeError: for a network that is to be compiled on a CPU, where there is no C++ compiler.
+    """
+    compiler = os.environ.get("CXX", "g++").partition(" ")[0]
+    if recipe.compile and device.type == "cpu" and shutil.which(compiler) is None:
+        raise RecipeError(f"compile=True: needs a C++ compiler ({compiler}); install one, or --set compile=false")
 
 
 def has_bf16_units(device: torch.device) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ TORCH_PREAMBLE = "WeightsUnpickler error:"  # ends its advice to run the code in
 COUNTERS = "num_batches_tracked"  # which older files lack
 
 
-def start_from(net: MultiExpertNet, recipe: Recipe, images_digest: str = "") -> dict[str, Any]:
+def start_from(
+    net: MultiExpertNet, recipe: Recipe, images_digest: str = "", classes: Sequence[str] = ()
+) -> dict[str, Any]:
     """
     Set the trunk and every expert of `net` to the weights that `recipe.pretrained` names, stage by stage.
 
@@ -32,7 +35,7 @@ def start_from(net: MultiExpertNet, recipe: Recipe, images_digest: str = "") -> 
 
     Args:
         net: of the recipe's backbone, with fresh weights; changed in place.
-        images_digest: of the images that it will be trained on.
+        images_digest, classes: of the images that it will be trained on.
 
     Returns:
         "source"; "taken" and "fresh": names of the net's tensors, in its order.
@@ -40,11 +43,11 @@ def start_from(net: MultiExpertNet, recipe: Recipe, images_digest: str = "") -> 
     Raises:
         CheckpointError: for weights that torchvision does not have, a file that cannot be read, or one that is not of
             the backbone at full width, with the first differing tensor and both shapes, or none of whose tensors has a
-            place in the net. For a run that is not finished, has other layers, or had other images of the same set:
-            what is held out or tested here may be among them.
+            place in the net. For a run that is not finished, has other layers, or had other images of the same set
+            or of the same classes: what is held out or tested here may be among them.
     """
     if Path(str(recipe.pretrained)).is_dir():
-        return _from_run(net, recipe, images_digest)
+        return _from_run(net, recipe, images_digest, classes)
     source, weights = _read(recipe)
     _refuse_other_backbone(source, weights, recipe)
     taken: list[str] = []
@@ -66,7 +69,7 @@ def start_from(net: MultiExpertNet, recipe: Recipe, images_digest: str = "") -> 
     return {"source": source, "taken": taken, "fresh": fresh}
 
 
-def _from_run(net: MultiExpertNet, recipe: Recipe, images_digest: str) -> dict[str, Any]:
+def _from_run(net: MultiExpertNet, recipe: Recipe, images_digest: str, classes: Sequence[str]) -> dict[str, Any]:
     from training.train import trained_model  # which imports this module
 
     run = Path(str(recipe.pretrained))
@@ -75,9 +78,10 @@ def _from_run(net: MultiExpertNet, recipe: Recipe, images_digest: str) -> dict[s
     except CheckpointError as error:
         raise CheckpointError(f"pretrained: {error}") from None
     same_set = Path(checkpoint.recipe.data).resolve() == Path(recipe.data).resolve()  # however it was spelled
+    same_set = same_set or checkpoint.classes == tuple(classes)  # or moved, or copied
     if same_set and not checkpoint.saw(images_digest):
         raise CheckpointError(
-            f"pretrained={run}: trained on other images of {recipe.data} than this training has, "
+            f"pretrained={run}: trained on other images of these classes than this training has, "
             "perhaps on such as are held out or tested here; draw the same ones"
         )
     weights = model.net.state_dict()

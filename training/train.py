@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from training.checkpoint import Checkpoint, CheckpointError, checkpoints_of, current_commit, write_atomically
-from training.claim import claimed
+from training.claim import ClaimedError, claimed
 from training.data.sets import Data, channel_statistics, load_data
 from training.distributed import from_first, joined, rank, world_size
 from training.evaluate import count_unusable, macs_of, predict, summarise
 from training.first_stage import take_over
-from training.loop import DivergedError, Log, autocast_dtype, fit_stage, rates_of, run_stage
+from training.loop import DivergedError, Log, autocast_dtype, fit_stage, rates_of, refuse_without_compiler, run_stage
 from training.methods import ace, bbn, lfme, m2m, oltr, ride, sade, shike, single
 from training.methods.method import FitStage, Method, Model, Stage
 from training.methods.teacher import refuse_other_teachers
@@ -43,11 +43,12 @@ def train(recipe: Recipe, run: Path) -> dict[str, Any]:
 
     Raises:
         DataError: for images that are missing, unreadable or too few.
-        ClaimedError: where another process trains in `run`.
+        ClaimedError: where another process trains in `run`, or has trained there while the images were read.
         CheckpointError: where `run` holds another recipe's checkpoints, or `recipe.first_stage` does not fit.
         DivergedError: when the loss, or a logit of a test image, is not finite.
         LostProcessError: where torchrun started several processes, and another one ended.
-        RecipeError: for a precision that the device has not, or a method that several processes cannot share.
+        RecipeError: for a precision that the device has not, a method that several processes cannot share, or a
+            network to be compiled without a compiler.
     """
     with joined() as device, ExitStack() as held:
         return _train(recipe, run, device, held)
@@ -60,6 +61,8 @@ def _train(recipe: Recipe, run: Path, device: torch.device, held: ExitStack) -> 
     done = checkpoints_of(run)
     for checkpoint in done.values():
         _refuse_other_recipe(checkpoint, recipe)
+    if any(name not in done or done[name].epochs_done < epochs for name, epochs in recipe.stage_epochs().items()):
+        refuse_without_compiler(recipe, device)
     decoding: Decoding = next((checkpoint.decoding for checkpoint in done.values()), recipe.decoding)
     data = load_data(dataclasses.replace(recipe, decoding=decoding), checked=bool(done))
     for checkpoint in done.values():
@@ -77,11 +80,11 @@ def _train(recipe: Recipe, run: Path, device: torch.device, held: ExitStack) -> 
     images, heldout, test = (part.to(device) for part in (data.train, data.heldout, data.test))
     info: dict[str, Any] = {
         "recipe": recipe.to_dict(), "classes": data.classes, "class_counts": data.counts, "mean": mean, "std": std,
-        "images_digest": data.digest, "commit": current_commit(), "torch": torch.__version__, "device": device.type,
-        "decoding": data.decoding, "processes": world_size(),
+        "images_digest": data.digest, "unseen_digest": data.unseen_digest, "commit": current_commit(),
+        "torch": torch.__version__, "device": device.type, "decoding": data.decoding, "processes": world_size(),
     }  # fmt: skip
     if recipe.pretrained is not None:
-        info["pretrained"] = start_from(model.net, recipe, data.digest)
+        info["pretrained"] = start_from(model.net, recipe, data.digest, data.classes)
 
     def evaluate(current: Model, stage: Stage | FitStage, per_class: bool = False) -> dict[str, Any]:
         if stage.name != "routers":  # not trained yet, or never
@@ -103,6 +106,11 @@ def _train(recipe: Recipe, run: Path, device: torch.device, held: ExitStack) -> 
     def claim() -> None:
         run.mkdir(parents=True, exist_ok=True)
         held.enter_context(claimed(run))
+        if {checkpoint.path for checkpoint in checkpoints_of(run).values()} != {each.path for each in done.values()}:
+            raise ClaimedError(
+                f"{run}: another process has trained there since this one began; --resume goes on with its "
+                "checkpoints, --out names another directory"
+            )
 
     from_first(claim)
     log = Log.open(run, {name: checkpoint.epochs_done for name, checkpoint in done.items()})
@@ -184,13 +192,18 @@ def refuse_other_images(checkpoint: Checkpoint, data: Data) -> None:
     Whatever was held out would else be drawn anew, and images that were trained on among it.
 
     Raises:
-        CheckpointError: where the training images are not those of the checkpoint.
+        CheckpointError: where the images are not those of the checkpoint.
     """
     differs = checkpoint.other_images(data.classes, data.counts, data.digest)
     if differs:
         raise CheckpointError(
             f"{checkpoint.path}: was trained on other images than are there now: {differs}; restore them, or begin "
             "anew in another directory"
+        )
+    if checkpoint.unseen_digest not in ("", data.unseen_digest):
+        raise CheckpointError(
+            f"{checkpoint.path}: other images were held out or tested than are there now: some have changed, are gone, "
+            "are new or go by other names; restore them, or begin anew in another directory"
         )
 
 

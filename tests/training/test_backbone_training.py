@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -239,6 +240,9 @@ def test_a_training_starts_from_a_run_of_ours(small_nets, folder, tmp_path):
         train(dataclasses.replace(second, subset_seed=1), tmp_path / "second")
     with pytest.raises(CheckpointError, match=r"first: trained on other images of .* than this training has"):
         start_from(net, dataclasses.replace(second, data=f"{folder.parent}/./{folder.name}/"), "another")
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    with pytest.raises(CheckpointError, match=r"first: trained on other images of .* than this training has"):
+        train(dataclasses.replace(second, data=str(copied), subset_seed=1), tmp_path / "second")
     with pytest.raises(CheckpointError, match=r"pretrained: .*: no checkpoints there"):
         start_from(net, dataclasses.replace(second, pretrained=str(tmp_path)))
 

@@ -239,6 +239,17 @@ def test_recipes_without_draws_are_refused(command, message, tmp_path, capsys):
     assert not (tmp_path / "analysis").exists()
 
 
+def test_a_set_without_test_images_of_its_own_is_refused(folder, tmp_path, capsys):
+    """Before anything is trained; what is drawn for testing would differ from draw to draw."""
+    command = ["bias-variance", "ce-cifar100", "--data", str(folder), "--out", str(tmp_path / "analysis")]
+    assert main(command) == 2
+    message = f"ride-train: {folder}: has no test images of its own, which all draws need; put some in test/\n"
+    assert capsys.readouterr().err == message
+    assert main([*command[:3], str(tmp_path / "nowhere"), *command[4:]]) == 2
+    assert "nowhere: no such directory" in capsys.readouterr().err
+    assert not (tmp_path / "analysis").exists()
+
+
 def test_fewer_than_two_complete_draws_give_no_table(arguments, monkeypatch, tmp_path, capsys):
     """The failures say why; the exit status is 1."""
 

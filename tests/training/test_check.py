@@ -1,7 +1,13 @@
 """What is wrong with a set is found before the first epoch and told all at once; sets of list files."""
 
 import dataclasses
+import errno
 import io
+import os
+import shutil
+import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -101,6 +107,43 @@ def test_leading_directories_of_list_files_may_differ(tmp_path, prefix, moved_to
     data = load_data(recipe_for(root, image_root=str(tmp_path / "root"), holdout_share=0.4))
 
     assert [len(part) for part in (data.train, data.heldout, data.test)] == [4, 2, 2]
+
+
+@pytest.mark.parametrize("n_missing", [1, 6])
+def test_an_image_that_is_missing_is_not_taken_from_another_tree(listed, n_missing):
+    """Even where one beside it has a file of the same name for every line."""
+    shutil.copytree(listed / "images", listed / "backup" / "images")
+    for index in range(n_missing):
+        (listed / f"images/c0/{index}.png").unlink()
+
+    missing = check_data(recipe_for(listed)).findings["missing"]
+    assert missing == [f"{listed}/images/c0/{index}.png" for index in range(n_missing)]
+
+
+def test_a_listed_path_may_be_spelled_in_several_ways(listed):
+    """It is one file, which may not be trained on and tested as well."""
+    (listed / "Set_LT_test.txt").write_text("./images//c0/0.png 0\nimages/./c1/0.png 1\ntest/c2/0.png 2\n")
+
+    assert check_data(recipe_for(listed)).findings["file in two parts"] == [
+        f"{listed}/images/c{label}/0.png: class 'c{label}' (train), class 'c{label}' (test)" for label in (0, 1)
+    ]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_path_or_name(listed):
+    """As some editors write it, before the first line."""
+    for name, text in (("Set_LT_train.txt", None), ("classes.txt", "crane\nheron\nibis\n")):
+        file = listed / name
+        file.write_text(text or file.read_text(), encoding="utf-8-sig")
+    data = load_data(recipe_for(listed))
+
+    assert (data.classes, data.counts) == (("crane", "heron", "ibis"), (8, 4, 2))
+
+
+def test_class_names_that_are_no_text_are_refused_by_file(listed):
+    """As a spreadsheet in Latin-1 writes them."""
+    (listed / "classes.txt").write_bytes("grèbe\nheron\nibis\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"classes.txt: cannot be read as text: .* byte 0xe8"):
+        open_set(recipe_for(listed))
 
 
 @pytest.mark.parametrize(
@@ -249,6 +292,21 @@ def test_files_of_one_size_and_equal_ends_are_not_taken_for_the_same(listed):
     assert not check_data(recipe_for(listed), decode=False).findings
 
 
+def test_an_image_may_have_two_hundred_million_pixels(tmp_path):
+    """Whatever Pillow holds for too many; the headers alone say how many there are."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    root = fill(tmp_path, {"a": "0.png", "b": "0.png"})
+    for label, width in (("a", 20_000), ("b", 20_001)):
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 10_000, 1, 0, 0, 0, 0))
+        (root / label / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+
+    too_large = "not a readable image: 20001x10000 is more than 200,000,000 pixels; scale it down"
+    assert check_data(recipe_for(root), decode=False).findings["unreadable"] == [f"{root}/b/0.png: {too_large}"]
+
+
 def test_worker_processes_find_the_same(listed, monkeypatch):
     """In the same order."""
     spoil(listed)
@@ -383,6 +441,40 @@ def test_linked_directories_are_followed_once_and_never_in_circles(tmp_path):
     assert check_data(recipe_for(root)).findings["missing"] == [f"{root}/b/2.png"]
 
 
+def test_a_directory_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    """Its images would be gone without a word."""
+    root = fill(tmp_path, {"a": "0.png 1.png", "a/closed": "2.png", "b": "0.png 1.png"})
+    scandir = os.scandir
+
+    def refusing(path):
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(DataError, match=rf"(?s)unreadable \(1\): .*{root}/a/closed: Permission denied"):
+        load_data(recipe_for(root))
+
+
+def test_class_directories_whose_names_are_not_utf_8_are_refused(tmp_path):
+    """A bundle could not hold them."""
+    root = fill(tmp_path, {os.fsdecode(b"caf\xe9"): "0.png 1.png", "b": "0.png 1.png"})
+    with pytest.raises(DataError, match=r"names of classes are not UTF-8: 'caf\\udce9'; rename the directory$"):
+        open_set(recipe_for(root))
+
+
+def test_image_files_whose_names_are_not_utf_8_can_be_told(tmp_path):
+    """On an output that takes nothing else."""
+    root = fill(tmp_path, {"a": "0.png 1.png", "b": "0.png 1.png"})
+    Path(root, "a", os.fsdecode(b"\xe9.png")).write_bytes(b"no image")
+    command = [sys.executable, "-m", "training", "check", str(root), "--set", "workers=0"]
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, capture_output=True, text=True, env=strict, check=False)
+
+    assert (done.returncode, done.stderr) == (2, "")
+    assert rf"{root}/a/\udce9.png: not a readable image" in done.stdout
+
+
 def test_files_beside_the_images_are_told_and_hidden_ones_are_none(tmp_path):
     """What systems leave between one's images is no image; what may be one by mistake is counted by its ending."""
     root = fill(tmp_path, {
@@ -480,6 +572,20 @@ def test_a_set_too_small_to_hold_out_any_image_is_refused(tmp_path, own_test, te
     assert len(load_data(recipe_for(tmp_path / str(least), test_share=test_share)).heldout) == 2
     with pytest.raises(DataError, match=f"no images are left for the held-out set; classes need {least} or more each"):
         load_data(recipe_for(tmp_path / str(least - 1), test_share=test_share))
+
+
+def test_a_profile_that_takes_every_image_is_refused(tmp_path):
+    """The message says what to lower: the classes are large enough."""
+    names = " ".join(f"{n}.png" for n in range(5))
+    root = fill(tmp_path, {"train/a": names, "train/b": names, "test/a": "0.png", "test/b": "1.png"})
+    whole = dataclasses.replace(recipe_for(root, imbalance=1.0), profile="exp")
+    message = r"for the held-out set; profile=exp takes all with imbalance=1; lower n_max \(5\)$"
+    with pytest.raises(DataError, match=message):
+        load_data(whole)
+    assert len(load_data(dataclasses.replace(whole, n_max=4)).heldout) == 2
+
+    with pytest.raises(DataError, match=r"set; classes need 3 or more each, n_max=2 leaves fewer$"):
+        load_data(recipe_for(root, n_max=2))
 
 
 def test_a_smoke_run_takes_few_images_of_a_natural_set_too(tmp_path):

@@ -227,6 +227,17 @@ def test_fp16_is_refused_on_a_cpu(folder, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_compiling_on_a_cpu_needs_a_compiler(folder, tmp_path, capsys, monkeypatch):
+    """Told before anything is read, with the way out."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main([*arguments(folder, compile="true"), "--out", str(tmp_path / "run")]) == 2
+    message = "ride-train: compile=True: needs a C++ compiler (g++); install one, or --set compile=false\n"
+    assert capsys.readouterr().err == message
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_the_network_computes_in_the_precision_of_the_recipe(precision, dtype):
     """Its convolutions do; logits are fp32 in either case."""

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from training import checkpoint
 from training.__main__ import main
 from training.checkpoint import CheckpointError, checkpoints_of, current_commit, save_checkpoint
+from training.data.sets import load_data
 from training.evaluate import predict
 from training.recipes import RECIPES
 from training.train import trained_model
@@ -115,6 +116,22 @@ def test_a_finished_run_is_not_trained_again(finished_run, tiny_arguments, capsy
     assert "has checkpoints already; --resume" in capsys.readouterr().err
 
 
+def test_a_run_that_another_process_finished_meanwhile_is_not_overwritten(
+    tiny_arguments, finished_run, tmp_path, capsys, monkeypatch
+):
+    """Reading the images takes minutes, in which nobody has claimed the directory yet."""
+    run = tmp_path / "run"
+
+    def load_meanwhile(recipe, *, checked):
+        shutil.copytree(finished_run, run)
+        return load_data(recipe, checked=checked)
+
+    monkeypatch.setattr("training.train.load_data", load_meanwhile)
+    assert main([*tiny_arguments, "--out", str(run)]) == 2
+    assert f"{run}: another process has trained there since this one began; --resume goes" in capsys.readouterr().err
+    assert lines_of(run) == lines_of(finished_run)
+
+
 def test_resuming_under_another_recipe_is_refused(finished_run, tiny_arguments, capsys):
     """The message says which field differs."""
     assert main([*tiny_arguments, "--out", str(finished_run), "--resume", "--set", "lr=0.2"]) == 2
@@ -154,16 +171,56 @@ def test_resuming_on_other_images_is_refused(folder, finished_run, tiny_argument
         assert message in capsys.readouterr().err
 
 
-def test_checkpoints_are_ordered_by_their_epochs(tmp_path):
-    """Ten thousand is after nine thousand, although its text is not; older ones go."""
-    model, info = torch.nn.Linear(1, 1), {
+def test_resuming_with_other_test_images_is_refused(folder, tiny_arguments, tmp_path, capsys):
+    """The figures of a run would be of other images than its thresholds; an older version's runs did not note them."""
+    copy = Path(shutil.copytree(folder, tmp_path / "images" / "train")).parent
+    shutil.copytree(folder, copy / "test")
+    arguments = [str(copy) if part == str(folder) else part for part in tiny_arguments]
+    arguments += ["--set", "epochs=1", "--set", "router_epochs=0", "--out", str(tmp_path / "run")]
+    assert main(arguments) == 0
+    (copy / "test" / "class 0" / "0.png").unlink()
+
+    assert main([*arguments, "--resume"]) == 2
+    assert "other images were held out or tested than are there now: some have" in capsys.readouterr().err
+    for file in tmp_path.glob("run/checkpoints/*/checkpoint.json"):
+        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "unseen_digest"}))
+    assert main([*arguments, "--resume"]) == 0
+
+
+def save_untrained(run: Path, epochs: int) -> None:
+    """A checkpoint of the stage "experts" with a layer of one weight."""
+    info = {
         "recipe": RECIPES["ce-cifar100"].to_dict(), "classes": ["a"], "class_counts": [1], "mean": [0, 0, 0],
         "std": [1, 1, 1], "metrics": {}, "commit": "",
     }  # fmt: skip
+    save_checkpoint(run, "experts", epochs, torch.nn.Linear(1, 1), None, info)
+
+
+def test_checkpoints_are_ordered_by_their_epochs(tmp_path):
+    """Ten thousand is after nine thousand, although its text is not; older ones go."""
     for epochs in (9999, 10_000):
-        save_checkpoint(tmp_path, "experts", epochs, model, None, info)
+        save_untrained(tmp_path, epochs)
     assert checkpoints_of(tmp_path)["experts"].epochs_done == 10_000
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+
+
+def test_a_kill_while_an_older_checkpoint_is_deleted_leaves_the_newest(tmp_path, monkeypatch):
+    """The half of the older one is not taken for a checkpoint, and goes with the next that is saved."""
+
+    def killed(directory, **_):
+        if directory.exists():
+            (directory / "checkpoint.json").unlink()
+            raise KeyboardInterrupt
+
+    save_untrained(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_untrained(tmp_path, 2)
+    assert checkpoints_of(tmp_path)["experts"].epochs_done == 2
+
+    save_untrained(tmp_path, 3)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["experts-0003"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
-from training.data.images import FORMATS
+from training.data.images import FORMATS, refuse_large
 from training.data.images import decode as decode_image
 from training.data.limits import processors
 from training.data.longtail import SPLITS, split_of
@@ -222,7 +222,7 @@ def _digest(content: bytes | np.ndarray) -> bytes:
 
 def _look_at_header(file: IO[bytes]) -> None:
     try:
-        Image.open(file, formats=FORMATS)  # reads no further
+        refuse_large(Image.open(file, formats=FORMATS))  # reads no further
     except UnidentifiedImageError:
         raise ValueError(f"not a readable image: neither {' nor '.join(FORMATS)}") from None
     except Exception as error:  # a decoder may stumble over damaged bytes in any way

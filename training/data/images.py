@@ -19,6 +19,8 @@ WHITE_IS_ZERO = 0
 XMP = ("xmp", "XML:com.adobe.xmp")
 INNER_SHARE = 7 / 8  # of the shorter side, in "inner_crop": 224 of 256
 
+Image.MAX_IMAGE_PIXELS = None  # Pillow would warn at one size and refuse at another; `refuse_large` has the limit
+
 
 def read_image(encoded: bytes, size: int, how: Fit = "crop") -> np.ndarray:
     """
@@ -42,8 +44,7 @@ def decode(encoded: bytes) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS:,} pixels; scale it down")
+            refuse_large(image)
             bits, negative = 16, False
             if isinstance(image, TiffImageFile):
                 tags = image.tag_v2
@@ -58,6 +59,15 @@ def decode(encoded: bytes) -> Image.Image:
         raise ValueError(f"not a readable image ({len(encoded):,} bytes): neither {' nor '.join(FORMATS)}") from None
     except Exception as error:  # a decoder may stumble over damaged bytes in any way
         raise ValueError(f"not a readable image ({len(encoded):,} bytes): {error}") from error
+
+
+def refuse_large(image: Image.Image) -> None:
+    """
+    Raises:
+        ValueError: for more than 200 million pixels.
+    """
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS:,} pixels; scale it down")
 
 
 def _forget_xmp(image: Image.Image) -> None:

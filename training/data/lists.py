@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ class ListFile:
 
     Attributes:
         file: the list itself.
-        paths: (N,), as they are listed, relative to the image root.
+        paths: (N,), as they are listed but for "./" and "//", relative to the image root.
         labels: (N,), int64.
     """
 
@@ -92,7 +93,7 @@ def read_list(file: Path, report: Report) -> ListFile:
     labels: list[int] = []
     wrong: list[str] = []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: cannot be read as text: {error}") from None
     for number, line in enumerate(lines, 1):
@@ -105,7 +106,7 @@ def read_list(file: Path, report: Report) -> ListFile:
         elif os.path.isabs(path) or ".." in parts:
             wrong.append(f"{file.name} line {number}: {path[:80]!r} leaves the image root")
         else:
-            paths.append(path.strip())
+            paths.append(posixpath.normpath(path.strip()))
             labels.append(max(min(int(label), 2**62), -(2**62)))
     if not paths:
         first = f"; {wrong[0]}" if wrong else ""
@@ -118,8 +119,9 @@ def image_root_of(root: Path, entries: ListFile) -> tuple[Path, int]:
     """
     Where the images of a list really lie.
 
-    Repositories list the same images under different leading directories (`train/…`, `data_256/…`). Where a path is not
-    below `root` as it stands, it is looked for without its leading directories, and below each directory in `root`.
+    Repositories list the same images under different leading directories (`train/…`, `data_256/…`). Where most of the
+    paths are not below `root` as they stand, they are looked for without their leading directories, and below each
+    directory in `root`.
 
     Returns:
         The directory, and how many leading directories of each listed path to drop.
@@ -134,7 +136,8 @@ def image_root_of(root: Path, entries: ListFile) -> tuple[Path, int]:
     for dropped in range(deepest + 1):
         for base in (root, *below):
             found = sum((base / path.split("/", dropped)[-1]).is_file() for path in tried)
-            if found == len(tried):
+            as_listed = (base, dropped) == (root, 0)
+            if found == len(tried) or (as_listed and found > len(tried) / 2):
                 return base, dropped
             if found > most:
                 best, most = (base, dropped), found

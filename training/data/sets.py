@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -71,6 +71,7 @@ class Data:
         heldout_note: where the held-out images come from, to stand beside every figure made with them.
         report: what is odd about the set, none of it an error.
         digest: of the training images, their labels and their order, wherever they lie.
+        unseen_digest: of the held-out and test images, likewise.
     """
 
     classes: tuple[str, ...]
@@ -81,6 +82,7 @@ class Data:
     heldout_note: str
     report: Report = field(default_factory=Report)
     digest: str = ""
+    unseen_digest: str = ""
 
     @property
     def decoding(self) -> Decoding:
@@ -143,9 +145,11 @@ def load_data(recipe: Recipe, *, checked: bool = False) -> Data:
             parts[name] = _decoded(source, positions, recipe.image_size, how, report)
     report.raise_errors(image_set.name)
     counts = np.bincount(parts["train"].labels, minlength=len(image_set.classes))
+    of_source = {id(source): digests[name] for name, source in image_set.parts().items()}
     return Data(
         classes=tuple(image_set.classes), counts=tuple(counts.tolist()), heldout_note=split.heldout_note,
-        report=report, digest=_digest(digests["train"], *split.train), **parts,
+        report=report, digest=_digest(of_source, split.train),
+        unseen_digest=_digest(of_source, split.heldout, split.test), **parts,
     )  # fmt: skip
 
 
@@ -159,8 +163,8 @@ def _split(image_set: ImageSet, recipe: Recipe, report: Report) -> _Split:
     classes, train, test = image_set.classes, image_set.train, image_set.test
     labels = train.labels
     all_tested = np.arange(len(test)) if test is not None else np.empty(0, np.int64)
-    least = 3
     if recipe.profile == "natural":
+        least = 3
         left = np.arange(len(labels))
         if recipe.n_max is not None:
             left = _at_most(labels, recipe.n_max, len(classes), recipe.subset_seed)
@@ -179,6 +183,9 @@ def _split(image_set: ImageSet, recipe: Recipe, report: Report) -> _Split:
             small = _tell_small(classes, sizes, labels[heldout], "held-out images", report)
             note += f"; none for {small} of {len(classes)} classes" if small else ""
         aside = image_set.heldout or train
+        needed = f"classes need {least} or more each"
+        if recipe.n_max is not None and recipe.n_max < least:
+            needed += f", n_max={recipe.n_max} leaves fewer"
     else:
         if test is None:
             raise DataError(
@@ -187,7 +194,8 @@ def _split(image_set: ImageSet, recipe: Recipe, report: Report) -> _Split:
             )
         sizes = np.bincount(labels, minlength=len(classes))
         try:
-            counts = class_counts(recipe.n_max or int(sizes[0]), recipe.imbalance, len(classes), recipe.profile)
+            n_max = recipe.n_max or int(sizes[0])
+            counts = class_counts(n_max, recipe.imbalance, len(classes), recipe.profile)
             chosen = draw_subset(labels, counts, recipe.subset_seed, recipe.subset_order)
         except ValueError as error:
             raise DataError(f"{image_set.name}: {error}") from None
@@ -199,15 +207,24 @@ def _split(image_set: ImageSet, recipe: Recipe, report: Report) -> _Split:
             f"; none for {', '.join(classes[c] for c in missing)}" if missing else ""
         )
         aside = train
+        needed = f"profile={recipe.profile} takes all with imbalance={recipe.imbalance:g}; lower n_max ({n_max})"
     if not len(heldout):
-        raise DataError(f"{image_set.name}: no images are left for the held-out set; classes need {least} or more each")
+        raise DataError(f"{image_set.name}: no images are left for the held-out set; {needed}")
     return _Split((train, chosen), (aside, heldout), (train if test is None else test, all_tested), note)
 
 
-def _digest(digests: np.ndarray, source: Source, positions: np.ndarray) -> str:
-    """Of the chosen images of a source whose images have these `digests` (N, 16)."""
-    whole = hashlib.blake2b(digests[positions].tobytes(), digest_size=16)
-    whole.update(source.labels[positions].astype("<i8").tobytes())
+def _digest(of_source: Mapping[int, np.ndarray], *chosen: tuple[Source, np.ndarray]) -> str:
+    """
+    Of the chosen images.
+
+    Args:
+        of_source: by the id of a source, the digests (N, 16) of its images.
+        chosen: pairs of a source and positions in it.
+    """
+    whole = hashlib.blake2b(digest_size=16)
+    for source, positions in chosen:
+        whole.update(of_source[id(source)][positions].tobytes())
+        whole.update(source.labels[positions].astype("<i8").tobytes())
     return whole.hexdigest()
 
 

@@ -233,7 +233,7 @@ def _open_folder(directory: Path, report: Report, wanted: Sequence[str] | None =
     left_out = {directory: [entry for entry in directory.iterdir() if entry.is_file() and not _is_hidden(entry.name)]}
     for label, name in enumerate(classes):
         home = directory / name
-        inside = _files_below(home)
+        inside = _files_below(home, report) if home.is_dir() else []
         found = [path for path in inside if path.suffix.lower() in IMAGE_SUFFIXES]
         left_out[home] = [path for path in inside if path.suffix.lower() not in IMAGE_SUFFIXES]
         bare += [] if found else [home]
@@ -251,11 +251,18 @@ def _open_folder(directory: Path, report: Report, wanted: Sequence[str] | None =
     return classes, Source(np.array(labels, np.int64), Files(files))
 
 
-def _files_below(home: Path) -> list[Path]:
-    """In alphabetical order, none of them hidden. Links are followed, to each directory once and to none around."""
+def _files_below(home: Path, report: Report) -> list[Path]:
+    """
+    In alphabetical order, none of them hidden. Links are followed, to each directory once and to none around. A
+    directory that cannot be listed goes into the report.
+    """
+
+    def tell(error: OSError) -> None:
+        report.add("unreadable", f"{error.filename}: {error.strerror}")
+
     found: list[Path] = []
     seen = {str(around) for around in Path(os.path.realpath(home)).parents}
-    for place, directories, names in os.walk(home, followlinks=True):
+    for place, directories, names in os.walk(home, onerror=tell, followlinks=True):
         real = os.path.realpath(place)
         directories[:] = [] if real in seen else sorted(name for name in directories if not _is_hidden(name))
         found += [Path(place, name) for name in names if real not in seen and not _is_hidden(name)]
@@ -270,6 +277,11 @@ def _check_classes(directory: Path, classes: Sequence[str]) -> None:
         raise DataError(
             f"{directory}: {len(classes)} class directories; a classifier needs two or more"
             + (hint if directory.name.lower() in words else "")
+        )
+    if odd := [name for name in classes if name.encode(errors="ignore").decode() != name]:
+        raise DataError(
+            f"{directory}: names of classes are not UTF-8: {', '.join(map(ascii, odd[:MOST_NAMES]))}; rename the "
+            f"director{'y' if len(odd) == 1 else 'ies'}"
         )
     if {name.lower() for name in classes} <= words:
         raise DataError(
@@ -409,11 +421,19 @@ def _feature_names(table: Any, label: str) -> list[str] | None:
 
 
 def _names_beside(directory: Path) -> list[str] | None:
-    """classes.txt: one name a line, in the order of the labels."""
+    """
+    classes.txt: one name a line, in the order of the labels.
+
+    Raises:
+        DataError: where it is not UTF-8.
+    """
     file = directory / "classes.txt"
     if not file.is_file():
         return None
-    return [line.strip() for line in file.read_text(encoding="utf-8").rstrip().split("\n")]
+    try:
+        return [line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().split("\n")]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: cannot be read as text: {error}") from None
 
 
 def _n_classes(labels: np.ndarray) -> int:
