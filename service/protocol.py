@@ -22,6 +22,8 @@ MAX_HEAD_BYTES: Final = 64 * 1024
 OFFERS: Final = (b"upgrade", b"http2-settings")  # headers, and what they are called in "connection"
 HEAD_S: Final = 10.0  # from a connection's, or a request's, first byte to the end of its headers
 SEND_S: Final = 30.0  # for which a client that does not read its answers is waited for
+LINGER_S: Final = 3.0  # for which a refused client may go on sending
+MAX_IGNORED_BYTES: Final = 16 * 1024**2  # of what it sends then
 FRAMING_PER_BODY_BYTE: Final = 8  # chunks of one byte each cost five more
 SHORT_BYTES: Final = 64 * 1024  # of body; larger ones hardly ever come in one piece
 TOO_LARGE: Final = ServiceError(
@@ -106,6 +108,8 @@ class GuardedProtocol(HttpToolsProtocol):
     _idle_since = 0.0
     _idle_timer: asyncio.TimerHandle | None = None
     _send_timer: asyncio.TimerHandle | None = None
+    _linger_timer: asyncio.TimerHandle | None = None  # where a request was refused, and no other is looked at
+    _ignored_bytes = 0
 
     @property
     def expecting(self) -> bool:
@@ -120,7 +124,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
         self._cancel_head_timer()
-        for timer in (self._idle_timer, self._send_timer):
+        for timer in (self._idle_timer, self._send_timer, self._linger_timer):
             if timer is not None:
                 timer.cancel()
         running = self._running
@@ -157,9 +161,14 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse, then see how much of it was not body; one read is small enough to be let through."""
+        if self._linger_timer is not None:
+            self._ignored_bytes += len(data)
+            if self._ignored_bytes > MAX_IGNORED_BYTES:
+                self.transport.abort()
+            return
         messages, phase, body_bytes = self._messages, self._phase, self._body_bytes
         self._parse(data)
-        if self.transport.is_closing():
+        if self._is_over():
             return
         stray = phase == self._phase == "between" and self._messages == messages  # it belongs to no request
         if self._messages == messages and not (phase == "head" and self._phase != "head"):
@@ -184,7 +193,7 @@ class GuardedProtocol(HttpToolsProtocol):
                 self._hand_on()
         except httptools.HttpParserError as error:
             self._held_back = None
-            if self.transport.is_closing():
+            if self._is_over():
                 return
             # The parser says only that a callback failed; why, a URL say, is in the error behind.
             reason = error.__context__ if isinstance(error.__context__, httptools.HttpParserError) else error
@@ -325,7 +334,11 @@ class GuardedProtocol(HttpToolsProtocol):
             self._limit_closing()
 
     def _refuse(self, error: ServiceError) -> None:
-        """Answer what the application never gets to see, or not the rest of, and close the connection."""
+        """
+        Answer what the application never gets to see, or not the rest of, and close the connection.
+
+        Closed while the client sends it would be reset, and the answer might be lost: it has time to read.
+        """
         request_id = request_id_of(self.headers if self._phase != "between" else ())
         log(logging.WARNING, "refused", request_id=request_id, code=error.code, message=error.message)
         content = orjson.dumps({"request_id": request_id, "error": error.as_json()})
@@ -334,7 +347,14 @@ class GuardedProtocol(HttpToolsProtocol):
             head += (name, b": ", value, b"\r\n")
         head.append(b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(content))
         self.transport.write(b"".join((*head, content)))
-        self.transport.close()
+        if self._answering():  # the application waits for the rest, and is told by the connection's end
+            self.transport.close()
+        else:
+            self.transport.write_eof()
+            self._linger_timer = self.loop.call_later(LINGER_S, self.transport.abort)
+
+    def _is_over(self) -> bool:
+        return self._linger_timer is not None or self.transport.is_closing()
 
     def _refuse_size(self) -> None:
         """Refuse a head, or what frames a body, that is too large; hang up where the request before waits."""

@@ -162,6 +162,34 @@ async def test_a_head_has_the_same_limit_however_it_is_cut(connect, first, size,
         refused(answer, 431, "head_too_large", "more than 65,536 bytes")
 
 
+@pytest.mark.parametrize("head", [b"X: " + b"a" * 10**6, b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n"])
+async def test_a_refused_client_may_finish_sending_and_reads_why(connect, head):
+    """The connection is closed once it has; what it sends meanwhile is not looked at, and has an end, too."""
+    request = b"POST / HTTP/1.1\r\nHost: a\r\n" + head
+    async with connect() as (reader, writer):
+        writer.write(request)
+        await asyncio.sleep(0.1)
+        for _ in range(20):
+            writer.write(PIECE + b"\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            await writer.drain()
+        assert (await reader.read()).count(b"HTTP/1.1 4") == 1
+        writer.close()
+        await until(lambda: not connect.connections)
+
+
+@pytest.mark.parametrize(("linger_s", "limit"), [(0.1, 10**9), (60, 10**6)], ids=["time", "bytes"])
+async def test_a_refused_client_that_never_ends_is_cut_off(connect, monkeypatch, linger_s, limit):
+    """By time and by what it sends."""
+    monkeypatch.setattr(protocol, "LINGER_S", linger_s)
+    monkeypatch.setattr(protocol, "MAX_IGNORED_BYTES", limit)
+    async with connect() as (reader, writer):
+        writer.write(b"no HTTP\r\n\r\n")
+        refused(await reader.read(), 400, "request_invalid", "")
+        while connect.connections:
+            writer.write(PIECE)
+            await asyncio.sleep(0.001)
+
+
 async def test_a_head_within_the_limit_may_come_in_pieces(connect):
     """Browsers send long cookies, with every request."""
     async with connect() as (reader, writer):
