@@ -26,7 +26,7 @@ PREFERRED: Final[Mapping[str, tuple[Precision, ...]]] = {
     "cpu": ("int8", "fp32"), "openvino": ("int8", "bf16", "fp32"), "cuda": ("fp16", "fp32"),
     "tensorrt": ("fp16", "fp32"),
 }  # fmt: skip
-INT8_FLAGS: Final = {"avx512_vnni", "avx_vnni", "asimddp"}  # x86 and ARM; without, int8 gains less than a tenth
+INT8_FLAGS: Final = {"avx512_vnni", "avx_vnni", "asimddp"}  # x86 and ARM; without, int8 gains less than a fifth
 BF16_FLAGS: Final = {"amx_bf16", "avx512_bf16", "bf16"}
 TENSORRT_CACHE: Final = Path("~/.cache/ride-serving/tensorrt")
 CUDA_OPTIONS: Final = {

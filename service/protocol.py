@@ -114,7 +114,7 @@ class GuardedProtocol(HttpToolsProtocol):
     @property
     def expecting(self) -> bool:
         """Whether a request is on its way: the first one of this connection, or one whose head is not complete."""
-        return not self._messages or self._phase == "head"
+        return self._linger_timer is None and (not self._messages or self._phase == "head")
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
@@ -350,6 +350,9 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._answering():  # the application waits for the rest, and is told by the connection's end
             self.transport.close()
         else:
+            self._cancel_head_timer()
+            if self._idle_timer is not None:
+                self._idle_timer.cancel()
             self.transport.write_eof()
             self._linger_timer = self.loop.call_later(LINGER_S, self.transport.abort)
 

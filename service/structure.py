@@ -1,6 +1,7 @@
 """What the structure of an image file would cost a decoder, seen before it is opened; what is absurd is refused."""
 
 import itertools
+import math
 import re
 import struct
 from collections.abc import Iterator
@@ -42,11 +43,12 @@ MAX_TIFF_PIECES: Final = 2**16
 MAX_TIFF_VALUES: Final = 3 * 2**16  # of any other tag: as many as the largest palette has
 MAX_TIFF_RATIONALS: Final = 2**12  # of one tag; Pillow makes an object of each
 TIFF_DIRECTORIES: Final = (34665, 34853, 40965)  # where EXIF, GPS and interoperability are, which Pillow reads whole
+MAX_DIRECTORIES: Final = 8  # of these, at either depth
 MAX_DIRECTORY_VALUES: Final = 2**14  # of one of these
 TIFF_BYTES: Final = (1, 2, 7)  # types that stay bytes
 TIFF_RATIONALS: Final = (5, 10)
 TIFF_OFFSETS: Final = {4: 4, 13: 4, 16: 8, 18: 8}  # type -> bytes
-TIFF_SHORT: Final = 3
+TIFF_WHOLE: Final = {3: 2, 4: 4, 8: 2, 9: 4}  # types of whole numbers that may say how an image is turned -> bytes
 ORIENTATION: Final = 0x0112
 UPRIGHT: Final = 1
 
@@ -172,8 +174,8 @@ def orientation_of(exif: bytes) -> int:
     block = EXIF_STARTS.sub(b"", exif)
     for tag in itertools.islice(_tiff_tags(block), MAX_TIFF_TAGS):
         if tag.number == ORIENTATION:
-            is_one = tag.value_type == TIFF_SHORT and tag.n_values == 1
-            return int.from_bytes(tag.value[:2], _byte_order(block)) if is_one else UPRIGHT
+            n_bytes = TIFF_WHOLE.get(tag.value_type, 0) if tag.n_values == 1 else 0
+            return int.from_bytes(tag.value[:n_bytes], _byte_order(block)) if n_bytes else UPRIGHT
     return UPRIGHT
 
 
@@ -189,15 +191,18 @@ def _excess_of_tiff(tiff: bytes) -> str | None:
         if tag.value_type not in TIFF_BYTES and tag.n_values > (MAX_TIFF_RATIONALS if rational else MAX_TIFF_VALUES):
             return f"{MAX_TIFF_RATIONALS if rational else MAX_TIFF_VALUES:,} values in tag {tag.number}"
     directories = [tag for tag in tags if tag.number in TIFF_DIRECTORIES]
-    for directory in directories:
-        inner = list(itertools.islice(_tiff_tags(tiff, directory), MAX_TIFF_TAGS + 1))
-        n_values = sum(tag.n_values for tag in inner if tag.value_type not in TIFF_BYTES)
-        if len(inner) > MAX_TIFF_TAGS or n_values > MAX_DIRECTORY_VALUES:
-            return (
-                f"{MAX_TIFF_TAGS:,} tags or {MAX_DIRECTORY_VALUES:,} values in the directory of tag {directory.number}"
-            )
-        if directory in tags:  # that of EXIF may refer to one, too, and goes no deeper
-            directories += [tag for tag in inner if tag.number in TIFF_DIRECTORIES]
+    for _ in range(2):  # that of EXIF may refer to one, too; Pillow goes no deeper
+        if len(directories) > MAX_DIRECTORIES:
+            return f"{MAX_DIRECTORIES} directories of EXIF and the like"
+        deeper: list[Tag] = []
+        for directory in directories:
+            inner = list(itertools.islice(_tiff_tags(tiff, directory), MAX_TIFF_TAGS + 1))
+            n_values = sum(tag.n_values for tag in inner if tag.value_type not in TIFF_BYTES)
+            if len(inner) > MAX_TIFF_TAGS or n_values > MAX_DIRECTORY_VALUES:
+                where = f"the directory of tag {directory.number}"
+                return f"{MAX_TIFF_TAGS:,} tags or {MAX_DIRECTORY_VALUES:,} values in {where}"
+            deeper += [tag for tag in inner if tag.number in TIFF_DIRECTORIES]
+        directories = deeper
     return None
 
 
@@ -218,7 +223,7 @@ def _tiff_tags(tiff: bytes, directory: Tag | None = None) -> Iterator[Tag]:
     try:
         if directory is None:
             (at,) = struct.unpack_from(order + offset, tiff, 8 if big else 4)
-        elif directory.value_type in TIFF_OFFSETS and directory.n_values == 1:
+        elif directory.n_values == 1 and TIFF_OFFSETS.get(directory.value_type, math.inf) <= len(directory.value):
             at = int.from_bytes(directory.value[: TIFF_OFFSETS[directory.value_type]], _byte_order(tiff))
         else:
             raise ServiceError("image_unsupported", f"TIFF's tag {directory.number} is no offset; save it anew")

@@ -275,16 +275,20 @@ def autocast_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if half else None
 
 
-def refuse_without_compiler(recipe: Recipe, device: torch.device) -> None:
+def refuse_without_compiler(recipe: Recipe, device: torch.device, *, resumed: bool) -> None:
     """
     torch.compile would look for one only when the first batch is there, and say so in a hundred lines.
+
+    Args:
+        resumed: whether the recipe cannot be changed any more.
 
     Raises:
         RecipeError: for a network that is to be compiled on a CPU, where there is no C++ compiler.
     """
     compiler = os.environ.get("CXX", "g++").partition(" ")[0]
     if recipe.compile and device.type == "cpu" and shutil.which(compiler) is None:
-        raise RecipeError(f"compile=True: needs a C++ compiler ({compiler}); install one, or --set compile=false")
+        other = "" if resumed else ", or --set compile=false"
+        raise RecipeError(f"compile=True: needs a C++ compiler ({compiler}); install one{other}")
 
 
 def has_bf16_units(device: torch.device) -> bool:

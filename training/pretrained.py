@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from training.checkpoint import CheckpointError
+from training.data.sources import unnamed_classes
 from training.models.backbones import BACKBONES
 from training.models.multi_expert import MultiExpertNet
 from training.recipe import Recipe
@@ -78,8 +79,8 @@ def _from_run(net: MultiExpertNet, recipe: Recipe, images_digest: str, classes: 
     except CheckpointError as error:
         raise CheckpointError(f"pretrained: {error}") from None
     same_set = Path(checkpoint.recipe.data).resolve() == Path(recipe.data).resolve()  # however it was spelled
-    same_set = same_set or checkpoint.classes == tuple(classes)  # or moved, or copied
-    if same_set and not checkpoint.saw(images_digest):
+    copied = checkpoint.classes == tuple(classes) != unnamed_classes(len(classes))  # or moved
+    if (same_set or copied) and not checkpoint.saw(images_digest):
         raise CheckpointError(
             f"pretrained={run}: trained on other images of these classes than this training has, "
             "perhaps on such as are held out or tested here; draw the same ones"

@@ -62,7 +62,7 @@ def _train(recipe: Recipe, run: Path, device: torch.device, held: ExitStack) -> 
     for checkpoint in done.values():
         _refuse_other_recipe(checkpoint, recipe)
     if any(name not in done or done[name].epochs_done < epochs for name, epochs in recipe.stage_epochs().items()):
-        refuse_without_compiler(recipe, device)
+        refuse_without_compiler(recipe, device, resumed=bool(done))
     decoding: Decoding = next((checkpoint.decoding for checkpoint in done.values()), recipe.decoding)
     data = load_data(dataclasses.replace(recipe, decoding=decoding), checked=bool(done))
     for checkpoint in done.values():

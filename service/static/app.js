@@ -3,6 +3,7 @@
 const REQUESTS_AT_ONCE = 4; // of one file each: limits on a request then meet single files, and first answers come early
 const RETRIES = 5; // of a file that is refused for a while: the queue is full, or no worker is ready, or nobody answers
 const RETRY_S = 1; // where the service has not said after how long
+const MODEL_S = 5; // for which it is waited until the service says what it serves
 const REASONS = {
   confident: "the score fell below its threshold",
   last: "every expert was needed",
@@ -55,7 +56,7 @@ async function showModel() {
 
 /** Ask which model is served, and describe it where it is another one than before, or one that is set otherwise. */
 async function askForModel() {
-  const answer = await fetch("model");
+  const answer = await fetch("model", { signal: AbortSignal.timeout(1000 * MODEL_S) });
   const told = await answer.json();
   if (!answer.ok) throw new Error(told.error?.message ?? `the service answered ${answer.status}`);
   if (JSON.stringify(told) === JSON.stringify(model)) return;
@@ -71,6 +72,7 @@ function describeModel() {
   offer("max-experts", Array.from({ length: model.max_experts - 1 }, (_, i) => i + 1));
   byId("mode").disabled = !model.thresholds.length; // one expert: nothing to decide
   offer("mode", Object.keys(model.modes).filter((mode) => mode !== "balanced")); // that is the model's own
+  if (!model.thresholds.length) byId("mode").value = "";
   if (byId("mode").value !== "own") byId("threshold").value = model.thresholds[0] ?? 0.5;
   showThresholds();
 }

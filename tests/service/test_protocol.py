@@ -163,12 +163,16 @@ async def test_a_head_has_the_same_limit_however_it_is_cut(connect, first, size,
 
 
 @pytest.mark.parametrize("head", [b"X: " + b"a" * 10**6, b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n"])
-async def test_a_refused_client_may_finish_sending_and_reads_why(connect, head):
-    """The connection is closed once it has; what it sends meanwhile is not looked at, and has an end, too."""
+async def test_a_refused_client_may_finish_sending_and_reads_why(connect, monkeypatch, head):
+    """The connection is closed once it has, and not for any wait that began before; what it sends is not looked at."""
+    monkeypatch.setattr(protocol, "LINGER_S", 60)
+    monkeypatch.setattr(protocol, "HEAD_S", 0.3)
     request = b"POST / HTTP/1.1\r\nHost: a\r\n" + head
     async with connect() as (reader, writer):
         writer.write(request)
-        await asyncio.sleep(0.1)
+        await until(lambda: any(connection._linger_timer for connection in connect.connections))
+        assert not any(connection.expecting for connection in connect.connections)
+        await asyncio.sleep(0.4)
         for _ in range(20):
             writer.write(PIECE + b"\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n")
             await writer.drain()

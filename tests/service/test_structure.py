@@ -128,13 +128,33 @@ def test_what_a_directory_refers_to_is_limited_as_well(pointer, big):
 
 
 def test_a_directory_that_exif_refers_to_is_limited_as_well():
-    """That of interoperability lies one deeper; it may even be that of EXIF again."""
+    """That of interoperability lies one deeper; it may even be that of EXIF again, or EXIF the first one."""
     entries = [(40965, 4, 1, 26), (50_000, 5, 16_383, 0)]
     assert with_directory(entries)[26:28] == b"\x02\0"  # it begins there
+    itself = b"II*\0" + struct.pack("<IHHHII", 8, 1, 34665, 4, 1, 8) + bytes(4)
+    structure.check_structure("TIFF", itself)
     structure.check_structure("TIFF", with_directory(entries))
     deep = with_directory([(40965, 4, 1, 26 + 2 + 12)])
     with pytest.raises(ServiceError, match="16,384 values in the directory of tag 40965"):
         structure.check_structure("TIFF", deep + struct.pack("<H", 1) + struct.pack("<HHII", 50_000, 5, 16_385, 0))
+
+
+@pytest.mark.parametrize("data", [
+    with_directory(9 * [(40965, 4, 1, 26)]),
+    b"II*\0" + struct.pack("<IH", 8, 9) + 9 * struct.pack("<HHII", 34665, 4, 1, 8) + bytes(4),
+], ids=["inner", "outer"])  # fmt: skip
+def test_many_references_to_directories_are_refused(data):
+    """Each would be read again; Pillow knows one of each kind."""
+    with pytest.raises(ServiceError, match="TIFF has more than 8 directories of EXIF and the like; save it in fewer"):
+        structure.check_structure("TIFF", data)
+
+
+@pytest.mark.parametrize("value_type", [16, 18])
+def test_an_offset_that_does_not_fit_its_field_is_refused(value_type):
+    """In a TIFF of the usual kind the field then says where the offset is."""
+    with pytest.raises(ServiceError, match="TIFF's tag 34665 is no offset; save it anew"):
+        structure.check_structure("TIFF", with_directory([], value_type=value_type))
+    structure.check_structure("TIFF", with_directory([], value_type=value_type, big=True))
 
 
 def test_a_tiff_with_the_tags_of_a_camera_is_taken():
@@ -182,8 +202,9 @@ def exif_block(value_type, count, value=b"\3\0\0\0", order="<", before=0):
 
 
 def test_only_a_plain_orientation_turns_an_image():
-    """One short number, in either byte order; anything else leaves the image as it is."""
-    assert structure.orientation_of(exif_block(3, 1)) == 3
+    """One whole number, in either byte order; anything else leaves the image as it is."""
+    for value_type in (3, 4, 8, 9):
+        assert structure.orientation_of(exif_block(value_type, 1)) == 3
     assert structure.orientation_of(exif_block(3, 1)[6:]) == 3
     assert structure.orientation_of(b"Exif\0\0" + exif_block(3, 1)) == 3
     assert structure.orientation_of(exif_block(3, 1, b"\0\6\0\0", ">", before=900)) == 6

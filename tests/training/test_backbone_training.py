@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from training import loop
 from training.checkpoint import CheckpointError, checkpoints_of
 from training.data.sets import load_data
+from training.data.sources import unnamed_classes
 from training.methods.method import Stage, build_model
 from training.methods.ride import build
 from training.models import backbones
@@ -243,6 +244,9 @@ def test_a_training_starts_from_a_run_of_ours(small_nets, folder, tmp_path):
     copied = shutil.copytree(folder, tmp_path / "copied")
     with pytest.raises(CheckpointError, match=r"first: trained on other images of .* than this training has"):
         train(dataclasses.replace(second, data=str(copied), subset_seed=1), tmp_path / "second")
+    file = tmp_path / "first" / "checkpoints" / "experts-0001" / "checkpoint.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"classes": unnamed_classes(4)}))
+    start_from(net, dataclasses.replace(second, data="another"), "another", unnamed_classes(4))  # any set has these
     with pytest.raises(CheckpointError, match=r"pretrained: .*: no checkpoints there"):
         start_from(net, dataclasses.replace(second, pretrained=str(tmp_path)))
 

@@ -17,7 +17,7 @@ from tests.training.small_training import CASES, weights_after
 from training.__main__ import main
 from training.average import WeightAverage
 from training.checkpoint import checkpoints_of, save_checkpoint
-from training.loop import forward_of
+from training.loop import forward_of, refuse_without_compiler
 from training.methods.method import Model
 from training.recipe import Recipe, RecipeError
 from training.recipes import RECIPES
@@ -236,6 +236,8 @@ def test_compiling_on_a_cpu_needs_a_compiler(folder, tmp_path, capsys, monkeypat
     message = "ride-train: compile=True: needs a C++ compiler (g++); install one, or --set compile=false\n"
     assert capsys.readouterr().err == message
     assert not (tmp_path / "run").exists()
+    with pytest.raises(RecipeError, match=r"install one$"):  # a run that goes on keeps its recipe
+        refuse_without_compiler(RECIPES["ride-cifar100"], torch.device("cpu"), resumed=True)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])

@@ -436,6 +436,11 @@ def _names_beside(directory: Path) -> list[str] | None:
         raise DataError(f"{file}: cannot be read as text: {error}") from None
 
 
+def unnamed_classes(n_classes: int) -> tuple[str, ...]:
+    """What the classes of a set are called that does not name them."""
+    return tuple(f"class {c}" for c in range(n_classes))
+
+
 def _n_classes(labels: np.ndarray) -> int:
     """One more than the largest label that `labels` (N,) can have without gaps; a stray large one does not count."""
     possible = labels[(labels >= 0) & (labels < len(labels))]
@@ -447,7 +452,7 @@ def _checked(
 ) -> ImageSet:
     """The set, its labels compared with its class names, or with the training labels where it has no names."""
     if names is None:
-        names = [f"class {c}" for c in range(_n_classes(sources["train"].labels))]
+        names = unnamed_classes(_n_classes(sources["train"].labels))
     if len(names) < 2:
         raise DataError(f"{directory}: {len(names)} classes; a classifier needs two or more")
     if odd := sorted(name for name, times in Counter(names).items() if times > 1 or not name):
