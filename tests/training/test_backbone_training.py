@@ -223,7 +223,10 @@ def test_a_run_says_what_it_started_from(small_nets, folder, tmp_path):
 
 def test_a_training_starts_from_a_run_of_ours(small_nets, folder, tmp_path):
     """Trunk and expert by expert; classifiers are fresh. Other layers and other images of the same set are refused."""
-    recipe = dataclasses.replace(BASE, data=str(folder), backbone="resnet20_cifar", epochs=1, router_epochs=0)
+    named = shutil.copytree(folder, tmp_path / "named")
+    for directory in list(named.iterdir()):
+        directory.rename(named / directory.name.replace("class", "kind"))
+    recipe = dataclasses.replace(BASE, data=str(named), backbone="resnet20_cifar", epochs=1, router_epochs=0)
     train(recipe, tmp_path / "first")
     theirs = trained_model(tmp_path / "first")[1].net.state_dict()
     second = dataclasses.replace(recipe, pretrained=str(tmp_path / "first"))
@@ -240,8 +243,8 @@ def test_a_training_starts_from_a_run_of_ours(small_nets, folder, tmp_path):
     with pytest.raises(CheckpointError, match=r"first: trained on other images of .* than this training has"):
         train(dataclasses.replace(second, subset_seed=1), tmp_path / "second")
     with pytest.raises(CheckpointError, match=r"first: trained on other images of .* than this training has"):
-        start_from(net, dataclasses.replace(second, data=f"{folder.parent}/./{folder.name}/"), "another")
-    copied = shutil.copytree(folder, tmp_path / "copied")
+        start_from(net, dataclasses.replace(second, data=f"{named.parent}/./{named.name}/"), "another")
+    copied = shutil.copytree(named, tmp_path / "copied")
     with pytest.raises(CheckpointError, match=r"first: trained on other images of .* than this training has"):
         train(dataclasses.replace(second, data=str(copied), subset_seed=1), tmp_path / "second")
     file = tmp_path / "first" / "checkpoints" / "experts-0001" / "checkpoint.json"
