@@ -213,9 +213,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    """500 in our shape; it is made outside of CommonHeaders, and the error goes on to uvicorn's log."""
+    """500 in our shape; it is made outside of CommonHeaders, and uvicorn logs the error, too."""
     request_id = request.state.request_id
-    log(logging.ERROR, "failed", request_id=request_id, path=request.url.path[:200])
+    log(logging.ERROR, "failed", error=error, request_id=request_id, path=request.url.path[:200])
     message = f"our failure, not yours; the log has it under request id {request_id}"
     response = _error(request, ServiceError("internal", message))
     for name, value in common_headers(request_id, request.url.path):

@@ -94,16 +94,20 @@ def plain_head(jpeg: bytes) -> bytes:
     Raises:
         ServiceError: image_unsupported where Pillow would find no end of markers before the first scan.
     """
-    segments = list(itertools.islice(_segments(jpeg), MAX_MARKERS))
-    if len(segments) == MAX_MARKERS:
-        raise ServiceError(
-            "image_unsupported",
-            f"JPEG has {MAX_MARKERS:,} markers and stray bytes, or more, before its image; save it anew",
-        )
-    plain = bytearray(jpeg)
-    for at, marker, segment in segments:
+    exif_at = []
+    for count, (at, marker, segment) in enumerate(_segments(jpeg), 1):
+        if count == MAX_MARKERS:
+            raise ServiceError(
+                "image_unsupported",
+                f"JPEG has {MAX_MARKERS:,} markers and stray bytes, or more, before its image; save it anew",
+            )
         if marker == APP1 and segment.startswith(EXIF_START):
-            plain[at : at + len(marker)] = COMMENT
+            exif_at.append(at)
+    if not exif_at:
+        return jpeg
+    plain = bytearray(jpeg)
+    for at in exif_at:
+        plain[at : at + len(COMMENT)] = COMMENT
     return bytes(plain)
 
 
@@ -118,7 +122,7 @@ def exif_of(jpeg: bytes) -> bytes:
 
 
 def _segments(jpeg: bytes) -> Iterator[tuple[int, bytes, bytes]]:
-    """Where each marker before the first scan is, as Pillow reads them, it, and what it holds; a stray byte nothing."""
+    """Each marker before the first scan, as Pillow reads them: its place, it, what it holds (a stray byte: nothing)."""
     at = len(JPEG_START) - 1
     while at + 2 <= len(jpeg) and (marker := jpeg[at : at + 2]) != SCAN_MARK:
         code, end = int.from_bytes(marker), at + 1
@@ -180,16 +184,16 @@ def orientation_of(exif: bytes) -> int:
 
 
 def _excess_of_tiff(tiff: bytes) -> str | None:
-    """More of what than it may be is in the first directory, or in one that Pillow reads whole, if any."""
+    """What there is too much of in the first directory, or in one that Pillow reads whole, if anything."""
     tags = list(itertools.islice(_tiff_tags(tiff), MAX_TIFF_TAGS + 1))
     if len(tags) > MAX_TIFF_TAGS:
         return f"{MAX_TIFF_TAGS:,} tags"
     for tag in tags:
-        rational = tag.value_type in TIFF_RATIONALS
+        limit = MAX_TIFF_RATIONALS if tag.value_type in TIFF_RATIONALS else MAX_TIFF_VALUES
         if tag.number in TIFF_PIECES and tag.n_values > MAX_TIFF_PIECES:
             return f"{MAX_TIFF_PIECES:,} strips or tiles"
-        if tag.value_type not in TIFF_BYTES and tag.n_values > (MAX_TIFF_RATIONALS if rational else MAX_TIFF_VALUES):
-            return f"{MAX_TIFF_RATIONALS if rational else MAX_TIFF_VALUES:,} values in tag {tag.number}"
+        if tag.value_type not in TIFF_BYTES and tag.n_values > limit:
+            return f"{limit:,} values in tag {tag.number}"
     directories = [tag for tag in tags if tag.number in TIFF_DIRECTORIES]
     for _ in range(2):  # that of EXIF may refer to one, too; Pillow goes no deeper
         if len(directories) > MAX_DIRECTORIES:
