@@ -36,7 +36,8 @@ class Recipe:
     Attributes:
         name: of the recipe; names the run directory and the exported model.
         method: "ride", "single", "shike", "sade", "ace", "bbn", "oltr", "lfme" or "m2m" (training/methods).
-        loss: of each expert on its own: "ce", "focal", "ldam", "balanced_softmax" or "logit_adjusted".
+        loss: of each expert on its own: "ce", "focal", "sigmoid_focal" (a question of its own for each class, as in
+            arXiv:1901.05555), "ldam", "balanced_softmax" or "logit_adjusted".
         data: "cifar10", "cifar100", or a directory: with list files such as train.txt, with train*.parquet, or of class
             directories.
         train_list, val_list, test_list: list files below `data`; None: those there, such as train.txt.
@@ -65,7 +66,8 @@ class Recipe:
         n_experts: 1 to 6.
         reduced: 3/4 of the width in the experts, as in RIDE's tables.
         classifier: "cosine" (scale `cosine_scale`, no bias) or "linear" (with bias).
-        warmup_epochs: lr·(1 + e)/warmup_epochs while e < warmup_epochs; half of a stage (or cycle) at most.
+        warmup_epochs: lr·(1 + e)/warmup_epochs while e < warmup_epochs; half of a stage (or cycle) at most. SHIKE's
+            own warm-up, under method "shike", begins at a lower rate.
         warmup_start: share of lr at e = 0, from which it grows evenly to lr at e = warmup_epochs; None: as above.
         schedule: what follows the warm-up: "step", or "cosine" to `lr_min` after the last epoch.
         lr_min: under "cosine", where it ends.
@@ -89,7 +91,7 @@ class Recipe:
             centre; "inner_crop" scales it to 8/7 of that first, as 256 is of 224.
         cutout: side of a square, pixels, that is blackened at a random place, last of all; 0 turns it off.
         max_margin: LDAM margin of the rarest class, in units of the cosine.
-        focal_gamma: exponent of the focal loss.
+        focal_gamma: exponent of the focal losses.
         logit_tau: weight of the log frequencies that "logit_adjusted" adds to the logits; "balanced_softmax" has 1.
         deferred_from: share of `epochs` from which class weights and temperatures apply; None: never.
         effective_beta: β of the effective-number class weights.
@@ -114,7 +116,9 @@ class Recipe:
             it has, the rarest ones; descending. Empty under other methods.
         group_lr_scaling: an expert's learning rate is proportional to the training images of its group.
         group_stop_gradient: only the first expert trains the trunk.
-        complementary_weight: of the squared logits of classes outside an expert's group.
+        complementary_weight: of the logits of classes outside an expert's group.
+        complementary_form: those logits "squared", summed and averaged over the group's images; or the "length" of all
+            of the batch as one vector, divided by the number of such classes.
         group_norm_power: an expert's logits are multiplied by this power of the first expert's mean row length over its
             own; 0 leaves them as they are.
         group_norm_rows: which rows of the classifier that mean is over: those of the expert's "own" group, or "all".
@@ -164,7 +168,7 @@ class Recipe:
 
     name: str
     method: Literal["ride", "single", "shike", "sade", "ace", "bbn", "oltr", "lfme", "m2m"]
-    loss: Literal["ce", "focal", "ldam", "balanced_softmax", "logit_adjusted"] = "ce"
+    loss: Literal["ce", "focal", "sigmoid_focal", "ldam", "balanced_softmax", "logit_adjusted"] = "ce"
     data: str = "cifar100"
     train_list: str | None = None
     val_list: str | None = None
@@ -247,6 +251,7 @@ class Recipe:
     group_lr_scaling: bool = True
     group_stop_gradient: bool = True
     complementary_weight: float = 1.0
+    complementary_form: Literal["squared", "length"] = "squared"
     group_norm_power: float = 1.0
     group_norm_rows: Literal["own", "all"] = "own"
     group_answer: Literal["group", "all"] = "group"
@@ -328,8 +333,8 @@ class Recipe:
         for field, value in (resized_only if self.crop == "padded" else padded_only).items():
             if value:
                 raise RecipeError(f"{field}={value}: not with crop={self.crop!r}, which has other views")
-        if self.loss == "focal" and (self.mixup or self.cutmix or self.label_smoothing):
-            raise RecipeError("loss='focal': mixup, cutmix and label_smoothing need a cross-entropy; they can be 0")
+        if self.loss in ("focal", "sigmoid_focal") and (self.mixup or self.cutmix or self.label_smoothing):
+            raise RecipeError(f"loss={self.loss!r}: mixup, cutmix and label_smoothing need a cross-entropy; take 0")
         if self.warmup_start is not None and (self.schedule != "step" or self.method == "shike"):
             raise RecipeError(f"warmup_start={self.warmup_start:g}: only schedule='step' has it, SHIKE's own not; none")
         if self.lr_min > self.lr:
@@ -352,7 +357,7 @@ class Recipe:
             raise RecipeError(f"n_experts={self.n_experts}: method {self.method!r} needs two experts or more")
         if self.method == "sade" and self.n_experts != 3:
             raise RecipeError(f"n_experts={self.n_experts}: method 'sade' has three; 'ride' with expert_taus has any")
-        if self.method == "sade" and self.loss in ("balanced_softmax", "logit_adjusted"):
+        if self.method == "sade" and self.loss in ("balanced_softmax", "logit_adjusted", "sigmoid_focal"):
             raise RecipeError(f"loss={self.loss!r}: method 'sade' adds frequencies itself; take ce, focal or ldam")
         if self.expert_taus and len(self.expert_taus) != self.n_experts:
             raise RecipeError(
@@ -376,6 +381,8 @@ class Recipe:
         self._check_groups()
         if self.loss == "ldam" and self.classifier != "cosine":
             raise RecipeError("classifier='linear': the margins of LDAM need the cosine classifier")
+        if self.loss == "sigmoid_focal" and self.classifier != "linear":
+            raise RecipeError("classifier='cosine': loss 'sigmoid_focal' begins at a bias, which the linear one has")
         self._refuse_stages()
         self._refuse_networks()
 

@@ -11,7 +11,7 @@ from training.checkpoint import checkpoints_of
 from training.data.sets import Images
 from training.loop import Log, run_stage
 from training.methods import ace
-from training.methods.ace import AceLoss, lr_factors
+from training.methods.ace import AceLoss, complementary_loss, lr_factors
 from training.models.groups import nested_groups
 from training.models.multi_expert import Outputs
 from training.recipe import RecipeError
@@ -78,6 +78,24 @@ def test_each_expert_is_judged_on_its_group_alone():
     assert losses["individual"].item() == pytest.approx(individual, rel=1e-5)
     assert losses["complementary"].item() == pytest.approx(0.5 * complementary, rel=1e-5)
     assert losses["loss"].item() == pytest.approx(individual + 0.5 * complementary, rel=1e-5)
+
+
+def test_the_complementary_loss_may_be_a_length():
+    """Of all logits outside the group as one vector, by the number of those classes; an expert for all has none."""
+    logits = torch.tensor([[3.0, 1.0, 0.0], [9.0, 2.0, 4.0]], requires_grad=True)
+    loss = complementary_loss(logits, torch.tensor([True, False, False]), "length")
+    assert loss.item() == pytest.approx((1 + 4 + 16) ** 0.5 / 2)
+
+    nothing = complementary_loss(logits, torch.tensor([True, True, True]), "length")
+    nothing.backward()
+    assert (nothing.item(), logits.grad.abs().max().item()) == (0, 0)
+    recipe = dataclasses.replace(ACE, complementary_weight=1, complementary_form="length")
+    groups = nested_groups(SMALL_COUNTS, (0.6, 0.4))
+    outputs = torch.randn(3, 6, 5)
+    rare = torch.zeros(6, dtype=torch.long)  # in all groups
+    losses = AceLoss(recipe, SMALL_COUNTS, groups)(Outputs(outputs, outputs, own_logits=outputs), rare, 0)
+    parts = [outputs[e][:, ~groups[e]].norm() / (~groups[e]).sum() for e in (1, 2)]
+    assert losses["complementary"].item() == pytest.approx(sum(parts).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("labels", "moved"), [([1, 1, 1, 1], [True, False, False]), ([1, 1, 0, 1], [True] * 3)])

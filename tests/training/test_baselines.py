@@ -25,7 +25,7 @@ from training.methods.decoupled import (
     tau_normalised,
 )
 from training.methods.individual import IndividualLoss
-from training.methods.losses import effective_number_weights, focal_loss
+from training.methods.losses import effective_number_weights, focal_loss, sigmoid_focal_loss
 from training.methods.method import Model, build_model, scheduled_lr
 from training.models.classifiers import LinearClassifier
 from training.models.multi_expert import Expert, MultiExpertNet, Outputs, Trunk
@@ -95,16 +95,38 @@ def test_class_balanced_focal_loss_weighs_images_but_not_their_probability():
     assert loss.item() == pytest.approx((each[0] + 3 * each[1]) / 2, rel=1e-6)
 
 
-def test_the_cb_focal_recipe_weighs_classes_from_the_first_epoch():
-    """Not deferred as in DRW; the focal recipe never does."""
+def test_the_sigmoid_focal_loss_asks_for_each_class_by_itself():
+    """
+    By hand, γ = 2: probabilities 3/4 and 1/2 of the true class and 1/4 and 1/2 of the other, weights 1 and 3.
+
+    γ = 0 is the binary cross-entropy, and far from 0 nothing overflows.
+    """
+    logits, labels = torch.tensor([[math.log(3.0), -math.log(3.0)], [0.0, 0.0]]), torch.tensor([0, 1])
+    each = [2 * 0.25**2 * math.log(4 / 3), 2 * 0.5**2 * math.log(2.0)]
+
+    loss = sigmoid_focal_loss(logits, labels, 2.0, torch.tensor([1.0, 3.0]))
+    assert loss.item() == pytest.approx((each[0] + 3 * each[1]) / 2, rel=1e-6)
+
+    golden = golden_logits()[0]
+    plain = F.binary_cross_entropy_with_logits(golden, F.one_hot(LABELS, 100).to(golden.dtype), reduction="sum")
+    assert sigmoid_focal_loss(golden, LABELS, 0.0).item() == pytest.approx(plain.item() / len(LABELS), **EXACT)
+    far = torch.tensor([[500.0, 500.0]], requires_grad=True)
+    sigmoid_focal_loss(far, torch.tensor([0]), 0.5).backward()
+    assert far.grad[0].tolist() == [0, 1]
+
+
+def test_the_cb_focal_recipe_is_that_of_the_published_row():
+    """Sigmoid focal loss with β = 0.9 from the first epoch, and a bias at which each class has 1/C."""
     logits = golden_logits()[0]
     weighted, plain = (
-        IndividualLoss("focal", RECIPES[name], COUNTS)(logits, LABELS, 0).item()
+        IndividualLoss(RECIPES[name].loss, RECIPES[name], COUNTS)(logits, LABELS, 0).item()
         for name in ("cb-focal-cifar100", "focal-cifar100")
     )
+    model, _ = single.build(tiny("cb-focal-cifar100"), COUNTS, *MEAN_STD)
 
-    weights = effective_number_weights(COUNTS, 0.9999).double()
-    assert weighted == pytest.approx(focal_loss(logits, LABELS, 1.0, weights).item(), **EXACT)
+    weights = effective_number_weights(COUNTS, 0.9).double()
+    assert weighted == pytest.approx(sigmoid_focal_loss(logits, LABELS, 1.0, weights).item(), **EXACT)
+    assert torch.sigmoid(model.net.experts[0].classifier.bias).tolist() == pytest.approx([0.01] * 100)
     assert plain == pytest.approx(7.546944, **EXACT)
 
 
@@ -393,14 +415,48 @@ def test_hard_images_enter_slowly():
     assert weights == [pytest.approx(each) for each in ([0.1, 0.6], [0.28, 0.68], [1, 1], [1, 1])]
 
 
+def test_rare_classes_have_their_full_weight_at_once():
+    """The least weight of a split is the mean count of the few classes by its own."""
+    counts = [150, 120, 50, 10, 5]
+    least = lfme.least_weights(counts, lfme.classes_of_splits(counts))
+
+    assert least.tolist() == pytest.approx([7.5 / 135, 7.5 / 135, 7.5 / 50, 1, 1])
+
+
+def test_an_image_is_as_easy_as_its_class_makes_it():
+    """
+    On the scale of its class's training images as they are: the hardest has the least weight, the easiest 1.
+
+    The teachers of classes 2 and 3 know nothing else, so that all their images are alike; of the many classes the two
+    images of class 0 differ, and one between them, or beyond them, lies on their scale.
+    """
+    counts = [150, 150, 50, 10]
+    logits = torch.tensor([[2.0, 0, 0, 0], [-1.0, 0, 0, 0], [0.0, 0, 0, 0], [9.0, 0, 0, 0], [0.0, 1, 0, 0], [0.0] * 4])
+    pixels, labels = logits[:, None, None, :].expand(-1, 1, 3, 4).transpose(2, 3), torch.tensor([0, 0, 1, 2, 3, 3])
+    net = net_of_features(LinearClassifier(12, 4))
+    net.experts[0].classifier.load_state_dict({"weight": torch.eye(12)[::3], "bias": torch.zeros(4)})
+    model = Model(net, None, dict.fromkeys(("many", "medium", "few"), net))
+    student = lfme.Student(tiny("lfme-cifar100"), model, counts)
+    with torch.no_grad():
+        student.prepare(Images(pixels, labels), Images(pixels[:0], labels[:0]), 0)
+
+    confidence = torch.tensor([2.0, -1, 0.5, 9]).sigmoid()
+    of_first = student._easiness(confidence, torch.zeros(4, dtype=torch.long))
+    least, span = 10 / 150, torch.tensor([2.0, -1]).sigmoid()
+    between = least + (1 - least) * ((confidence[2] - span[1]) / (span[0] - span[1])).item()
+    assert of_first.tolist() == pytest.approx([1, least, between, 1], rel=1e-4)
+    assert student._easiness(torch.ones(2), torch.tensor([2, 3])).tolist() == pytest.approx([0.2, 1])
+
+
 def test_lfme_distils_each_split_on_its_own_classes():
     """The student's step against a direct computation: scaled logits, slices, temperature 2, teachers' weights."""
     torch.manual_seed(0)
     recipe = tiny("lfme-cifar100")
     model, _ = lfme.build(recipe, [150, 120, 50, 10], *MEAN_STD)
     model.eval()
-    student = lfme.Student(recipe, model, lfme.classes_of_splits([150, 120, 50, 10]))
+    student = lfme.Student(recipe, model, [150, 120, 50, 10])
     student.weights = {"many": 0.5, "medium": 1.0, "few": 0.0}
+    student.lowest, student.highest = torch.tensor([0.0, 0.1, 1.0, 1.0]), torch.tensor([1.0, 0.9, 1.0, 1.0])
     images, labels = noise(4), torch.tensor([1, 2, 3, 0])
 
     _, losses = student.step(model.net, images, labels, 25, torch.Generator())
@@ -408,8 +464,10 @@ def test_lfme_distils_each_split_on_its_own_classes():
     slices = {"many": [0, 1], "medium": [2], "few": [3]}
     taught = {name: model.teachers[name](images).expert_logits[0][:, classes] for name, classes in slices.items()}
     p_many = torch.softmax(taught["many"], dim=1)
-    confidence = torch.stack([p_many[0, 1], torch.tensor(1.0), torch.tensor(1.0), p_many[3, 0]])
-    logits = (confidence + (1 - confidence) * 0.25).unsqueeze(1) * model.net(images).expert_logits[0]
+    first, last = ((p_many[0, 1] - 0.1) / 0.8).clamp(0, 1), p_many[3, 0]  # on the scales of classes 1 and 0
+    rare = 10 / 135  # the least weight of the many classes; that of the medium one is 0.2, and all its images are alike
+    easiness = torch.stack([rare + (1 - rare) * first, torch.tensor(0.2), torch.tensor(1.0), rare + (1 - rare) * last])
+    logits = (easiness + (1 - easiness) * 0.25).unsqueeze(1) * model.net(images).expert_logits[0]
     p, q = torch.softmax(taught["many"] / 2, dim=1), torch.softmax(logits[:, :2] / 2, dim=1)
     assert losses["many"].item() == pytest.approx(0.5 * (p * (p / q).log()).sum(dim=1).mean().item(), rel=1e-4)
     assert (losses["medium"].item(), losses["few"].item()) == (0, 0)
@@ -427,10 +485,10 @@ def test_the_student_is_weighed_on_held_out_images():
     nn.init.zeros_(classifier.weight)
     classifier.bias.data = torch.tensor([9.0, 0, 0, 0])  # right in one of its two classes
     model.net.experts[0].classifier.load_state_dict(classifier.state_dict())
-    student = lfme.Student(recipe, model.eval(), lfme.classes_of_splits(counts))
+    student, images = lfme.Student(recipe, model.eval(), counts), Images(noise(4), torch.tensor([0, 1, 2, 3]))
 
     with torch.no_grad():
-        student.prepare(None, Images(noise(4), torch.tensor([0, 1, 2, 3])), 0)
+        student.prepare(images, images, 0)
 
     assert student.weights == {"many": 0, "medium": 1, "few": 1}
 
@@ -452,16 +510,19 @@ def test_teachers_and_student_are_compared_class_by_class():
         net.experts[0].classifier.load_state_dict({"weight": torch.eye(12)[begin : begin + 4], "bias": torch.zeros(4)})
     classes = {"many": [0, 1], "medium": [2], "few": [3]}
     model = Model(nets[0], None, dict(zip(classes, nets[1:], strict=True)))
-    student = lfme.Student(tiny("lfme-cifar100"), model, classes)
+    student, images = lfme.Student(tiny("lfme-cifar100"), model, [150, 150, 50, 10]), Images(pixels, told)
 
     with torch.no_grad():
-        student.prepare(None, Images(pixels, told), 0)
+        student.prepare(images, images, 0)
 
     assert student.weights == {"many": pytest.approx(0.25 / 0.7), "medium": 1, "few": 1}  # none held out of medium
 
 
 def test_lfme_teachers_see_their_classes_and_the_student_all_alike():
-    """120 epochs along a cosine, each image of the split once; then the common schedule on class-aware draws."""
+    """
+    120 epochs along a cosine, each image of the split once, rarer ones in smaller batches; then the common schedule on
+    class-aware draws.
+    """
     recipe = dataclasses.replace(RECIPES["lfme-cifar100"], weight_decay=1e-4)
     _, stages = lfme.build(recipe, [150, 50, 10], *MEAN_STD)
     labels = torch.repeat_interleave(torch.arange(3), torch.tensor([150, 50, 10]))
@@ -471,6 +532,7 @@ def test_lfme_teachers_see_their_classes_and_the_student_all_alike():
         assert torch.equal(order.sort().values, torch.nonzero(labels == label).flatten())
         assert (stage.epochs, stage.weight_decay) == (120, 5e-4)
         assert [stage.lr(epoch) for epoch in (0, 40, 60)] == pytest.approx([0.1, 0.075, 0.05])
+    assert [stage.batch_size for stage in stages] == [128, 64, 32, 128]
     assert (stages[3].sampler, stages[3].epochs, stages[3].weight_decay) == (class_aware, 200, 1e-4)
     assert [stages[3].lr(epoch) for epoch in (0, 5, 160)] == pytest.approx([0.02, 0.1, 1e-3])
 
@@ -755,10 +817,39 @@ def test_the_centroid_loss_draws_to_the_own_centroid_and_pushes_from_others():
     attract = (1 + 4) / 2 / 2
     repel = 10 - (9 + 4) / (2 * 2)
 
-    loss = oltr.centroid_loss(memory, features, labels, 10, 0.01)
+    loss = oltr.centroid_loss(memory, features, labels, weight=0.5, margin=10, repel_weight=0.01)
 
-    assert loss.item() == pytest.approx(attract + 0.01 * repel)
-    assert oltr.centroid_loss(memory, features, labels, 3, 0.01).item() == pytest.approx(attract)
+    assert loss.item() == pytest.approx(0.5 * (attract + 0.01 * repel))
+    near = oltr.centroid_loss(memory, features, labels, weight=0.5, margin=3, repel_weight=0.01)
+    assert near.item() == pytest.approx(0.5 * attract)
+
+
+@pytest.mark.parametrize("repel_weight", [0.0, 0.01])
+def test_centroids_follow_their_images_as_in_the_authors_code(repel_weight):
+    """
+    Σ (M − f) / (1 + n) / B, whatever the weight, which only what repels has; a class without images stays.
+
+    The features' own slope is that of the loss.
+    """
+    torch.manual_seed(0)
+    memory = oltr.Memory(3, 4)
+    nn.init.normal_(memory.centroids)
+    features, labels = torch.randn(5, 3, requires_grad=True), torch.tensor([0, 0, 0, 1, 2])
+
+    loss = oltr.centroid_loss(memory, features, labels, weight=0.1, margin=100, repel_weight=repel_weight)
+    slopes = torch.autograd.grad(loss, [memory.centroids, features], retain_graph=True)
+
+    own = memory.centroids.detach()[labels]
+    expected = torch.zeros(4, 3).index_add(0, labels, own - features.detach()) / 5
+    expected /= 1 + torch.tensor([[3.0], [1], [1], [0]])
+    away = torch.zeros(5, 3)
+    for b, f in enumerate(features.detach()):
+        for c, m in enumerate(memory.centroids.detach()):
+            if c != labels[b]:
+                expected[c] -= 0.1 * repel_weight * 2 * (m - f) / 20
+                away[b] -= 0.1 * repel_weight * 2 * (f - m) / 20
+    torch.testing.assert_close(slopes[0], expected)
+    torch.testing.assert_close(slopes[1], 0.1 * (features.detach() - own) / 5 + away)
 
 
 def test_centroids_learn_from_their_own_loss_alone(memory_model):
@@ -783,7 +874,7 @@ def test_the_centroid_loss_enters_with_its_weight_and_moves_features(memory_mode
 
     losses = stages[2].losses(Outputs(logits, features), labels, 0)
 
-    own = 0.01 * oltr.centroid_loss(memory, features[0], labels, 10, 0.01)
+    own = oltr.centroid_loss(memory, features[0], labels, weight=0.01, margin=10, repel_weight=0.01)
     assert losses["centroid"].item() == pytest.approx(own.item())
     assert losses["loss"].item() == pytest.approx(F.cross_entropy(logits[0], labels).item() + own.item())
     torch.testing.assert_close(
@@ -791,13 +882,10 @@ def test_the_centroid_loss_enters_with_its_weight_and_moves_features(memory_mode
     )
 
 
-def test_attention_begins_as_the_identity_and_then_weighs_places():
-    """Against a direct computation; the places' weights sum to 1."""
+def test_attention_weighs_places():
+    """Against a direct computation, from the beginning; the places' weights sum to 1."""
     torch.manual_seed(0)
     attention, x = oltr.ModulatedAttention(4, 6), torch.randn(2, 4, 2, 3)
-    assert torch.equal(attention(x), x)
-
-    nn.init.normal_(attention.out.weight)
     flat = x.flatten(2)
     value, query, key = (
         torch.einsum("oc,bcp->bop", layer.weight[:, :, 0, 0], flat) + layer.bias[:, None]
@@ -810,15 +898,14 @@ def test_attention_begins_as_the_identity_and_then_weighs_places():
 
 
 def test_the_memory_is_filled_with_class_means():
-    """Of the features as stage 1 leaves them; W_h is the first stage's classifier."""
+    """Of the features of stage 1, with the attention on; W_h is the first stage's classifier."""
     torch.manual_seed(0)
     model, stages = oltr.build(tiny("oltr-cifar100"), [9, 5, 2], *MEAN_STD)
     images, labels = noise(6), torch.tensor([0, 1, 2, 0, 1, 0])
     first = model.net.experts[0].classifier
     with torch.no_grad():
-        features = model.eval().net(images).expert_features[0]
         stages[1].arrange()
-        model.eval()
+        features = model.eval().net(images).expert_features[0]
         stages[1].fit(Images(images, labels), Images(images, labels))
 
     classifier = model.net.experts[0].classifier

@@ -110,8 +110,13 @@ def test_widening_shortcut_keeps_every_second_pixel_and_pads_channels_on_both_si
 
 
 def test_linear_classifiers_begin_with_the_gain_of_relu():
-    """Normal, variance 2/D."""
-    assert LinearClassifier(64, 100).weight.var().item() * 64 / 2 == pytest.approx(1, abs=0.12)
+    """Normal, variance 2/D; those drawn afresh are uniform within ±1/√D, as torch's."""
+    classifier = LinearClassifier(64, 100)
+    assert classifier.weight.var().item() * 64 / 2 == pytest.approx(1, abs=0.12)
+
+    classifier.reset_parameters()
+    assert classifier.weight.abs().max().item() <= 1 / 8
+    assert classifier.weight.var().item() * 64 * 3 == pytest.approx(1, abs=0.05)
 
 
 def test_cosine_weights_begin_as_directions_to_all_sides():

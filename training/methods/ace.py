@@ -14,7 +14,8 @@ There is no one reading of it; what sources disagree on is a field of the recipe
 - learning rates: proportional to the images of the group (`group_lr_scaling`), for the expert's own layers;
 - complementary loss: the sum of the squared logits of all classes outside the group (`complementary_weight`). Its
   curvature is twice the squared length of the expert's feature, some 300 at first; with a weight of 1 that is beyond
-  what a learning rate of 0.0187 and momentum 0.9 bear (2 · 1.9 / 300 = 0.0127);
+  what a learning rate of 0.0187 and momentum 0.9 bear (2 · 1.9 / 300 = 0.0127). Others who implemented it have the
+  length itself, whose gradient is never longer than 1 by the number of classes (`complementary_form`);
 - answer: `training.models.groups.Aggregation`.
 
 The routers are not ACE's: they are RIDE's.
@@ -60,7 +61,7 @@ class AceLoss:
                 individual.append(0 * logits.sum())
                 continue
             individual.append(self.individual(logits[chosen], labels[chosen], epoch))
-            complementary.append(complementary_loss(logits[chosen], group))
+            complementary.append(complementary_loss(logits[chosen], group, self.recipe.complementary_form))
         parts = {
             "individual": torch.stack(individual).sum(),
             "complementary": self.recipe.complementary_weight * sum(complementary, individual[0].new_zeros(())),
@@ -68,13 +69,18 @@ class AceLoss:
         return {"loss": parts["individual"] + parts["complementary"], **parts}
 
 
-def complementary_loss(logits: Tensor, group: Tensor) -> Tensor:
+def complementary_loss(logits: Tensor, group: Tensor, form: str = "squared") -> Tensor:
     """
     Σ of the squared logits (B, C) of classes outside the group (C,), mean over images.
 
+    Under the form "length" the root of the sum over images and classes, divided by the number of those classes.
+
     Source: ACE, arXiv:2108.02385.
     """
-    return (logits * ~group).square().sum(dim=1).mean()
+    outside = logits * ~group
+    if form == "length":
+        return outside.norm() / (~group).sum().clamp_min(1)
+    return outside.square().sum(dim=1).mean()
 
 
 def lr_factors(groups: Tensor, class_counts: Sequence[int]) -> list[float]:

@@ -110,6 +110,7 @@ def build(
         _norm_halves_apart(shared)
     plain = cast(LinearClassifier, expert.classifier)
     expert.classifier = LinearClassifier(2 * plain.in_features, plain.out_features)
+    expert.classifier.reset_parameters()
     batch_size = 2 * recipe.batch_size
     stage = Stage(
         name="experts", epochs=recipe.epochs, batch_size=batch_size, part=model.net,

@@ -13,6 +13,7 @@ from training.methods.losses import (
     focal_loss,
     ldam_loss,
     ldam_margins,
+    sigmoid_focal_loss,
     weighted_cross_entropy,
 )
 from training.recipe import Recipe
@@ -20,7 +21,7 @@ from training.recipe import Recipe
 
 class IndividualLoss:
     """
-    One of "ce", "focal", "ldam", "balanced_softmax", "logit_adjusted", with class weights from the deferred epoch on.
+    One of the losses that `Recipe.loss` names, with class weights from the deferred epoch on.
 
     Args:
         name: of the loss.
@@ -46,7 +47,7 @@ class IndividualLoss:
             labels: (B,).
             epoch: from 0.
             targets: (B, C), rows that sum to 1, of mixed images; margins and class weights follow `labels`. None: the
-                labels themselves. The focal loss has no such form.
+                labels themselves. The focal losses have no such form.
 
         Returns:
             (), in nats, mean over images, weighted by class where weights apply.
@@ -57,6 +58,8 @@ class IndividualLoss:
             return ldam_loss(logits, labels, self.margins, self.recipe.cosine_scale, weights, targets)
         if self.name == "focal":
             return focal_loss(logits, labels, self.recipe.focal_gamma, weights)
+        if self.name == "sigmoid_focal":
+            return sigmoid_focal_loss(logits, labels, self.recipe.focal_gamma, weights)
         if self.name in ("balanced_softmax", "logit_adjusted"):
             logits = logits + self.log_prior
         return weighted_cross_entropy(logits, labels, weights, targets)

@@ -113,11 +113,33 @@ def focal_loss(logits: Tensor, labels: Tensor, gamma: float, class_weights: Tens
     Returns:
         (), in nats.
 
-    Source: arXiv:1708.02002, as a softmax loss like LDAM's code has it; with weights CB-Focal, arXiv:1901.05555.
+    Source: arXiv:1708.02002, as a softmax loss like LDAM's code has it.
     """
     entropy = F.cross_entropy(logits, labels, reduction="none")
     missing = -torch.expm1(-entropy)  # 1 - p; where it is 0, powers below 1 have no slope
     losses = missing.clamp_min(torch.finfo(missing.dtype).tiny) ** gamma * entropy
+    if class_weights is None:
+        return losses.mean()
+    return (class_weights[labels].to(losses.dtype) * losses).mean()
+
+
+def sigmoid_focal_loss(logits: Tensor, labels: Tensor, gamma: float, class_weights: Tensor | None = None) -> Tensor:
+    """
+    Each class a question of its own, yes for the true one: binary cross-entropy times (1 − p)^γ, p of the right answer.
+
+    Args:
+        logits: (B, C).
+        labels: (B,).
+        gamma: 0 gives binary cross-entropy.
+        class_weights: (C,), those of the labels count for all classes of an image; the sum is divided by B.
+
+    Returns:
+        (), in nats, summed over classes.
+
+    Source: the focal loss of the class-balanced loss, arXiv:1901.05555.
+    """
+    right = torch.where(F.one_hot(labels, logits.shape[1]).bool(), logits, -logits)  # logits of the right answers
+    losses = (torch.exp(gamma * F.logsigmoid(-right)) * -F.logsigmoid(right)).sum(dim=1)
     if class_weights is None:
         return losses.mean()
     return (class_weights[labels].to(losses.dtype) * losses).mean()

@@ -5,8 +5,9 @@ That network, the generator, is trained first, by cross-entropy. The last epochs
 images of rare classes are replaced by generated ones where the generator is sure of them.
 
 Source: Kim et al., "M2m: Imbalanced Classification via Major-to-minor Translation", arXiv:2004.00431, and its public
-code. There the initial noise is limited per colour channel over the whole batch; here per image, as the paper has it.
-Images are generated in fp32.
+code. There the initial noise is limited per colour channel over the whole batch, which is less (for 24 images a third);
+here per image, as the paper has it. There CIFAR-100 is normalised by its own statistics, and the network's shortcuts
+are padded at one end; here both are as for the other methods. Images are generated in fp32.
 """
 
 from __future__ import annotations

@@ -145,11 +145,19 @@ def build_model(recipe: Recipe, n_classes: int, mean: Sequence[float], std: Sequ
     else:
         net = MultiExpertNet(*parts)
     backbone.share_layers([cast(Expert, each) for each in net.experts])
+    if recipe.loss == "sigmoid_focal":  # each class is the right one for one image in C
+        for each in net.experts:
+            bias = cast(LinearClassifier, cast(Expert, each).classifier).bias
+            nn.init.constant_(bias, -math.log(max(n_classes - 1, 1)))
     routers = None
     if recipe.n_experts > 1:
         routers = Routers(
             recipe.n_experts, width, n_classes, recipe.router_top_k, recipe.router_hidden, recipe.router_shared
         )
+        if recipe.backbone.endswith("_cifar"):  # as in RIDE's public code, which for ImageNet leaves torch's weights
+            for layer in routers.modules():
+                if isinstance(layer, nn.Linear):
+                    nn.init.kaiming_normal_(layer.weight)
     return Model(net, routers)
 
 

@@ -5,9 +5,8 @@ Stage 1 is plain cross-entropy. Then the memory is filled with the class means o
 trains everything on class-aware samples.
 
 Adapted to CIFAR: the features are the pooled last feature map itself, of 64 numbers; the authors' ImageNet network has
-one more linear layer of 512 before its classifier. The attention works on the 8x8 map in place of 7x7. Stage 1 follows
-the recipe's own schedule. The centroids' gradient is that of the loss; the authors' code divides it by the number of
-the class's images in the batch.
+one more linear layer of 512 in stage 2. The attention works on the 8x8 map in place of 7x7. Stage 1 follows the
+recipe's own schedule.
 
 Source: Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", arXiv:1904.05160, and its public code.
 """
@@ -38,7 +37,9 @@ SMALLEST_SQUARED_DISTANCE = 1e-6
 
 class ModulatedAttention(nn.Module):
     """
-    x + spatial attention · self-attention of x. As initialised it changes nothing: the last projection is 0.
+    x + spatial attention · self-attention of x.
+
+    It acts from the beginning: the authors' code sets the last projection to 0, and then draws all convolutions anew.
 
     Args:
         width: channels of the feature map, even.
@@ -49,11 +50,11 @@ class ModulatedAttention(nn.Module):
         super().__init__()
         inner = width // 2
         self.value, self.query, self.key = (nn.Conv2d(width, inner, 1) for _ in range(3))
-        for projection in (self.value, self.query, self.key):
-            nn.init.kaiming_normal_(projection.weight)
-            nn.init.zeros_(cast(Tensor, projection.bias))
         self.out = nn.Conv2d(inner, width, 1, bias=False)
-        nn.init.zeros_(self.out.weight)
+        for projection in (self.value, self.query, self.key, self.out):
+            nn.init.kaiming_normal_(projection.weight, mode="fan_out")
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
         self.spatial = nn.Linear(width * pixels, pixels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,12 +146,15 @@ class MemoryClassifier(nn.Module):
             return self.cosine(self.enriched(features.float()))
 
 
-def centroid_loss(memory: Memory, features: Tensor, labels: Tensor, margin: float, repel_weight: float) -> Tensor:
+def centroid_loss(
+    memory: Memory, features: Tensor, labels: Tensor, *, weight: float, margin: float, repel_weight: float
+) -> Tensor:
     """
-    ½ ‖f − M_y‖² + repel_weight · max(0, margin − the others' squared distances, summed and divided by C).
+    weight · (½ ‖f − M_y‖² + repel_weight · max(0, margin − the others' squared distances, summed and divided by C)).
 
     Both terms are means over the batch, the second before its maximum. It divides by C, as the authors' code does,
-    although there are C − 1 others.
+    although there are C − 1 others. As there, a centroid follows the features of its n images in the batch faster than
+    this loss says: the gradient of its first term is Σ (M − f) / (1 + n) / B, without the weight.
 
     Args:
         features: (B, D).
@@ -159,9 +163,13 @@ def centroid_loss(memory: Memory, features: Tensor, labels: Tensor, margin: floa
     Returns:
         ().
     """
-    attract = (features - memory.centroids[labels]).square().sum(dim=1).mean() / 2
+    own = memory.centroids[labels]
+    attract = (features - own.detach()).square().sum(dim=1).mean() / 2
     others = squared_distances(features, memory.centroids).scatter(1, labels.unsqueeze(1), 0)
-    return attract + repel_weight * (margin - others.mean()).clamp_min(0)
+    loss = weight * (attract + repel_weight * (margin - others.mean()).clamp_min(0))
+    images = F.one_hot(labels, len(memory.centroids)).sum(dim=0)[labels]  # (B,), n of each image's class
+    follow = ((features.detach() - own).square().sum(dim=1) / (1 + images)).mean() / 2
+    return loss + follow - follow.detach()
 
 
 class MemoryLoss:
@@ -174,10 +182,10 @@ class MemoryLoss:
         """The loss and its two parts, mean over the batch."""
         recipe = self.recipe
         entropy = F.cross_entropy(outputs.expert_logits[0], labels)
-        drawn = centroid_loss(
-            self.memory, outputs.expert_features[0], labels, recipe.oltr_margin, recipe.oltr_repel_weight
-        )
-        centroid = recipe.oltr_centroid_weight * drawn
+        centroid = centroid_loss(
+            self.memory, outputs.expert_features[0], labels,
+            weight=recipe.oltr_centroid_weight, margin=recipe.oltr_margin, repel_weight=recipe.oltr_repel_weight,
+        )  # fmt: skip
         return {"loss": entropy + centroid, "cross_entropy": entropy, "centroid": centroid}
 
 

@@ -34,11 +34,15 @@ class CosineClassifier(nn.Module):
 
 
 class LinearClassifier(nn.Linear):
-    """An ordinary classifier with bias; fp32 under autocast, like the cosine one."""
+    """
+    An ordinary classifier with bias; fp32 under autocast, like the cosine one.
 
-    def reset_parameters(self) -> None:
-        """Fresh weights."""
-        super().reset_parameters()
+    It begins as in LDAM's network, with normal weights after Kaiming; `reset_parameters` draws torch's own, less than
+    half as wide, for those that are no part of that network.
+    """
+
+    def __init__(self, n_features: int, n_classes: int) -> None:
+        super().__init__(n_features, n_classes)
         nn.init.kaiming_normal_(self.weight)
 
     def forward(self, features: Tensor) -> Tensor:

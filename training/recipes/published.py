@@ -53,7 +53,7 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
         Published("RIDE, arXiv:2010.01809", 39.1, 66.1, 37.3, 10.6, macs=69.5),
     ),
     "focal-cifar100": (Published("LDAM, arXiv:1906.07413", 38.4, macs=69.5),),
-    "cb-focal-cifar100": (Published("class-balanced loss, arXiv:1901.05555, not re-checked", 39.6, macs=69.5),),
+    "cb-focal-cifar100": (Published("class-balanced loss, arXiv:1901.05555", 39.6, macs=69.5),),
     "ldam-drw-cifar100": (
         Published("LDAM, arXiv:1906.07413; splits from RIDE", 42.0, 61.5, 41.7, 20.2, macs=69.5),
     ),

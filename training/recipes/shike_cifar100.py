@@ -7,8 +7,8 @@ SHIKE_CIFAR100 = Recipe(
     # Paper: arXiv:2304.01279, 56.3 % top-1 with all experts; its log has 48.1 % before the classifiers are retrained.
     # The routers after them are ours. Its code takes the first images of each class in the order of CIFAR's archive,
     # which is as good as random; files sorted by name begin with images of one kind, so here they are drawn.
-    # AutoAugment is torchvision's, which shears and turns both ways and takes the nearest pixel; the authors' file
-    # interpolates shears and has one way for some operations.
+    # AutoAugment is torchvision's, which turns both ways, shears without interpolation, and shifts by whole pixels; the
+    # authors' file does none of these. Half of the turned images, 1.4 % of all, turn the other way.
     # Run:   ride-train shike-cifar100       Ours: training/RESULTS.md
     name="shike-cifar100", method="shike", loss="ce", n_experts=3, depth_fusion=True,
     auto_augment=True, cutout=16,
