@@ -303,6 +303,18 @@ class Recipe:
     evaluate_every: int = 20
 
     def __post_init__(self) -> None:
+        self._check_values()
+        self._refuse_backbones()
+        self._refuse_views()
+        self._refuse_schedules()
+        self._refuse_experts()
+        self._check_groups()
+        self._refuse_losses()
+        self._refuse_stages()
+        self._refuse_networks()
+
+    def _check_values(self) -> None:
+        """Each field by itself."""
         for field, low, high in _RANGES:
             value = getattr(self, field)
             if value is not None and not low <= value <= high:
@@ -321,6 +333,9 @@ class Recipe:
                 raise RecipeError(f"{field}={value}: must be three numbers, one per channel")
         if self.std is not None and min(self.std) <= 0:
             raise RecipeError(f"std={self.std}: must be positive")
+
+    def _refuse_backbones(self) -> None:
+        """What a backbone does not have."""
         swin, cifar = self.backbone.startswith("swin"), self.backbone.endswith("_cifar")
         if self.pretrained == "torchvision" and cifar:
             raise RecipeError(f"pretrained=torchvision: it has no {self.backbone}; a run of ours or a file is possible")
@@ -328,13 +343,17 @@ class Recipe:
             raise RecipeError(f"share_stage3=True: only ResNets of four stages can, {self.backbone} is none")
         if self.drop_path and not swin:
             raise RecipeError(f"drop_path={self.drop_path:g}: only Swin transformers have it, {self.backbone} is none")
+
+    def _refuse_views(self) -> None:
+        """Augmentations that do not go together."""
         resized_only = {name: getattr(self, name) for name in ("colour_jitter", "rand_augment", "random_erasing")}
         padded_only = {"auto_augment": self.auto_augment, "cutout": self.cutout}
         for field, value in (resized_only if self.crop == "padded" else padded_only).items():
             if value:
                 raise RecipeError(f"{field}={value}: not with crop={self.crop!r}, which has other views")
-        if self.loss in ("focal", "sigmoid_focal") and (self.mixup or self.cutmix or self.label_smoothing):
-            raise RecipeError(f"loss={self.loss!r}: mixup, cutmix and label_smoothing need a cross-entropy; take 0")
+
+    def _refuse_schedules(self) -> None:
+        """What a schedule, or batches of these sizes, cannot do."""
         if self.warmup_start is not None and (self.schedule != "step" or self.method == "shike"):
             raise RecipeError(f"warmup_start={self.warmup_start:g}: only schedule='step' has it, SHIKE's own not; none")
         if self.lr_min > self.lr:
@@ -345,14 +364,17 @@ class Recipe:
             raise RecipeError(f"cycles={self.cycles}: only schedule='cosine' has more than one, SHIKE's own has not; 1")
         if self.epochs % self.cycles:
             raise RecipeError(f"cycles={self.cycles}: must divide epochs={self.epochs}")
-        if self.method in ("single", *ONE_PROCESS) and self.n_experts != 1:
-            raise RecipeError(f"n_experts={self.n_experts}: method {self.method!r} trains one expert")
         if self.accumulate > self.batch_size:
             raise RecipeError(f"accumulate={self.accumulate}: must be at most batch_size={self.batch_size}")
         if "routers" in self.stage_epochs() and self.accumulate > self.router_batch_size:
             raise RecipeError(
                 f"accumulate={self.accumulate}: must be at most router_batch_size={self.router_batch_size}"
             )
+
+    def _refuse_experts(self) -> None:
+        """What a method does not do with its experts."""
+        if self.method in ("single", *ONE_PROCESS) and self.n_experts != 1:
+            raise RecipeError(f"n_experts={self.n_experts}: method {self.method!r} trains one expert")
         if self.method in ("shike", "ace") and self.n_experts < 2:
             raise RecipeError(f"n_experts={self.n_experts}: method {self.method!r} needs two experts or more")
         if self.method == "sade" and self.n_experts != 3:
@@ -378,13 +400,15 @@ class Recipe:
             raise RecipeError(f"diversity_weight={self.diversity_weight:g}: one expert cannot disagree; take 0")
         if self.method in ("bbn", "oltr", "lfme") and self.deferred_from is not None:
             raise RecipeError(f"deferred_from={self.deferred_from:g}: method {self.method!r} has no such epoch; none")
-        self._check_groups()
+
+    def _refuse_losses(self) -> None:
+        """What a loss cannot be combined with."""
+        if self.loss in ("focal", "sigmoid_focal") and (self.mixup or self.cutmix or self.label_smoothing):
+            raise RecipeError(f"loss={self.loss!r}: mixup, cutmix and label_smoothing need a cross-entropy; take 0")
         if self.loss == "ldam" and self.classifier != "cosine":
             raise RecipeError("classifier='linear': the margins of LDAM need the cosine classifier")
         if self.loss == "sigmoid_focal" and self.classifier != "linear":
             raise RecipeError("classifier='cosine': loss 'sigmoid_focal' begins at a bias, which the linear one has")
-        self._refuse_stages()
-        self._refuse_networks()
 
     def _refuse_networks(self) -> None:
         """What a method's own network or loss cannot be combined with."""
