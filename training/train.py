@@ -15,7 +15,7 @@ import torch
 
 from training.checkpoint import Checkpoint, CheckpointError, checkpoints_of, current_commit, write_atomically
 from training.claim import ClaimedError, claimed
-from training.data.sets import Data, channel_statistics, load_data
+from training.data.sets import AnyImages, Data, channel_statistics, load_data
 from training.distributed import from_first, joined, rank, world_size
 from training.evaluate import count_unusable, macs_of, predict, summarise
 from training.first_stage import take_over
@@ -87,32 +87,9 @@ def _train(recipe: Recipe, run: Path, device: torch.device, held: ExitStack) -> 
         info["pretrained"] = start_from(model.net, recipe, data.digest, data.classes)
 
     def evaluate(current: Model, stage: Stage | FitStage, per_class: bool = False) -> dict[str, Any]:
-        if stage.name != "routers":  # not trained yet, or never
-            current = Model(current.net, None)
+        return from_first(lambda: _evaluated(recipe, current, stage, test, data.counts, per_class))
 
-        def summary() -> dict[str, Any]:
-            thresholds = [PUBLISHED_THRESHOLD] * (recipe.n_experts - 1)
-            macs = macs_of(current, recipe.image_size)
-            predictions = predict(current, test)
-            if unusable := count_unusable(predictions):
-                raise DivergedError(
-                    f"{stage.name}: NaN or infinity for {unusable} of {len(test)} test images; "
-                    f"lower {rates_of(stage, recipe)}"
-                )
-            return summarise(predictions, data.counts, macs, thresholds, per_class)
-
-        return from_first(summary)
-
-    def claim() -> None:
-        run.mkdir(parents=True, exist_ok=True)
-        held.enter_context(claimed(run))
-        if {checkpoint.path for checkpoint in checkpoints_of(run).values()} != {each.path for each in done.values()}:
-            raise ClaimedError(
-                f"{run}: another process has trained there since this one began; --resume goes on with its "
-                "checkpoints, --out names another directory"
-            )
-
-    from_first(claim)
+    from_first(partial(_claim, run, held, done))
     log = Log.open(run, {name: checkpoint.epochs_done for name, checkpoint in done.items()})
     try:
         for stage in stages:
@@ -138,6 +115,32 @@ def _train(recipe: Recipe, run: Path, device: torch.device, held: ExitStack) -> 
         text = json.dumps(results | {"data": _describe(data)} | info, indent=1)
         write_atomically(run / "results.json", text + "\n")
     return results
+
+
+def _evaluated(
+    recipe: Recipe, model: Model, stage: Stage | FitStage, test: AnyImages, counts: Sequence[int], per_class: bool
+) -> dict[str, Any]:
+    """The figures after a stage, on test images. Routers have a part in them only after their own stage."""
+    if stage.name != "routers":
+        model = Model(model.net, None)
+    predictions = predict(model, test)
+    if unusable := count_unusable(predictions):
+        raise DivergedError(
+            f"{stage.name}: NaN or infinity for {unusable} of {len(test)} test images; lower {rates_of(stage, recipe)}"
+        )
+    thresholds = [PUBLISHED_THRESHOLD] * (recipe.n_experts - 1)
+    return summarise(predictions, counts, macs_of(model, recipe.image_size), thresholds, per_class)
+
+
+def _claim(run: Path, held: ExitStack, done: Mapping[str, Checkpoint]) -> None:
+    """Keep other processes out of the run's directory for as long as `held` is open."""
+    run.mkdir(parents=True, exist_ok=True)
+    held.enter_context(claimed(run))
+    if {checkpoint.path for checkpoint in checkpoints_of(run).values()} != {each.path for each in done.values()}:
+        raise ClaimedError(
+            f"{run}: another process has trained there since this one began; --resume goes on with its "
+            "checkpoints, --out names another directory"
+        )
 
 
 def trained_model(run: Path) -> tuple[Checkpoint, Model]:
