@@ -112,8 +112,7 @@ class Batcher(Generic[Item, Result]):
     def reserve(self, count: int) -> None:
         """Take `count` places at once, or raise QueueFullError."""
         now = time.monotonic()
-        # With nobody waiting there is room for the large request, too; then small ones need not be turned away.
-        saved = self._saved if self.waiting and count < self._saved and now < self._saved_until else 0
+        saved = self._saved if count < self._saved and now < self._saved_until else 0
         if self.waiting + count + saved > self._max_queue:
             retry_after = self._retry_after()
             if not saved:
@@ -141,7 +140,7 @@ class Batcher(Generic[Item, Result]):
 
     def _schedule(self) -> None:
         """Have a step soon: after all that the event loop already has to do, which may bring more items."""
-        if not self._due and not self._stopping:
+        if not self._due:
             self._due = True
             self._loop.call_soon(self._begin_step)
 

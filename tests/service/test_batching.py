@@ -404,6 +404,30 @@ async def test_what_waits_when_the_batcher_ends_is_told_so():
 
 
 @pytest.mark.anyio
+async def test_work_that_was_begun_is_not_gone_on_with_after_the_end():
+    """Its step may be due already."""
+
+    class Endless(Echo):
+        busy, steps = True, 0
+
+        def step(self, items):
+            self.steps += 1
+            return []
+
+    work, batcher = Endless(), Batcher(max_queue=1)
+    batcher.start(work, threaded=False)
+    batcher.reserve(1)
+    batcher.submit("begun").add_done_callback(lambda future: future.exception())
+    await until(lambda: work.steps)
+    await batcher.stop()
+    begun = work.steps
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+    assert work.steps == begun
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize("threaded", [True, False])
 async def test_work_that_fails_does_not_end_the_batcher(threaded):
     """Who was in the step is told; who comes next is served."""
@@ -474,25 +498,36 @@ def test_places_are_kept_for_a_while_only(monkeypatch):
 
 @pytest.mark.anyio
 async def test_retry_after_is_the_time_that_the_waiting_will_take(monkeypatch):
-    """Their number times the seconds of one, which approach those seen by a fifth each time; 30 at most."""
+    """
+    Their number times the seconds of one, which approach those seen by a fifth each time; whole ones, 30 at most.
+
+    Those of all steps count, also of one after which nothing is finished.
+    """
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr("service.batcher.time", SimpleNamespace(monotonic=lambda: 0.0, perf_counter=lambda: clock.now))
 
-    class TwoInTenSeconds(Echo):
+    class TwoInTwoSteps(Echo):
+        begun = ()
+
+        @property
+        def busy(self):
+            return bool(self.begun)
+
         def wants(self, waiting):
-            return min(waiting, 2)
+            return 0 if self.begun else min(waiting, 2)
 
         def step(self, items):
-            clock.now += 10
-            return [(item, item) for item in items]
+            clock.now += 5
+            self.begun, finished = items, self.begun
+            return [(item, item) for item in finished]
 
     batcher = Batcher(max_queue=40)
-    batcher.start(TwoInTenSeconds(), threaded=False)
+    batcher.start(TwoInTwoSteps(), threaded=False)
     for _ in range(2):  # 5 s each: 0, 1, 1.8
         batcher.reserve(2)
         await asyncio.gather(batcher.submit("first"), batcher.submit("second"))
 
-    for waiting, retry_after in ((5, 9), (35, 30)):
+    for waiting, retry_after in ((4, 8), (35, 30)):  # 7.2
         batcher.reserve(waiting)
         with pytest.raises(QueueFullError) as refusal:
             batcher.reserve(40)

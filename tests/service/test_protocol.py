@@ -312,13 +312,14 @@ async def test_a_refusal_has_the_request_id_of_its_own_request(connect):
 
 
 async def test_what_follows_a_good_request_does_not_spoil_its_answer(connect):
-    """Both good ones are answered, in order; then the connection is closed, not answered for what made no sense."""
+    """Both good ones are answered, in order; then the connection is closed at once, not answered for the nonsense."""
     async with connect() as (reader, writer):
         for body in (b"a", b"bb"):
             writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         writer.write(b"no HTTP\r\n\r\n")
         answers = await reader.read()
     assert answers.count(ANSWER) == 2
+    assert answers.count(b"connection: close") == 1
     assert b" 400 " not in answers
     assert answers.index(b"\r\n\r\n1HTTP") < answers.index(b"\r\n\r\n2")
 
