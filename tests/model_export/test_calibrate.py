@@ -1,5 +1,7 @@
 """Exit rules and their operating points: the scores, the table, and the choice of a default."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -47,6 +49,13 @@ def test_huge_logits_give_scores_all_the_same():
     unused = np.zeros((1, 2), np.float32)
     assert rule_scores("confidence", logits, unused).tolist() == [[0.0, 0.5]]
     assert rule_scores("margin", logits, unused).tolist() == [[0.0, 1.0]]
+
+
+def test_a_model_without_routers_has_no_points_of_theirs(predictions):
+    """Of all other rules it has."""
+    data = predictions(seed=1)
+    table = calibrate(dataclasses.replace(data, router_scores=data.router_scores[:0]), COUNTS, MACS, "noise")
+    assert {point.rule for point in table.points} == set(RULES) - {"router"}
 
 
 def test_calibration_points_are_what_routing_at_their_thresholds_gives(predictions):

@@ -7,13 +7,14 @@ import resource
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
 import pytest
 
 from model_export.bundle import InputSpec
-from service.batcher import QueueFullError
+from service.batcher import BatcherStoppedError, QueueFullError
 from service.cascade import AbandonedError, Job, NotFiniteError, Outcome
 from service.engine import EngineError
 from service.engine_process import EngineProcess
@@ -219,6 +220,39 @@ async def test_a_front_has_places_for_its_share_and_for_what_is_in_work(linked):
     await until(lambda: linked.batcher.waiting == 2)
     linked.batcher.reserve(1)
     linked.batcher.release(1)
+
+
+def test_every_front_has_slots_of_its_own():
+    """For its queue and its share of what the engine works on, rounded up; no two images share memory."""
+    link = open_link(3, INPUT, max_queue=2, max_batch=4)
+    link.listening.close()
+    slots = link.slots
+    assert slots.pixels.shape == (3, 4, INPUT.height, INPUT.width, 3)
+    slots.pixels[:] = np.arange(12, dtype=np.uint8).reshape(3, 4, 1, 1, 1)
+    assert slots.pixels[:, :, 0, 0, 0].tolist() == np.arange(12).reshape(3, 4).tolist()
+
+
+@pytest.mark.anyio
+async def test_a_full_front_says_how_long_images_take_now(linked, monkeypatch):
+    """A tenth of each image's time from submission to answer enters: 40 s once are 4."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("service.remote.time", SimpleNamespace(monotonic=lambda: clock.now))
+    (future,) = await linked.submit(job())
+    clock.now = 40.0
+    linked.engine.jobs[0][2].set_result(outcome(0))
+    await future
+    with pytest.raises(QueueFullError) as refusal:
+        linked.batcher.reserve(4)
+    assert refusal.value.retry_after == 4
+
+
+@pytest.mark.anyio
+async def test_what_is_not_answered_when_a_front_stops_is_told_so(linked):
+    """As by a batcher of its own."""
+    (future,) = await linked.submit(job())
+    await linked.batcher.stop()
+    with pytest.raises(BatcherStoppedError):
+        await future
 
 
 @pytest.mark.anyio

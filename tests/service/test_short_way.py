@@ -147,7 +147,10 @@ async def test_requests_on_one_connection_are_answered_in_order(served, taken):
     assert taken == [True]
 
 
-@pytest.mark.parametrize("how", [{"headers": (b"Connection: close",)}, {"version": b"1.0"}])
+@pytest.mark.parametrize("how", [
+    {"headers": (b"Connection: close",)}, {"version": b"1.0"},
+    {"version": b"1.0", "headers": (b"Connection: keep-alive",)},  # it would wait for that word in the answer
+])  # fmt: skip
 async def test_a_client_that_wants_the_connection_closed_gets_that(service, how):
     """After its answer, not after the time that a connection may rest."""
     async with listening(service, timeout_keep_alive=600) as connect, connect() as (reader, writer):

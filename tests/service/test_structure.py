@@ -82,6 +82,31 @@ def test_what_has_too_many_parts_is_refused(good, bad, words):
     assert refusal.value.code == "image_unsupported"
 
 
+@pytest.mark.parametrize("number", structure.TIFF_PIECES)
+def test_strips_and_tiles_are_counted_by_places_and_by_sizes(number):
+    """Pillow reads all four lists."""
+    pieces = [struct.pack("<HHI", number, 4, count) for count in (65_536, 65_537)]
+    few, many = (tiff(strips=1000).replace(struct.pack("<HHI", 277, 3, 1), each) for each in pieces)
+    structure.check_structure("TIFF", few)
+    with pytest.raises(ServiceError, match="TIFF has more than 65,536 strips or tiles"):
+        structure.check_structure("TIFF", many)
+
+
+def test_a_gif_without_a_palette_for_all_frames_begins_at_once():
+    """Whatever its other flags say."""
+    head = b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x77, 0, 0)
+    structure.check_structure("GIF", head + 10_000 * b"\0")
+    with pytest.raises(ServiceError, match="GIF has more than 10,000 blocks"):
+        structure.check_structure("GIF", head + 10_001 * b"\0")
+
+
+def test_exif_is_not_looked_for_without_end():
+    """Behind 1,000 markers it turns nothing; each stray byte counts as one."""
+    exif = b"\xff\xe1\0\x0aExif\0\0MM"
+    assert structure.exif_of(jpeg("RGB", 998 * b"\xff" + exif)) == exif[4:]
+    assert structure.exif_of(jpeg("RGB", 1000 * b"\xff" + exif)) == b""
+
+
 def test_a_directory_of_too_many_tags_is_refused():
     """A big TIFF may have as many as there are bytes for."""
     data = b"II+\0" + struct.pack("<HHQQ", 8, 0, 16, 2**40)
@@ -240,7 +265,8 @@ def test_a_file_that_ends_anywhere_is_for_the_decoder_to_judge(kind):
 
 def test_a_bitmap_of_the_oldest_kind_has_no_compression():
     """Where later headers name one, its palette begins."""
-    palette = bytes((1, 0, 0)) * 256
+    palette = bytes((1, 0, 0, 0, 1, 0)) + bytes(762)
+    assert palette[4:8] == b"\1\0\0\0"  # run lengths, if it were one
     header = b"BM" + struct.pack("<IHHI", 26 + 768 + 4, 0, 0, 26 + 768) + struct.pack("<IHHHH", 12, 4, 1, 1, 8)
     found = decode(header + palette + bytes(4), SPEC, 1000)
     np.testing.assert_array_equal(found, np.broadcast_to((0, 0, 1), (SIZE, SIZE, 3)))

@@ -12,13 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from tests.training.small_training import CASES, weights_after
 from training.__main__ import main
 from training.average import WeightAverage
 from training.checkpoint import checkpoints_of, save_checkpoint
+from training.in_parts import InParts
 from training.loop import forward_of, refuse_without_compiler
 from training.methods.method import Model
+from training.models.multi_expert import Outputs
 from training.recipe import Recipe, RecipeError
 from training.recipes import RECIPES
 from training.train import METHODS, trained_model
@@ -129,6 +132,27 @@ def test_a_batch_in_parts_makes_the_step_of_the_whole():
 
     assert in_parts == pytest.approx(losses, abs=1e-12)
     torch.testing.assert_close(weights_in_parts, weights, rtol=0, atol=1e-12)
+
+
+def test_parts_have_two_rows_at_least_and_their_activations_are_forgotten():
+    """Each is computed once more for its gradient; without one it is not."""
+
+    class Counted(nn.Linear):
+        def forward(self, rows):
+            seen.append(len(rows))
+            return Outputs(super().forward(rows).unsqueeze(0), rows.unsqueeze(0))
+
+    seen = []
+    network = InParts(Counted(3, 2), 4)
+    with torch.no_grad():
+        network(torch.rand(9, 3))
+        network(torch.rand(5, 3))
+        network(torch.rand(1, 3))
+    assert seen == [3, 2, 2, 2, 3, 2, 1]
+
+    seen.clear()
+    network(torch.rand(4, 3)).expert_logits.sum().backward()
+    assert seen == [2] * 4
 
 
 def test_batch_norms_see_a_batch_in_parts_once():
