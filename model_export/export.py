@@ -341,9 +341,10 @@ def _put_in_place(directory: Path, target: Path) -> None:
         directory.rename(target)
         return
     old = directory.with_name("old")
-    target.rename(old)
     try:
+        target.rename(old)
         directory.rename(target)
-    except BaseException:
-        old.rename(target)
+    except BaseException:  # a signal, too
+        if old.exists() and not target.exists():
+            old.rename(target)
         raise

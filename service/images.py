@@ -250,8 +250,9 @@ def fit(image: Image.Image, spec: InputSpec) -> Image.Image:
     box = (0.0, 0.0, float(image.width), float(image.height))
     if spec.fit != "stretch":
         scale = min(image.width / spec.width, image.height / spec.height) * (1.0 if spec.fit == "crop" else INNER_SHARE)
-        left, top = (image.width - spec.width * scale) / 2, (image.height - spec.height * scale) / 2
-        box = (left, top, left + spec.width * scale, top + spec.height * scale)
+        width, height = min(image.width, spec.width * scale), min(image.height, spec.height * scale)  # not rounded up
+        left, top = (image.width - width) / 2, (image.height - height) / 2
+        box = (left, top, left + width, top + height)
     return image.resize((spec.width, spec.height), FILTERS[spec.interpolation], box=box)
 
 

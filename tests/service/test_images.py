@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+import service.images
+import training.data.images
 from model_export.bundle import InputSpec
 from service.errors import ServiceError
 from service.images import STRIP_PIXELS, decode, fit, is_small, to_rgb
@@ -407,6 +409,18 @@ def test_crop_takes_the_centre_and_stretch_takes_all():
     thirds[:, 8:16] = 255
     assert fitted(thirds, 4, 4)[:, 1:3].min() == 255  # the middle third alone
     assert fitted(thirds, 4, 4, "stretch")[:, [0, 3]].max() < 60  # the black thirds as well
+
+
+@pytest.mark.parametrize("side", [224, 299])
+def test_an_image_of_any_size_is_cropped(side):
+    """As in training; scale times side may be rounded up, beyond the image, as for 225x300 at 224."""
+    spec = InputSpec(side, side, "crop", "bilinear", (0.5,) * 3, (0.2,) * 3)
+    for shorter in (225, 450, *range(1, 700, 7)):
+        image = Image.new("RGB", (shorter, 4 * shorter // 3), (shorter % 256, 7, 9))
+        for turned in (image, image.transpose(Image.Transpose.ROTATE_90)):
+            served = np.asarray(service.images.fit(turned, spec))
+            np.testing.assert_array_equal(served, np.asarray(training.data.images.fit(turned, side, side)))
+            assert served.shape == (side, side, 3)
 
 
 def test_scaling_is_antialiased_and_enlarging_works():

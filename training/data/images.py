@@ -119,6 +119,7 @@ def fit(image: Image.Image, height: int, width: int, how: Fit = "crop") -> Image
     scale = min(image.width / width, image.height / height)
     if how == "inner_crop":
         scale *= INNER_SHARE
-    left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
-    box = (left, top, left + scale * width, top + scale * height)
+    taken = min(image.width, scale * width), min(image.height, scale * height)  # not rounded up
+    left, top = (image.width - taken[0]) / 2, (image.height - taken[1]) / 2
+    box = (left, top, left + taken[0], top + taken[1])
     return image.resize((width, height), Image.Resampling[INTERPOLATION.upper()], box=box)
