@@ -42,8 +42,9 @@ def decoder(name: str, spec: InputSpec, *, draft: bool) -> Decode:
         box = (0.0, 0.0, float(image.width), float(image.height))
         if spec.fit == "crop":
             scale = min(image.width / spec.width, image.height / spec.height)
-            left, top = (image.width - spec.width * scale) / 2, (image.height - spec.height * scale) / 2
-            box = (left, top, left + spec.width * scale, top + spec.height * scale)
+            width, height = min(image.width, spec.width * scale), min(image.height, spec.height * scale)
+            left, top = (image.width - width) / 2, (image.height - height) / 2
+            box = (left, top, left + width, top + height)
         return np.asarray(image.resize(wanted, FILTERS[spec.interpolation], box=box))
 
     if name == "pillow":

@@ -19,6 +19,7 @@ from service.errors import ServiceError
 from service.logs import log
 from service.settings import PREFIX, SettingsError
 from service.slots import Slots
+from service.sockets import BACKLOG
 from service.wire import Connection, Packer
 
 # What the engine's process may answer in place of an outcome, by name; anything else becomes a RemoteError.
@@ -221,7 +222,7 @@ def open_link(fronts: int, image: InputSpec, *, max_queue: int, max_batch: int) 
         ) from None
     listening = socket.socket(socket.AF_UNIX)
     listening.bind("")  # Linux then chooses a name of its own
-    listening.listen()
+    listening.listen(BACKLOG)
     listening.setblocking(False)
     return EngineLink(
         slots, listening, RemoteBatcher(max_queue=max_queue, slots=slots, address=listening.getsockname())
