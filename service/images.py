@@ -80,15 +80,15 @@ def decode(data: bytes, spec: InputSpec, max_pixels: int, *, scaled: bool = Fals
         image = _decode_jpeg(data, spec, max_pixels, scaled) if kind == "JPEG" else None
         if image is None:
             image = _decode_any(kind, data, max_pixels)
-        elif isinstance(image, np.ndarray):
-            return image
-        if image.size != (spec.width, spec.height):
-            image = fit(image, spec)
-        return np.ascontiguousarray(np.asarray(image)[:, :, :3])
     except (ServiceError, MemoryError):
         raise
     except Exception as error:  # a decoder may stumble over damaged bytes in any way
         raise _unreadable(kind, data, error) from error
+    if isinstance(image, np.ndarray):
+        return image
+    if image.size != (spec.width, spec.height):
+        image = fit(image, spec)
+    return np.ascontiguousarray(np.asarray(image)[:, :, :3])
 
 
 def is_small(data: bytes) -> bool:

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-import service.images
 import training.data.images
 from model_export.bundle import InputSpec
 from service.errors import ServiceError
@@ -418,9 +417,21 @@ def test_an_image_of_any_size_is_cropped(side):
     for shorter in (225, 450, *range(1, 700, 7)):
         image = Image.new("RGB", (shorter, 4 * shorter // 3), (shorter % 256, 7, 9))
         for turned in (image, image.transpose(Image.Transpose.ROTATE_90)):
-            served = np.asarray(service.images.fit(turned, spec))
+            served = np.asarray(fit(turned, spec))
             np.testing.assert_array_equal(served, np.asarray(training.data.images.fit(turned, side, side)))
             assert served.shape == (side, side, 3)
+
+
+def test_our_own_failure_is_not_blamed_on_the_image(monkeypatch):
+    """It is for the log, and a 500: the client can do nothing about it."""
+
+    def fail(image, spec):
+        raise ValueError("no box")
+
+    monkeypatch.setattr("service.images.fit", fail)
+    for kind in ("PNG", "JPEG"):
+        with pytest.raises(ValueError, match="no box"):
+            decode(encode(noise(1)[0].repeat(3, axis=1), kind), SPEC, 1_000_000)
 
 
 def test_scaling_is_antialiased_and_enlarging_works():

@@ -69,7 +69,7 @@ class AceLoss:
         return {"loss": parts["individual"] + parts["complementary"], **parts}
 
 
-def complementary_loss(logits: Tensor, group: Tensor, form: str = "squared") -> Tensor:
+def complementary_loss(logits: Tensor, group: Tensor, form: str) -> Tensor:
     """
     Σ of the squared logits (B, C) of classes outside the group (C,), mean over images.
 
