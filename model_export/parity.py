@@ -10,11 +10,10 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from model_export.bundle import Accuracy, BundleError, GraphSpec, Parity, Precision, Rule, Variant
+from model_export.bundle import Accuracy, BundleError, Graphs, GraphSpec, Parity, Precision, Rule
 from model_export.calibrate import rule_scores
 from model_export.half import rounding
 from model_export.openvino_core import openvino_core
-from model_export.precision import Graphs
 from training.evaluate import Predictions, accuracy_by_split, count_unusable, mean_logits, route
 
 MAX_LOGIT_DIFFERENCE = 1e-3
@@ -25,7 +24,7 @@ BATCH = 64
 Graph = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
 
 
-def run_variant(directory: Path, variant: Variant | Graphs, images: np.ndarray, n_classes: int) -> Predictions:
+def run_variant(directory: Path, variant: Graphs, images: np.ndarray, n_classes: int) -> Predictions:
     """
     Every expert and router of a variant on every image, on the CPU: bf16 with OpenVINO, all others with onnxruntime,
     fp16 as a GPU rounds it.
@@ -119,7 +118,7 @@ def tolerance(checkpoint: Predictions) -> float:
 
 def _parted_by_a_hair(scores: np.ndarray, others: np.ndarray, thresholds: tuple[float, ...]) -> np.ndarray:
     """(N,), bool: where the first different decision of the two (E - 1, N) is one that `scores` takes just so."""
-    limits = np.asarray(thresholds, np.float32)[:, None]
+    limits = np.asarray(thresholds, np.float64)[:, None]
     differ, close = (scores >= limits) != (others >= limits), np.abs(scores - limits) < TIE
     parted = np.zeros(scores.shape[1], bool)
     for router in reversed(range(len(limits))):

@@ -72,7 +72,7 @@ def route(router_scores: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
     Returns:
         (N,), from 1 to E.
     """
-    goes_on = router_scores >= np.asarray(thresholds, dtype=np.float32)[:, None]
+    goes_on = router_scores >= np.asarray(thresholds, dtype=np.float64)[:, None]  # exactly, as the service does it
     return 1 + np.cumprod(goes_on, axis=0, dtype=np.int64).sum(axis=0)
 
 

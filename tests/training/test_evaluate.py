@@ -33,6 +33,11 @@ def test_the_next_expert_runs_where_the_score_reaches_the_threshold():
     assert route(np.empty((0, 2), np.float32), []).tolist() == [1, 1]
 
 
+def test_a_threshold_is_compared_exactly():
+    """As the service does; the nearest 32-bit number to a threshold just above the score is the score."""
+    assert route(np.array([[0.5]], np.float32), [np.nextafter(0.5, 1)]).tolist() == [1]
+
+
 def test_an_image_is_judged_by_the_mean_of_the_experts_it_used():
     """Not by those that did not run."""
     logits = np.array([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 3.0], [0.0, 3.0]]])
