@@ -148,7 +148,10 @@ class Supervisor:
             worker.pid = os.fork()
         except OSError as error:  # no memory, or no more processes: that may pass, and the others still serve
             let_signals_in()
-            self._plan_successor(worker, 0, f"fork: {error.strerror}")
+            cause = f"fork: {error.strerror}"
+            pause = self._plan_successor(worker, cause)
+            if pause is not None:
+                log(logging.ERROR, "worker_not_started", worker=worker.name, cause=cause, retry_in_s=pause)
             return
         if not worker.pid:
             os._exit(self._live(worker, supervisor))  # nothing of the supervisor's own end is the worker's business
@@ -213,10 +216,17 @@ class Supervisor:
         if code == START_FAILED and not row[WAS_READY]:
             self._give_up("a worker cannot start; its log line start_failed says why")
             return
-        self._plan_successor(worker, pid, _cause(code))
+        age = time.monotonic() - worker.started
+        pause = self._plan_successor(worker, _cause(code))
+        if pause is not None:
+            row[RESTARTS] += 1
+            log(
+                logging.ERROR, "worker_died",
+                worker=worker.name, pid=pid, cause=_cause(code), seconds=round(age, 3), restart_in_s=pause,
+            )  # fmt: skip
 
-    def _plan_successor(self, worker: Worker, pid: int, cause: str) -> None:
-        """At once, later, or never: after too many short lives the service ends."""
+    def _plan_successor(self, worker: Worker, cause: str) -> float | None:
+        """In how many seconds one starts. None: after too many short lives never, the service ends."""
         age = time.monotonic() - worker.started
         worker.short_lives = worker.short_lives + 1 if age < SHORT_LIFE_S else 1
         if worker.short_lives > len(RESTART_PAUSES_S):
@@ -224,14 +234,10 @@ class Supervisor:
                 f"worker {worker.name} died {worker.short_lives} times, each time within {SHORT_LIFE_S:g} s "
                 f"of its start, at last of {cause}"
             )
-            return
+            return None
         pause = RESTART_PAUSES_S[worker.short_lives - 1]
-        self._counters.row(worker.slot)[RESTARTS] += 1
         worker.due = time.monotonic() + pause
-        log(
-            logging.ERROR, "worker_died",
-            worker=worker.name, pid=pid, cause=cause, seconds=round(age, 3), restart_in_s=pause,
-        )  # fmt: skip
+        return pause
 
     def _give_up(self, reason: str) -> None:
         log(logging.CRITICAL, "gave_up", reason=reason)
