@@ -172,9 +172,9 @@ class Parity:
 
 
 @dataclass(frozen=True)
-class Variant:
+class Graphs:
     """
-    The graphs of one precision of the model: trunk, E experts, E - 1 routers or none.
+    The files of one precision of the model: trunk, E experts, E - 1 routers or none.
 
     Attributes:
         precision: what the graphs are computed in. bf16 has the files of fp32: the runtime rounds (OpenVINO).
@@ -186,12 +186,18 @@ class Variant:
     trunk: GraphSpec
     experts: tuple[GraphSpec, ...]
     routers: tuple[GraphSpec, ...]
-    parity: Parity
 
     @property
     def graphs(self) -> tuple[GraphSpec, ...]:
         """All graphs, in the order in which they run."""
         return (self.trunk, *self.experts, *self.routers)
+
+
+@dataclass(frozen=True)
+class Variant(Graphs):
+    """Graphs, and how close they come to the checkpoint."""
+
+    parity: Parity
 
     @property
     def faithful(self) -> bool:

@@ -22,6 +22,7 @@ from model_export.bundle import (
     RISK_CONFIDENCE,
     BundleError,
     Calibration,
+    Graphs,
     InputSpec,
     Macs,
     Manifest,
@@ -35,7 +36,7 @@ from model_export.bundle import (
 )
 from model_export.calibrate import by_rule, calibrate, choose
 from model_export.parity import compare, require, run_variant, tolerance
-from model_export.precision import Graphs, write_graphs
+from model_export.precision import write_graphs
 from model_export.risk import certify
 from training.checkpoint import Checkpoint, CheckpointError
 from training.data.images import INTERPOLATION
@@ -162,7 +163,7 @@ def _write(
         parity = compare(heldout, found[precision], rule, thresholds, checkpoint.class_counts, precision)
         if precision == "fp32":
             require(parity, "fp32", tolerance(heldout))
-        variants[precision] = Variant(precision, graphs.trunk, graphs.experts, graphs.routers, parity)
+        variants[precision] = Variant(**vars(graphs), parity=parity)
     manifest = Manifest(
         name=name or recipe.name, version=version,
         classes=checkpoint.classes, class_counts=checkpoint.class_counts,

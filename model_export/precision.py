@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -17,7 +16,7 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 from torch import Tensor
 
-from model_export.bundle import BundleError, GraphSpec, Precision
+from model_export.bundle import BundleError, Graphs, GraphSpec, Precision
 from model_export.graphs import save_graph, write_graph
 from model_export.openvino_core import openvino_core
 from model_export.split import split
@@ -33,21 +32,6 @@ BATCH = 64
 EXAMPLES = 2  # images to trace with
 
 Feed = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Graphs:
-    """The files of one variant: trunk, E experts, E - 1 routers."""
-
-    precision: Precision
-    trunk: GraphSpec
-    experts: tuple[GraphSpec, ...]
-    routers: tuple[GraphSpec, ...]
-
-    @property
-    def graphs(self) -> tuple[GraphSpec, ...]:
-        """All of them."""
-        return (self.trunk, *self.experts, *self.routers)
 
 
 def parse_precisions(text: str) -> tuple[Precision, ...]:

@@ -227,7 +227,7 @@ class Cascade:
         expert = experts[0] if self._catching_up else experts[-1]
         beside = [group for group in self._under_way if group.expert == expert]
         groups, room = [beside[-1]], self._schedule.max_batch - len(beside[-1].jobs)
-        for group in beside[-2::-1] if self._schedule.merges else []:
+        for group in beside[-2::-1]:
             if len(group.jobs) <= room:
                 groups.append(group)
                 room -= len(group.jobs)

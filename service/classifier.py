@@ -4,9 +4,8 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
@@ -175,15 +174,6 @@ class Classifier:
         if self.state == "draining":
             raise ServiceError("shutting_down", "service is stopping; retry in 1 s, at another instance", retry_after=1)
         raise ServiceError("not_ready", NOT_READY, retry_after=1)
-
-    @contextmanager
-    def accept(self) -> Iterator[None]:
-        """Let a request in: drain() waits until its block is left."""
-        self.enter()
-        try:
-            yield
-        finally:
-            self.leave()
 
     def enter(self) -> None:
         """Let a request in: drain() waits until it leaves. Raises ServiceError not_ready or shutting_down."""

@@ -4,7 +4,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -13,9 +13,6 @@ from numpy.typing import NDArray
 from model_export.bundle import Bundle, BundleError, GraphSpec, Manifest, Precision, TensorSpec
 from service.cascade import Floats, Rows
 from service.logs import log
-
-if TYPE_CHECKING:
-    from service.openvino_engine import OpenVinoEngine  # it is not installed everywhere
 
 RUNTIME_VERSION: Final = str(ort.__version__)
 PROVIDERS: Final = {
@@ -62,48 +59,37 @@ class EngineError(RuntimeError):
     """The graphs cannot be run as asked for; says what is missing."""
 
 
-class CpuEngine:
+class HostEngine:
     """
-    One ONNX session per graph, with onnxruntime's CPU provider.
+    Runs graphs on the processor, by whichever runtime a subclass opens and runs them with.
 
     Attributes:
         provider: what really runs the graphs.
         variant: the name of the variant that is run.
     """
 
-    def __init__(self, bundle: Bundle, variant: str, *, provider: str, threads: int) -> None:
-        """
-        Raises:
-            BundleError: where a graph's tensors are not those of the manifest.
-            EngineError: where the provider does not work on this machine.
-        """
+    def __init__(self, bundle: Bundle, variant: str, provider: str) -> None:
         graphs = bundle.manifest.variants[variant]
-        if graphs.precision == "bf16":
-            raise EngineError(
-                f"variant {variant!r}: {PROVIDERS[provider]} would compute it in fp32; set RIDE_PROVIDER=openvino, or "
-                "choose another"
-            )
         self.provider = provider
         self.variant = variant
-        self._threads = threads
         self._trunk = self._open(bundle, graphs.trunk)
         self._experts = [self._open(bundle, graph) for graph in graphs.experts]
         self._routers = [self._open(bundle, graph) for graph in graphs.routers]
 
     def trunk(self, images: NDArray[np.uint8]) -> Any:
         """(B, H, W, 3) to features."""
-        return self._trunk.run(["features"], {"images": images})[0]
+        return self._run(self._trunk, {"images": images}, ["features"])[0]
 
     def expert(self, index: int, features: Any, logits_sum: Floats) -> tuple[Floats, Any]:
         """Features and (B, C) to the new (B, C), and the expert's feature."""
         given = {"features": features, "logits_sum": logits_sum}
-        new_logits_sum, expert_feature = self._experts[index].run(["new_logits_sum", "expert_feature"], given)
+        new_logits_sum, expert_feature = self._run(self._experts[index], given, ["new_logits_sum", "expert_feature"])
         return new_logits_sum, expert_feature
 
     def router(self, index: int, expert_feature: Any, logits_sum: Floats) -> Floats:
         """The expert's feature and (B, C) to (B,)."""
         given = {"expert_feature": expert_feature, "logits_sum": logits_sum}
-        scores: Floats = self._routers[index].run(["score"], given)[0]
+        scores: Floats = self._run(self._routers[index], given, ["score"])[0]
         return scores
 
     def take(self, features: Any, rows: Rows) -> Any:
@@ -113,6 +99,36 @@ class CpuEngine:
     def join(self, features: Sequence[Any]) -> Any:
         """The features of several batches, one after the other."""
         return np.concatenate(features)
+
+    def _open(self, bundle: Bundle, graph: GraphSpec) -> Any:
+        """A graph that `_run` takes."""
+        raise NotImplementedError
+
+    def _run(self, graph: Any, inputs: dict[str, NDArray[Any]], outputs: list[str]) -> list[Any]:
+        """The outputs that are named, in memory that no later run writes into."""
+        raise NotImplementedError
+
+
+class CpuEngine(HostEngine):
+    """One ONNX session per graph, with onnxruntime's CPU provider."""
+
+    def __init__(self, bundle: Bundle, variant: str, *, provider: str, threads: int) -> None:
+        """
+        Raises:
+            BundleError: where a graph's tensors are not those of the manifest.
+            EngineError: where the provider does not work on this machine.
+        """
+        if bundle.manifest.variants[variant].precision == "bf16":
+            raise EngineError(
+                f"variant {variant!r}: {PROVIDERS[provider]} would compute it in fp32; set RIDE_PROVIDER=openvino, or "
+                "choose another"
+            )
+        self._threads = threads
+        super().__init__(bundle, variant, provider)
+
+    def _run(self, graph: ort.InferenceSession, inputs: dict[str, NDArray[Any]], outputs: list[str]) -> list[Any]:
+        found: list[Any] = graph.run(outputs, inputs)
+        return found
 
     def _open(self, bundle: Bundle, graph: GraphSpec) -> ort.InferenceSession:
         """A session for a graph whose tensors are those that the manifest lists."""
@@ -261,7 +277,7 @@ def _tensorrt_options(graph: bytes) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def open_engine(bundle: Bundle, variant: str | None, *, provider: str, threads: int) -> "CpuEngine | OpenVinoEngine":
+def open_engine(bundle: Bundle, variant: str | None, *, provider: str, threads: int) -> HostEngine:
     """
     Open a bundle's graphs with a provider; "auto" is CUDA where it works, else the CPU.
 
@@ -272,7 +288,7 @@ def open_engine(bundle: Bundle, variant: str | None, *, provider: str, threads: 
         BundleError, EngineError: as CpuEngine.
     """
     if provider == "openvino":
-        from service.openvino_engine import OpenVinoEngine
+        from service.openvino_engine import OpenVinoEngine  # it is not installed everywhere
 
         return OpenVinoEngine(bundle, variant or choose_variant(bundle.manifest, provider), threads=threads)
     available = set(ort.get_available_providers())
@@ -312,10 +328,10 @@ def choose_variant(manifest: Manifest, provider: str, flags: Set[str] | None = N
     return manifest.default_variant
 
 
-def processor_flags(file: Path = Path("/proc/cpuinfo")) -> Set[str]:
+def processor_flags() -> Set[str]:
     """The instruction sets that Linux lists for the first processor; none where it does not say."""
     try:
-        lines = file.read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return set()
     return next(

@@ -84,10 +84,12 @@ class Layout:
 
     Attributes:
         size: cells in a row.
+        families: all that follow, in their order.
     """
 
     def __init__(self, manifest: Manifest) -> None:
         self.size = OWN_CELLS
+        self.families: list[CounterCells | HistogramCells] = []
         errors = [code for code in STATUS if code not in ELSEWHERE]
         stages = ["trunk", *(f"expert_{expert}" for expert in range(manifest.n_experts))]
         self.requests = self._counter(
@@ -136,12 +138,15 @@ class Layout:
         )
 
     def _counter(self, name: str, text: str, label: str, values: Iterable[str]) -> CounterCells:
-        return CounterCells(name, text, label, self._places(values, 1))
+        self.families.append(family := CounterCells(name, text, label, self._places(values, 1)))
+        return family
 
     def _histogram(
         self, name: str, text: str, bounds: tuple[float, ...], label: str = "", values: Iterable[str] = ("",)
     ) -> HistogramCells:
-        return HistogramCells(name, text, bounds, label, self._places(values, len(bounds) + 2))
+        cells = self._places(values, len(bounds) + 2)
+        self.families.append(family := HistogramCells(name, text, bounds, label, cells))
+        return family
 
     def _places(self, values: Iterable[str], cells: int) -> dict[str, int]:
         places = {}
@@ -269,12 +274,9 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """All of it, summed over the processes: what prometheus_client asks of a collector."""
         self.publish()
-        layout, counters = self._layout, self._counters
+        counters = self._counters
         sums = counters.sums()
-        for cells in (
-            layout.requests, layout.request_seconds, layout.images, layout.exits, layout.router_score,
-            layout.stage_seconds, layout.batch_images, layout.queue_seconds, layout.refused, layout.predictions,
-        ):  # fmt: skip
+        for cells in self._layout.families:
             yield cells.family(sums)
         yield from self._macs(sums)
         yield from self._state(sums)
@@ -306,7 +308,7 @@ class Metrics:
         waiting = sum(counters.column(WAITING)[: counters.workers])
         for name, text, value in (
             ("queue_images", "Images that wait now, those being decoded included.", waiting),
-            ("queue_limit_images", "Images that may wait (RIDE_MAX_QUEUE).", self._limit * counters.workers),
+            ("queue_limit_images", "Images that may wait, at all workers together.", self._limit * counters.workers),
             ("ready", "Workers that take work; 0 while the service starts or drains.", self.ready_workers()),
             ("workers", "Worker processes that are alive.", alive),
             ("workers_configured", "Worker processes that there should be (RIDE_WORKERS).", counters.workers),

@@ -170,13 +170,12 @@ class GuardedProtocol(HttpToolsProtocol):
         self._parse(data)
         if self._is_over():
             return
-        stray = phase == self._phase == "between" and self._messages == messages  # it belongs to no request
         if self._messages == messages and not (phase == "head" and self._phase != "head"):
             self._framing_bytes += len(data) - (self._body_bytes - body_bytes)
             if self._framing_bytes > MAX_HEAD_BYTES + FRAMING_PER_BODY_BYTE * self._body_bytes:
                 self._refuse_size()
                 return
-        if self._head_timer is None and (self._phase == "head" or stray):
+        if self._head_timer is None and self._phase == "head":
             self._head_timer = self.loop.call_later(HEAD_S, self._head_timed_out)
 
     def _parse(self, data: bytes) -> None:

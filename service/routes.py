@@ -51,8 +51,11 @@ class ClassifyRoute:
         body = Body(scope["headers"], receive)
         lingers, most_bytes = False, 2 * self._settings.max_bytes
         try:
-            with self._classifier.accept():
+            self._classifier.enter()
+            try:
                 status, answer = await self._answer(scope["query_string"], body, request_id, started)
+            finally:
+                self._classifier.leave()
             await self._send(send, status, answer, body, request_id)
         except ServiceError as error:  # refused, before its images were looked at
             status = error.status

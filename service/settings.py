@@ -230,7 +230,7 @@ def read_settings(arguments: Sequence[str] | None = None, command: Command = SER
     try:
         return Settings(**given)
     except ValidationError as error:
-        raise SettingsError("\n".join(_explain(problem) for problem in _causes(error.errors()))) from None
+        raise SettingsError("\n".join(_explain(problem, command) for problem in _causes(error.errors()))) from None
 
 
 def unknown_variables() -> list[str]:
@@ -250,13 +250,13 @@ def _causes(problems: Sequence[Any]) -> list[Any]:
     return [problem for problem in problems if len(problem["loc"]) != 1 or problem["loc"][0] not in items]
 
 
-def _explain(problem: object) -> str:
+def _explain(problem: object, command: Command) -> str:
     assert isinstance(problem, dict)
     if not problem["loc"]:
         return str(problem["msg"]).removeprefix("Value error, ")
     name = str(problem["loc"][0])
     option = f"{PREFIX}{name.upper()} (--{name.replace('_', '-')})"
-    return f"{option} is {problem['input']!r}: {problem['msg']}; see ride-serve --help"
+    return f"{option} is {problem['input']!r}: {problem['msg']}; see {command.name} --help"
 
 
 def _choices(annotation: object) -> tuple[str, ...] | None:

@@ -43,7 +43,7 @@ class Checkpoint:
         recipe: that made it.
         classes, class_counts: names and training images per class, in the order of the logits.
         mean, std: the normalisation that the network has in it.
-        metrics: of the last epoch, or of the evaluation where the training is finished.
+        metrics: what the log says of its last epoch.
         commit: of the code.
         decoding: "resident" or "streamed": which of the two draws the augmentation.
         state: single numbers that a stage goes on with.
@@ -111,7 +111,7 @@ class Checkpoint:
 def save_checkpoint(
     run: Path, stage: str, epochs_done: int, model: nn.Module, optimiser: torch.optim.Optimizer | None,
     info: dict[str, Any], averaged: nn.Module | None = None,
-) -> Path:  # fmt: skip
+) -> None:  # fmt: skip
     """
     Write a checkpoint beside the others of `run`; earlier ones of the same stage are then removed.
 
@@ -160,7 +160,6 @@ def save_checkpoint(
     for older in directory.parent.glob(f"{stage}-*"):
         if _epochs_of(older) < epochs_done:
             _remove(older)
-    return directory
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

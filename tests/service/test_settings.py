@@ -16,6 +16,7 @@ from service.cores import available_cores
 from service.engine import batch_size_for, open_engine
 from service.logs import log, set_up
 from service.operating_point import choose_operation
+from service.profile import PROFILE
 from service.settings import DEFAULT_BUNDLE, Settings, SettingsError, read_settings, unknown_variables
 from tests.tiny import operating_points
 
@@ -27,6 +28,12 @@ EXAMPLES = {
     "max_pixels": "1000", "timeout_s": "2.5", "drain_s": "7", "top_k": "3", "max_experts": "2",
     "thresholds": "0.5,0.25", "max_mean_experts": "1.5", "max_accuracy_loss": "0.3", "log_level": "warning",
 }  # fmt: skip
+
+
+def test_a_refused_setting_sends_to_the_help_of_the_command_that_was_called():
+    """Both commands take the settings."""
+    with pytest.raises(SettingsError, match="see ride-profile --help"):
+        read_settings(["--port", "66000"], PROFILE)
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)
