@@ -66,6 +66,10 @@ class Recipe:
         n_experts: 1 to 6.
         reduced: 3/4 of the width in the experts, as in RIDE's tables.
         classifier: "cosine" (scale `cosine_scale`, no bias) or "linear" (with bias).
+        epochs: of the experts' stage.
+        batch_size: images in a step, of all processes and parts together.
+        lr: of the experts' stage, where warm-up ends and `schedule` begins.
+        weight_decay: of the experts' stage; SGD's is part of the gradient, AdamW's is not.
         warmup_epochs: lr·(1 + e)/warmup_epochs while e < warmup_epochs; half of a stage (or cycle) at most. SHIKE's
             own warm-up, under method "shike", begins at a lower rate.
         warmup_start: share of lr at e = 0, from which it grows evenly to lr at e = warmup_epochs; None: as above.
@@ -80,6 +84,7 @@ class Recipe:
             random proportions, scaled to the input, as for large images.
         crop_interpolation: of "resized".
         crop_padding: under "padded", pixels of zero padding; 0 turns the crop off.
+        flip: left and right change sides, in half of the views.
         rotation: random rotation of up to ± so many degrees; 0 turns it off.
         auto_augment: AutoAugment with its 25 sub-policies for CIFAR-10, after crop, flip and rotation.
         colour_jitter: brightness, contrast and saturation times 1 ± up to so much; 0 turns it off.
@@ -152,6 +157,8 @@ class Recipe:
         m2m_gamma: probability of its new class that a generated image must reach.
         m2m_steps, m2m_step_size, m2m_noise: gradient steps, their length, and the longest noise that they start from;
             Euclidean lengths over the pixels in [0, 1] of an image.
+        router_epochs, router_batch_size, router_lr, router_weight_decay: of the routers' stage, which has SGD.
+        router_hidden: size of a router's hidden layer.
         router_top_k: how many of the largest mean logits a router sees; at most the number of classes are used.
         router_shared: the routers share their output layer (RIDE's code); else each has its own.
         router_positive_weight: weight of "another expert would help" in the router's loss.

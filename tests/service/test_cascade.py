@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_export.calibrate import rule_scores
-from service.cascade import AbandonedError, Cascade, Job, NotFiniteError
+from service.cascade import AbandonedError, Cascade, Job, NotFiniteError, softmax
 from service.schedule import Profile, Schedule
 
 N_IMAGES, N_EXPERTS, N_CLASSES = 30, 4, 6
@@ -41,6 +41,13 @@ class TableEngine:
 
     def join(self, features):
         return np.concatenate(features)
+
+
+class TableEngineOfOneClass(TableEngine):
+    """Says the first class only."""
+
+    def expert(self, index, features, logits_sum):
+        return logits_sum + LOGITS[index, features, :1], features
 
 
 class Nobody:
@@ -241,6 +248,23 @@ def test_a_score_that_is_nan_is_the_fate_of_its_image_alone():
     assert_answers(sound, "router", (0, (1, 1, 1), N_EXPERTS, 0.0))
     assert isinstance(broken, NotFiniteError)
     assert watch.reports[0].router_scores == [(0, [SCORES[0, 0]])]
+
+
+def test_logits_of_any_size_become_probabilities():
+    """Those of linear classifiers grow to hundreds of thousands; 32-bit exponentials overflow at 89."""
+    found = softmax(np.array([[1e5, -1e5, 1e5], [-1e5, -1e5, 0]], np.float32))
+
+    assert found.tolist() == [[0.5, 0, 0.5], [0, 0, 1]]
+
+
+def test_the_only_class_leads_by_all_there_is():
+    """A model of one class has no second one; nothing goes on where the margin decides."""
+    (outcome,) = Cascade(
+        TableEngineOfOneClass(), n_experts=N_EXPERTS, n_classes=1, rule="margin", schedule=Schedule(1),
+        observer=Nobody(),
+    ).run([Job(np.zeros((1, 1, 3), np.uint8), (0.5,) * (N_EXPERTS - 1), N_EXPERTS, 0.0, 1, 0.0)])  # fmt: skip
+
+    assert (outcome.experts_used, outcome.probabilities, outcome.router_scores) == (1, [1.0], [0.0])
 
 
 def test_an_image_that_is_as_sure_as_it_must_be_stops():

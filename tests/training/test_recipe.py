@@ -1,10 +1,19 @@
 """Recipes: overrides, refusals, and what the published ones say."""
 
+import dataclasses
+import re
+
 import pytest
 
 from training.methods.method import scheduled_lr
 from training.recipe import Recipe, RecipeError
 from training.recipes import RECIPES
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Recipe)])
+def test_every_field_is_described(field):
+    """The README sends people there."""
+    assert re.search(rf"\b{field}\b", Recipe.__doc__)
 
 
 def test_overrides_take_the_type_of_the_field():
