@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -108,7 +109,7 @@ def run_stage(
     if start is not None:
         _resume(start, average, scaler)
     network = forward_of(model, stage, recipe)
-    labels = train.labels.cpu()
+    after_step = None if average is None else partial(average.update, model)
     first = start.epochs_done if start else 0
     progress = tqdm(total=stage.epochs, initial=first, unit="epoch", desc=stage.name, disable=rank() > 0)
     for epoch in range(first, stage.epochs):
@@ -119,24 +120,7 @@ def run_stage(
         (model.net if stage.norms_follow else stage.part).train()
         for group in optimiser.param_groups:
             group["lr"] = group["factor"] * stage.lr(epoch)
-        generator = torch.Generator().manual_seed(_seed(recipe.seed, stage.name, epoch))
-        torch.manual_seed(_seed(recipe.seed, stage.name, epoch, rank()))  # dropped paths
-        order = stage.sampler(labels, generator)
-        began = time.perf_counter()
-        sums: dict[str, Tensor] = {}
-        for images, targets in batches(train, order, stage.batch_size, recipe, generator):
-            losses, right = train_step(network, stage, optimiser, images, targets, epoch, generator, scaler)
-            if average is not None:
-                average.update(model)
-            for name, value in {**losses, "accuracy": 100 * right}.items():
-                sums[name] = sums.get(name, 0) + value.detach() * len(targets)
-        means = {name: float(value) / len(order) for name, value in sums.items()}
-        seconds = time.perf_counter() - began
-        if not np.isfinite(means["loss"]):
-            what = f"{stage.name}, epoch {epoch + 1}: the loss is {means['loss']}"
-            raise DivergedError(f"{what}; lower {rates_of(stage, recipe)}")
-        line: dict[str, Any] = {"stage": stage.name, "epoch": epoch + 1, "lr": stage.lr(epoch), **means}
-        line |= {"seconds": round(seconds, 3), "images_per_second": round(len(order) / seconds, 1)}
+        line = _run_epoch(network, stage, train, recipe, epoch, optimiser, scaler, after_step)
         if (epoch + 1) % recipe.evaluate_every == 0 and epoch + 1 < stage.epochs:
             line["test"] = evaluate(judged_in(model, stage, average))
         log.write(line)
@@ -145,12 +129,42 @@ def run_stage(
             averaged = None if average is None else average.model
             about = info | {"metrics": line, "state": state}
             save_checkpoint(run, stage.name, epoch + 1, model, optimiser, about, averaged)
-        shown = {"loss": means["loss"], "accuracy": means["accuracy"], "images/s": line["images_per_second"]}
-        progress.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
+        shown = {"loss": "loss", "accuracy": "accuracy", "images/s": "images_per_second"}
+        progress.set_postfix({label: f"{line[name]:.4g}" for label, name in shown.items()}, refresh=False)
         progress.update()
     progress.close()
     if average is not None:
         model.load_state_dict(average.model.state_dict())
+
+
+def _run_epoch(
+    network: Callable[[Tensor], Any], stage: Stage, train: AnyImages, recipe: Recipe, epoch: int,
+    optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler, after_step: Callable[[], None] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """
+    All steps of an epoch; returns its line for the log: mean losses, accuracy in percent, seconds.
+
+    Raises:
+        DivergedError: when the mean loss is not finite.
+    """
+    generator = torch.Generator().manual_seed(_seed(recipe.seed, stage.name, epoch))
+    torch.manual_seed(_seed(recipe.seed, stage.name, epoch, rank()))  # dropped paths
+    order = stage.sampler(train.labels.cpu(), generator)
+    began = time.perf_counter()
+    sums: dict[str, Tensor] = {}
+    for images, targets in batches(train, order, stage.batch_size, recipe, generator):
+        losses, right = train_step(network, stage, optimiser, images, targets, epoch, generator, scaler)
+        if after_step is not None:
+            after_step()
+        for name, value in {**losses, "accuracy": 100 * right}.items():
+            sums[name] = sums.get(name, 0) + value.detach() * len(targets)
+    means = {name: float(value) / len(order) for name, value in sums.items()}
+    seconds = time.perf_counter() - began
+    if not np.isfinite(means["loss"]):
+        what = f"{stage.name}, epoch {epoch + 1}: the loss is {means['loss']}"
+        raise DivergedError(f"{what}; lower {rates_of(stage, recipe)}")
+    line: dict[str, Any] = {"stage": stage.name, "epoch": epoch + 1, "lr": stage.lr(epoch), **means}
+    return line | {"seconds": round(seconds, 3), "images_per_second": round(len(order) / seconds, 1)}
 
 
 def rates_of(stage: Stage | FitStage, recipe: Recipe) -> str:
