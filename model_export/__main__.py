@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
-from model_export.bundle import RISK_CONFIDENCE, SPLITS, Accuracy, BundleError, Manifest, OperatingPoint, Risk, Rule
+from model_export.bundle import RISK_CONFIDENCE, Accuracy, BundleError, Manifest, OperatingPoint, Risk, Rule
 
 COMPARED_COSTS = (0.6, 0.75, 0.9)  # of all experts, at which the rules are compared
 
@@ -114,15 +114,9 @@ def _variant_lines(manifest: Manifest) -> Iterator[str]:
             f"{parity.experts_used_agreement:13.2%} {parity.max_abs_logit_difference:14.3g}"
         )
         if not variant.faithful:
-            loss, split = _largest_loss(parity.checkpoint_accuracy, parity.accuracy)
+            loss, split = max((loss, split) for split, loss in parity.losses.items())
             line += f"  loses {loss:.2f} points on {split}: not used unless asked for"
         yield line
-
-
-def _largest_loss(before: Accuracy, after: Accuracy) -> tuple[float, str]:
-    """Percentage points lost where most are lost, and there."""
-    pairs = {name: (getattr(before, name), getattr(after, name)) for name in ("all", *SPLITS)}
-    return max((pair[0] - pair[1], name) for name, pair in pairs.items() if None not in pair)
 
 
 def _comparison(manifest: Manifest) -> Iterator[str]:
