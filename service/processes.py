@@ -3,6 +3,7 @@
 import os
 import resource
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -28,6 +29,37 @@ def _booted() -> int:
 BOOTED: Final = _booted()
 
 
+class _Spare:
+    """
+    A file descriptor that is kept, to be there for reading /proc when all others are taken.
+
+    For the event loop's thread, as all that takes descriptors there: nobody else gets it meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._descriptor: int | None = None
+        self._take()
+
+    @contextmanager
+    def given_up(self) -> Iterator[None]:
+        """Inside there is one descriptor to be had."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        try:
+            yield
+        finally:
+            self._take()
+
+    def _take(self) -> None:
+        try:
+            self._descriptor = os.open(os.devnull, os.O_RDONLY)
+        except OSError:
+            self._descriptor = None
+
+
+SPARE: Final = _Spare()  # a fork gives each process its own
+
+
 @dataclass(frozen=True, slots=True)
 class ProcessFigures:
     """One process: processor time in seconds since its start, memory in bytes, start in seconds since 1970."""
@@ -41,16 +73,18 @@ class ProcessFigures:
 
 def process_families(pids: Iterable[int], first: int, dead_cpu_s: float) -> Iterator[Metric]:
     """
-    The metrics named process_*, as prometheus_client names them, over several processes; none where there is no /proc.
+    The metrics named process_*, as prometheus_client names them, over several processes, and how near the one with most
+    open files is to the limit; none where there is no /proc.
 
     Args:
         first: whose start is the start of the service.
         dead_cpu_s: processor seconds of those that are no more, so that the sum does not fall.
     """
-    found = {pid: process for pid in pids if (process := read_process(pid)) is not None}
+    with SPARE.given_up():
+        found = {pid: process for pid in pids if (process := read_process(pid)) is not None}
     if first not in found:
         return
-    figures = found.values()
+    figures, most_files = found.values(), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     yield CounterMetricFamily(
         "process_cpu_seconds",
         "User and system time of all processes of the service.",
@@ -71,11 +105,16 @@ def process_families(pids: Iterable[int], first: int, dead_cpu_s: float) -> Iter
         (
             "max_fds",
             "File descriptors that may be open, in all processes.",
-            len(found) * resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            len(found) * most_files,
         ),
         ("start_time_seconds", "Start of the service, in seconds since 1970.", found[first].started),
     ):
         yield GaugeMetricFamily(f"process_{name}", text, value=value)
+    yield GaugeMetricFamily(
+        "ride_open_files_share",
+        "Open file descriptors of the process that has most of them, as a share of what one process may have.",
+        value=max(process.open_files for process in figures) / most_files,
+    )
 
 
 def read_process(pid: int) -> ProcessFigures | None:

@@ -3,6 +3,8 @@
 import asyncio
 import math
 import os
+import resource
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from random import Random
 
@@ -53,6 +55,7 @@ TABLE = [
     ("ride_workers", "gauge", None, None),
     ("ride_workers_configured", "gauge", None, None),
     ("ride_worker_restarts", "counter", None, None),
+    ("ride_open_files_share", "gauge", None, None),
 ]  # fmt: skip
 
 
@@ -129,6 +132,22 @@ async def test_the_process_is_measured_under_the_usual_names(service):
     for name in ("process_resident_memory_bytes", "process_virtual_memory_bytes", "process_open_fds"):
         assert ours[name] == pytest.approx(usual[name], rel=0.2)
     assert -0.02 < ours["process_cpu_seconds"] - usual["process_cpu_seconds"] < 5  # counted in hundredths
+
+
+async def test_that_no_file_can_be_opened_any_more_can_still_be_told(service):
+    """When connections have taken all descriptors, reading /proc needs one more; the alert lives on it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as taken:
+        taken.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        most = len(os.listdir("/proc/self/fd")) + 20
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        with suppress(OSError):
+            while True:
+                taken.callback(os.close, os.dup(0))
+        for _ in range(2):  # and again
+            families = await scrape(service)
+            assert families["process_cpu_seconds"].samples[0].value > 0
+            assert families["ride_open_files_share"].samples[0].value > 0.9
 
 
 def test_the_start_stays_where_it_was_when_the_clock_is_set(tmp_path, monkeypatch):
