@@ -191,11 +191,11 @@ def experts_row(page: Page) -> None:
         latest(compute_saved(LATELY)),
     )  # fmt: skip
     page.add(
-        number(IMAGES_PER_SECOND, 1).graph_mode(options.BigValueGraphMode.AREA),
+        number(IMAGES_PER_SECOND, 1),
         "Images per second",
         "Images answered, mean of the last minute.",
         3, 5,
-        query(rate("ride_images_total", "", "1m")),
+        latest(rate("ride_images_total", "", "1m")),
     )  # fmt: skip
     page.add(
         switching(number("none", 0), "green", "red"),
