@@ -25,7 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.risk_confidence is not None and options.max_risk is None:
         parser.error("--risk-confidence: says how sure --max-risk must be, which is not given")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half written goes
+    for sig in (signal.SIGTERM, signal.SIGHUP):  # so that what is half written goes
+        if signal.getsignal(sig) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(sig, lambda number, _: sys.exit(128 + number))
     try:
         from model_export.export import Wish, export
         from model_export.precision import obstacle, parse_precisions
@@ -134,21 +136,29 @@ def _comparison(manifest: Manifest) -> Iterator[str]:
 
 
 def _risk_lines(risk: Risk, manifest: Manifest) -> Iterator[str]:
-    if max(manifest.thresholds, default=0.0) == 0:
+    exits = max(manifest.thresholds, default=0.0) > 0
+    if exits:
+        yield (
+            f"risk: early exit loses at most {risk.max_risk:g} points of accuracy with {risk.confidence:.4g} "
+            f"confidence, every held-out image counted alike: {risk.loss:.2f} on {risk.images} images that did not "
+            f"choose, bound {risk.upper_bound:.2f}"
+        )
+    elif manifest.n_experts > 1:
         yield (
             f"risk: of the early exits by the rule {manifest.rule} that were tried none can be certified to lose at "
             f"most {risk.max_risk:g} points with {risk.confidence:.4g} confidence on {risk.images} images; every image "
             "runs all experts"
         )
-        return
-    yield (
-        f"risk: early exit loses at most {risk.max_risk:g} points of accuracy with {risk.confidence:.4g} confidence, "
-        f"every held-out image counted alike: {risk.loss:.2f} on {risk.images} images that did not choose, "
-        f"bound {risk.upper_bound:.2f}"
-    )
+    else:
+        yield (
+            f"risk: a single expert leaves nothing to exit from; at most {risk.max_risk:g} points with "
+            f"{risk.confidence:.4g} confidence, on {risk.images} images, may be lost by precisions other than fp32"
+        )
     for name, bound in risk.variants.items():
         failed = "" if bound <= risk.max_risk else ": not used unless asked for"
-        yield f"  the same for {name}, against all experts of the checkpoint: bound {bound:.2f}{failed}"
+        yield f"  {name}, against all experts of the checkpoint: bound {bound:.2f}{failed}"
+    if not exits:
+        return
     tail = {name: loss for name, loss in risk.loss_by_split.items() if loss is not None}
     yield "  lost on " + ", ".join(f"{name} {loss:.2f}" for name, loss in tail.items())
     if tail.get("few", 0.0) > risk.max_risk:

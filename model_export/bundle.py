@@ -537,7 +537,7 @@ def read_bundle(path: Path | str) -> Bundle:
     except (OSError, UnicodeDecodeError) as error:
         raise BundleError(f"{directory / MANIFEST}: cannot be read ({error})") from error
     try:
-        document = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        document = json.loads(text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_object)
         json.dumps(document, ensure_ascii=False).encode()  # half of a surrogate pair is JSON, yet nothing to be sent on
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{directory / MANIFEST}: is not JSON ({error})") from error
@@ -637,6 +637,15 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):  # NaN and Infinity are Python's own addition to JSON; 1e999 is JSON
         raise ValueError(f"{text} is not a finite number")
     return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:  # which of them counts, readers of JSON do not agree on
+            raise ValueError(f"the key {_shown(key)} is there twice")
+        found[key] = value
+    return found
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:

@@ -287,7 +287,7 @@ def _operating_points(
         heldout: by the checkpoint.
         found: the same images, by each variant.
     """
-    if wish.max_risk is not None and len(heldout.expert_logits) > 1:  # one expert cannot lose anything
+    if wish.max_risk is not None:
         others: dict[str, Predictions] = {name: each for name, each in found.items() if name != "fp32"}
         thresholds, risk = certify(heldout, images.counts, macs, rule, wish.max_risk, wish.risk_confidence, others)
         return calibrate(heldout, images.counts, macs, images.heldout_note, (rule, thresholds), risk), thresholds
@@ -305,7 +305,8 @@ def _test_figures(model: Model, images: Data, macs: Costs, rule: Rule, threshold
 
 def _refuse_foreign(target: Path) -> None:
     """
-    Only an empty directory, or one that holds a bundle and nothing else, may be replaced.
+    Only an empty directory, or one that holds a bundle, with the files that its manifest lists, and nothing else, may
+    be replaced.
 
     Raises:
         BundleError: for anything else, with the first thing that does not belong to a bundle.
@@ -316,21 +317,33 @@ def _refuse_foreign(target: Path) -> None:
         raise BundleError(f"{target}: exists and is not a directory; give another one")
     if os.path.ismount(target):
         raise BundleError(f"{target}: is a mount point, which cannot be replaced; give a directory inside it")
-    there = sorted(entry.name for entry in target.iterdir())
-    strange = [name for name in there if name != MANIFEST and not name.endswith(".onnx")]
-    if there and not _is_manifest(target / MANIFEST):
+    there = sorted(target.iterdir())
+    listed = _files_of(target / MANIFEST)
+    if there and not listed:
         raise BundleError(f"{target}: exists and is not a bundle; give another directory")
+    strange = [entry.name for entry in there if entry.name not in listed or not entry.is_file()]
     if strange:
         raise BundleError(f"{target}: holds {strange[0]}, which is not a bundle's and would be lost; move it away")
 
 
-def _is_manifest(file: Path) -> bool:
-    """Whether the file is a manifest of whatever version."""
+def _files_of(manifest: Path) -> set[str]:
+    """The names of a bundle's files by its manifest, of whatever version, itself included; none where it is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(manifest.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and {"schema_version", "classes", "thresholds"} <= content.keys()
+        return set()
+    if not isinstance(content, dict) or not {"schema_version", "classes", "thresholds"} <= content.keys():
+        return set()
+    names = {MANIFEST}
+    left = [value for key, value in content.items() if key != "provenance"]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            names |= {value["file"]} if isinstance(value.get("file"), str) else set()
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+    return names
 
 
 def _put_in_place(directory: Path, target: Path) -> None:

@@ -121,6 +121,7 @@ def test_a_directory_without_a_manifest_is_no_bundle(tmp_path):
         (b'{"schema_version": -Infinity}', "is not JSON (-Infinity is not a finite number)"),
         (b'{"provenance": 1e999}', "is not JSON (1e999 is not a finite number"),
         (b'{"macs": ' + b"9" * 5000 + b"}", "is not JSON ("),
+        (b'{"rule": "router", "rule": "depth"}', "is not JSON (the key 'rule' is there twice)"),
         (b"[]", "the document: is []; expected an object"),
         (b"null", "the document: is None; expected an object"),
         (b"{}", "is missing; expected the keys"),

@@ -89,8 +89,8 @@ def test_graphs_tell_nothing_of_the_machine(exported):
         assert ".py" not in content
 
 
-def test_a_model_of_one_expert_is_a_bundle_too(image_folder, tmp_path):
-    """No routers, no thresholds, of each rule the one operating point that there is, and nothing to risk."""
+def test_a_model_of_one_expert_is_a_bundle_too(image_folder, tmp_path, capsys):
+    """No routers, no thresholds, of each rule the one operating point that there is; precisions may lose something."""
     directory = make_run(
         image_folder, tmp_path / "run", n_experts=1, method="single", loss="ldam", diversity_weight=0.0
     )
@@ -100,6 +100,11 @@ def test_a_model_of_one_expert_is_a_bundle_too(image_folder, tmp_path):
     assert (manifest.n_experts, manifest.thresholds) == (1, ())
     assert [point.rule for point in manifest.calibration.points] == list(RULES)
     assert list(manifest.variants) == ["fp32", "int8"]
+    risk = manifest.calibration.risk
+    assert (risk.max_risk, risk.upper_bound, risk.loss) == (1, 0, 0)
+    assert risk.variants["int8"] > 1  # a few images certify nothing
+    assert not manifest.may_serve("int8")
+    assert "int8, against all experts of the checkpoint: bound " in capsys.readouterr().out
 
 
 def test_a_bundle_that_fails_parity_is_not_written(run, exported, tmp_path, monkeypatch, capsys):
@@ -168,6 +173,11 @@ def test_a_bundle_with_something_else_in_it_is_left_alone(run, exported, tmp_pat
     notes.write_text("precious")
     assert main([str(run), "-o", str(tmp_path / "bundle"), "--variants", "fp32"]) == 2
     assert "holds notes.md, which is not a bundle's and would be lost" in capsys.readouterr().err
+    another = shutil.copytree(exported, tmp_path / "own") / "my_other_model.onnx"
+    another.write_text("precious")
+    assert main([str(run), "-o", str(tmp_path / "own"), "--variants", "fp32"]) == 2
+    assert "holds my_other_model.onnx, which is not a bundle's and would be lost" in capsys.readouterr().err
+    assert another.read_text() == "precious"
     (tmp_path / "web").mkdir()
     (tmp_path / "web" / "manifest.json").write_text('{"name": "my app"}')
     assert main([str(run), "-o", str(tmp_path / "web"), "--variants", "fp32"]) == 2
@@ -353,7 +363,8 @@ def risky(bundle, thresholds, few):
         ((0.5, 0.5), 0.4, "lost on many 0.10, few 0.40", "the few split loses"),
         ((0.5, 0.5), 0.4, "image counted alike: 0.25 on 50 images that did not choose, bound 0.48", "none can be"),
         ((0.0, 0.0), 0.0, "that were tried none can be certified to lose at most 0.5 points", "lost on"),
-        ((0.5, 0.5), 0.4, "for bf16, against all experts of the checkpoint: bound 0.51: not used unless", "0.49: not"),
+        ((0.5, 0.5), 0.4, "  bf16, against all experts of the checkpoint: bound 0.51: not used unless", "0.49: not"),
+        ((0.0, 0.0), 0.0, "  bf16, against all experts of the checkpoint: bound 0.51: not used unless", "0.49: not"),
     ],
 )  # fmt: skip
 def test_the_table_says_what_the_risk_means_for_rare_classes(make_bundle, thresholds, few, said, unsaid):
