@@ -154,7 +154,7 @@ class Cascade:
             "router": self._router_score, "confidence": _confidence_score, "margin": _margin_score,
             "agreement": _agreement_score, "depth": _depth_score,
         }[rule]  # fmt: skip
-        self._under_way: list[_Group] = []  # the one that came furthest last
+        self._under_way: list[_Group] = []  # those that came furthest last; of equals, the one that came first first
         self._catching_up = False  # a batch was let pass; whoever came furthest waits until it has come as far
         self.observer = observer
 
@@ -169,7 +169,7 @@ class Cascade:
             return min(waiting, self._schedule.max_batch)
         if self._catching_up:
             return 0
-        furthest = self._under_way[-1]
+        furthest = next(group for group in self._under_way if group.expert == self._under_way[-1].expert)
         fresh = self._schedule.fresh_first(furthest.expert, len(furthest.jobs), waiting)
         self._catching_up = fresh > 0
         return fresh
@@ -221,13 +221,17 @@ class Cascade:
         )  # fmt: skip
 
     def _next_groups(self) -> list[_Group]:
-        """Those whose turn it is and, where survivors of several batches may meet, all that wait beside them."""
+        """
+        Those whose turn it is and, where survivors of several batches may meet, all beside them that there is room for.
+
+        Who came first goes first: a batch that was let pass shall not go before those that let it.
+        """
         experts = [group.expert for group in self._under_way]
         self._catching_up &= experts[0] < experts[-1]
         expert = experts[0] if self._catching_up else experts[-1]
         beside = [group for group in self._under_way if group.expert == expert]
-        groups, room = [beside[-1]], self._schedule.max_batch - len(beside[-1].jobs)
-        for group in beside[-2::-1]:
+        groups, room = [beside[0]], self._schedule.max_batch - len(beside[0].jobs)
+        for group in beside[1:]:
             if len(group.jobs) <= room:
                 groups.append(group)
                 room -= len(group.jobs)

@@ -335,6 +335,20 @@ def test_survivors_let_one_batch_pass_and_no_more():
     assert {one for one, _ in work.step([])} == {old, new}
 
 
+@pytest.mark.parametrize("max_experts", [2, 3])
+def test_nobody_waits_for_ever_while_fresh_images_keep_coming(max_experts):
+    """Survivors of two batches do not fit into one, and whoever may let another batch pass does."""
+    running = cascade(schedule=AtWill(4, [True] * 1000))
+    begun, ages = {}, []
+    for step in range(60):
+        fresh = [job(row, (0, 0, 0), max_experts) for row in range(running.wants(8))]
+        begun |= dict.fromkeys(fresh, step)
+        ages += [step - begun.pop(done) for done, _ in running.step(fresh)]
+
+    assert len(ages) > 4 * 60 / (max_experts + 1)
+    assert max([*ages, *(60 - step for step in begun.values())]) <= 3 * max_experts
+
+
 def test_a_profile_reads_between_its_measurements():
     """Linear between sizes, in proportion beyond the largest."""
     measured = Profile({"trunk": {1: 1.0, 3: 2.0}, "expert_0": {1: 4.0}, "expert_1": {1: 7.0, 2: 7.0}})
