@@ -32,6 +32,7 @@ PNG_DEPTH_AT: Final = 24  # in a file whose first chunk is the header, as it mus
 INNER_SHARE: Final = 7 / 8  # of the shorter side, in "inner_crop": 224 of 256
 SMALL_JPEG: Final = 640 * 480  # pixels that take about a millisecond
 SMALL_PNG: Final = 200 * 200
+PILLOWS_COLOURS: Final = ("CMYK", "YCCK")  # of JPEGs; libjpeg-turbo would make another RGB of them than trainings see
 SMALL_BYTES: Final = 256 * 1024
 TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_TILE_WIDTH, TIFF_TILE_LENGTH = 258, 262, 322, 323
 WHITE_IS_ZERO: Final = 0
@@ -102,7 +103,7 @@ def is_small(data: bytes) -> bool:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         except ValueError:
             return False
-        return bool(height * width <= SMALL_JPEG and colours != "CMYK")  # which is left to Pillow
+        return bool(height * width <= SMALL_JPEG and colours not in PILLOWS_COLOURS)
     if data.startswith(PNG_START) and data[12:16] == b"IHDR" and len(data) >= 24:
         width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
         return width * height <= SMALL_PNG and has_plain_chunks(data)
@@ -120,7 +121,7 @@ def _decode_jpeg(data: bytes, spec: InputSpec, max_pixels: int, scaled: bool) ->
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         _check_size("JPEG", width, height, max_pixels)
-        if colours == "CMYK":
+        if colours in PILLOWS_COLOURS:
             return None
         if not exif and (height, width) == (spec.height, spec.width):
             pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")

@@ -10,6 +10,7 @@ import zlib
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image, ImageOps
 
 import training.data.images
@@ -164,10 +165,13 @@ async def test_every_lossless_kind_gives_the_answer_of_its_pixels(service, name)
     assert predictions(found) == predictions(plain)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "YCCK"])
 async def test_a_jpeg_gives_the_answer_of_its_decoded_pixels(service, mode):
-    """Also progressive, grey and CMYK."""
-    data = encode(Image.fromarray(PIXELS).convert(mode), "JPEG", quality=90, progressive=True)
+    """Also progressive, grey, CMYK, and the YCCK that Photoshop makes of it."""
+    data = encode(Image.fromarray(PIXELS).convert(mode.replace("YCCK", "CMYK")), "JPEG", quality=90, progressive=True)
+    if mode == "YCCK":  # the same numbers, read as YCCK
+        data = data.replace(b"Adobe\0d\0\0\0\0\0", b"Adobe\0d\0\0\0\0\2")
+        assert simplejpeg.decode_jpeg_header(data)[2] == "YCCK"
     with Image.open(io.BytesIO(data)) as image:
         pixels = np.asarray(image.convert("RGB"))
     found = await service.client.post("/classify", content=data)
