@@ -33,9 +33,14 @@ class InParts(nn.Module):
         super().__init__()
         self.network, self.parts = network, parts
 
-    def forward(self, images: Tensor) -> Any:
-        """The network's outputs for `images` (B, ...)."""
-        parts = images.tensor_split(max(1, min(self.parts, len(images) // 2)))
+    def forward(self, images: Tensor, fewest: int) -> Any:
+        """
+        The network's outputs for `images` (B, ...).
+
+        Args:
+            fewest: the least B of all processes, which must take equally many parts: their batch norms meet in each.
+        """
+        parts = images.tensor_split(max(1, min(self.parts, fewest // 2)))
         outputs = [
             checkpoint(self.network, part, use_reentrant=False, context_fn=self._contexts)
             if torch.is_grad_enabled()

@@ -255,7 +255,8 @@ def forward_of(model: Model, stage: Stage, recipe: Recipe) -> Callable[[Tensor],
     network: torch.nn.Module = with_shared_norms(net)
     if recipe.compile and learns:
         network = torch.compile(network, dynamic=False)  # type: ignore[assignment]
-    if recipe.accumulate > 1 and learns:
+    in_parts = recipe.accumulate > 1 and learns
+    if in_parts:
         network = InParts(network, recipe.accumulate)
     if world_size() > 1 and learns:
         network = DistributedDataParallel(network)
@@ -268,7 +269,9 @@ def forward_of(model: Model, stage: Stage, recipe: Recipe) -> Callable[[Tensor],
             torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None),
             torch.set_grad_enabled(learns),
         ):
-            outputs = gather_outputs(network(images[own_rows(len(images))]), len(images))
+            own = images[own_rows(len(images))]
+            outputs = network(own, len(images) // world_size()) if in_parts else network(own)
+            outputs = gather_outputs(outputs, len(images))
             return outputs if stage.teacher is None else outputs._replace(teacher_logits=stage.teacher(images))
 
     return forward

@@ -19,6 +19,7 @@ from training.recipe import Recipe
 
 COUNTS = (40, 10, 3)
 CASES = ((True, 1), (False, 1), (False, 3))  # batch norm or not, parts of a batch
+NORM_IN_PARTS = (True, 3)  # of the last batch one of two processes has five rows, enough for two parts, the other six
 
 
 class SmallNet(nn.Module):
@@ -75,7 +76,7 @@ def weights_after(
 
 if __name__ == "__main__":  # under torchrun, FILE ARGUMENTS: writes what all processes have, then trains as ride-train
     with joined():
-        result = {(norm, parts): weights_after(8, norm, accumulate=parts) for norm, parts in CASES}
+        result = {(norm, parts): weights_after(8, norm, accumulate=parts) for norm, parts in (*CASES, NORM_IN_PARTS)}
         both = [None, None]
         torch.distributed.all_gather_object(both, result)
         if rank() == 0:

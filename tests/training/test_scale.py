@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.training.small_training import CASES, weights_after
+from tests.training.small_training import CASES, NORM_IN_PARTS, weights_after
 from training.__main__ import main
 from training.average import WeightAverage
 from training.checkpoint import checkpoints_of, save_checkpoint
@@ -91,6 +91,14 @@ def test_two_processes_make_the_steps_of_one(shared_run):
         assert len({round(loss, 6) for loss in losses}) == 8
 
 
+def test_processes_with_unequal_rows_take_equally_many_parts(shared_run):
+    """Their batch norms meet in each part, and one part more would be waited for for ever."""
+    one, other = (steps[NORM_IN_PARTS] for steps in shared_run[1])
+
+    assert one[0] == other[0]
+    torch.testing.assert_close(one[1], other[1], rtol=0, atol=0)
+
+
 def test_a_training_by_two_processes_has_the_losses_of_one(folder, shared_run, tmp_path):
     """Every stage of RIDE, in fp32, each decoding its own images; the first process alone prints, logs and writes."""
     run, _, output = shared_run
@@ -145,13 +153,14 @@ def test_parts_have_two_rows_at_least_and_their_activations_are_forgotten():
     seen = []
     network = InParts(Counted(3, 2), 4)
     with torch.no_grad():
-        network(torch.rand(9, 3))
-        network(torch.rand(5, 3))
-        network(torch.rand(1, 3))
-    assert seen == [3, 2, 2, 2, 3, 2, 1]
+        network(torch.rand(9, 3), 9)
+        network(torch.rand(5, 3), 5)
+        network(torch.rand(1, 3), 1)
+        network(torch.rand(4, 3), 3)  # another process has three rows, too few for two parts
+    assert seen == [3, 2, 2, 2, 3, 2, 1, 4]
 
     seen.clear()
-    network(torch.rand(4, 3)).expert_logits.sum().backward()
+    network(torch.rand(4, 3), 4).expert_logits.sum().backward()
     assert seen == [2] * 4
 
 
