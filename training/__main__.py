@@ -60,7 +60,7 @@ def _train(options: argparse.Namespace) -> int:
         recipe = _recipe(options.recipe, options)
         from training.checkpoint import CheckpointError
         from training.claim import ClaimedError
-        from training.data.sets import DataError
+        from training.data.report import DataError, UnreadableError
         from training.distributed import LostProcessError
         from training.loop import DivergedError
         from training.train import train
@@ -72,7 +72,7 @@ def _train(options: argparse.Namespace) -> int:
         return _fail(f"{run}: has checkpoints already; --resume goes on with them, --out names another directory")
     try:
         results = train(recipe, run)
-    except LostProcessError as error:
+    except (LostProcessError, UnreadableError) as error:
         return _fail(error)
     except (CheckpointError, ClaimedError, DataError, DivergedError, RecipeError) as error:
         return _fail(error) if first else 2

@@ -9,6 +9,7 @@ which the authors' talk has, stands beside it.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from training.distributed import best_device
 from training.evaluate import mean_by_class, mean_by_split, predict
 from training.plots import plot_bias_variance
 from training.recipe import Recipe, RecipeError
-from training.runs import RunsError, train_all
+from training.runs import RunsError, refuse_equal_names, train_all
 from training.tables import Cell, markdown, number, write_csv
 from training.train import trained_model
 
@@ -231,6 +232,7 @@ def bias_variance(
         RecipeError: for recipes on different data, or without a random subset or test images of their own.
         ClaimedError, RunsError: before anything is trained.
     """
+    refuse_equal_names(recipes)
     first = recipes[0]
     for recipe in recipes:
         theirs, ours = ((r.data, r.profile, r.imbalance, r.image_size) for r in (recipe, first))
@@ -368,5 +370,6 @@ def _write_csv(file: Path, analyses: Mapping[str, Analysis], per_class: Mapping[
         for kind in DECOMPOSITIONS:
             rows += [[name, kind, scope, *(analysis.figures[scope, kind, part] for part in PARTS)] for scope in SCOPES]
             columns = zip(*(per_class[name, kind, part].tolist() for part in PARTS), strict=True)
-            rows += [[name, kind, f"class {label}", *values] for label, values in enumerate(columns)]
+            for label, values in enumerate(columns):
+                rows.append([name, kind, f"class {label}", *(None if math.isnan(value) else value for value in values)])
     write_csv(file, ("method", "decomposition", "classes", *PARTS), rows)

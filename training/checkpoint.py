@@ -80,11 +80,14 @@ class Checkpoint:
                 return f"{before} of class {name!r}, {now} now"
         return None if self.saw(images_digest) else "as many, but some have changed or go by other names"
 
-    def load_into(self, model: nn.Module, optimiser: torch.optim.Optimizer | None = None) -> None:
+    def load_into(self, model: nn.Module, optimiser: torch.optim.Optimizer | None = None, *, only: str = "") -> None:
         """
         Set the weights of `model`, and the momentum of `optimiser`, to the checkpoint's.
 
         Where weights were averaged these are the averages without `optimiser`, and those that learn with it.
+
+        Args:
+            only: beginning of the names of the tensors that are taken; the others stay as they are.
 
         Raises:
             CheckpointError: naming the first missing, unknown or differently shaped tensor, with both shapes.
@@ -92,13 +95,13 @@ class Checkpoint:
         learning = self.path / "learning.safetensors"
         stored = _load(learning if optimiser is not None and learning.is_file() else self.path / "model.safetensors")
         expected = model.state_dict()
-        for name in sorted(expected.keys() | stored.keys()):
+        for name in sorted(name for name in expected.keys() | stored.keys() if name.startswith(only)):
             has, wants = (tuple(d[name].shape) if name in d else None for d in (stored, expected))
             if has != wants:
                 raise CheckpointError(
                     f"{self.path}: tensor {name} is {has or 'missing'}, the model wants {wants or 'none'}"
                 )
-        model.load_state_dict(stored)
+        model.load_state_dict(expected | {name: stored[name] for name in expected if name.startswith(only)})
         if optimiser is not None:
             parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
             for key, tensor in _load(self.path / "optimiser.safetensors").items():

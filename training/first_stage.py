@@ -8,7 +8,7 @@ from typing import Any
 from training.checkpoint import CheckpointError, checkpoints_of, save_checkpoint
 from training.distributed import rank
 from training.methods.method import Model, Stage
-from training.recipe import DECIDE_NOTHING
+from training.recipe import DECIDE_NOTHING, PLACES
 
 STAGE = "experts"  # the only stage of such a run that counts
 # Fields, or beginnings of their names, that are without effect on the first stage of a training.
@@ -35,7 +35,7 @@ def take_over(source: Path, model: Model, stage: Stage, *, run: Path, info: dict
     checkpoint = checkpoints_of(source).get(STAGE)
     if checkpoint is None:
         raise CheckpointError(f"first_stage={source}: no checkpoint of the stage {STAGE!r} there; ride-train makes it")
-    ignored = (*OF_LATER_STAGES, *OF_OTHERS, "compile")
+    ignored = (*OF_LATER_STAGES, *OF_OTHERS, "compile", *(PLACES if checkpoint.images_digest else ()))
     for key, (has, needs) in checkpoint.recipe.differences(stage.alone, ignored).items():
         raise CheckpointError(f"first_stage={source}: made with {key}={has}, this recipe needs {needs}")
     if checkpoint.epochs_done != stage.alone.epochs:
@@ -46,7 +46,7 @@ def take_over(source: Path, model: Model, stage: Stage, *, run: Path, info: dict
     differs = checkpoint.other_images(info["classes"], info["class_counts"], info["images_digest"])
     if differs:
         raise CheckpointError(f"first_stage={source}: trained on other images: {differs}")
-    checkpoint.load_into(model if stage.network is None else Model(stage.network, None))
+    checkpoint.load_into(model if stage.network is None else Model(stage.network, None), only="net.")
     line = {"stage": stage.name, "epoch": checkpoint.epochs_done, "from": str(source), "commit": checkpoint.commit}
     if rank() == 0:
         save_checkpoint(run, stage.name, stage.epochs, model, None, info | {"metrics": line})

@@ -24,6 +24,7 @@ class RecipeError(ValueError):
 
 
 DECIDE_NOTHING = ("evaluate_every", "workers", "decoding")  # `decoding`: what "auto" chose at first stays
+PLACES = ("data", "image_root")  # where images lie, which may change where a digest tells that they are the same
 # Methods whose step does more with a batch than pass it through one network once.
 ONE_PROCESS = ("bbn", "oltr", "lfme", "m2m")
 

@@ -7,7 +7,8 @@ import json
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,16 @@ def train_all(
             finally:
                 torch.compiler.reset()  # or the ninth network of a process is silently no longer compiled
         return failures
+
+
+def refuse_equal_names(recipes: Sequence[Recipe]) -> None:
+    """
+    Raises:
+        RunsError: where two recipes have one name, which would be that of one directory.
+    """
+    twice = sorted(name for name, times in Counter(recipe.name for recipe in recipes).items() if times > 1)
+    if twice:
+        raise RunsError(f"name={twice[0]}: several recipes have it, and each needs a directory of its own name")
 
 
 def read_results(run: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from training.plots import plot_accuracy, plot_cost, plot_experts
 from training.recipe import Recipe
 from training.recipes import RECIPES
 from training.recipes.published import PUBLISHED, Published
-from training.runs import RunsError, read_results, train_all
+from training.runs import RunsError, read_results, refuse_equal_names, train_all
 from training.tables import MISSING, Cell, markdown, number, write_csv
 
 ACCURACIES = ("all", *SPLITS)
@@ -82,7 +82,8 @@ def rows_of(runs: Sequence[Path]) -> list[Row]:
     The rows of finished runs: seeds of one method together, methods in the order of their first run.
 
     Raises:
-        RunsError: for a run without results, or two with the same recipe and seed.
+        RunsError: for a run without results, two with the same recipe and seed, or two of a name that are no seeds of
+            one method: of other settings, or trained or tested on other images.
     """
     methods: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
     for run in dict.fromkeys(path.resolve() for path in runs):
@@ -94,11 +95,25 @@ def rows_of(runs: Sequence[Path]) -> list[Row]:
         for (one, first), (other, second) in itertools.pairwise(members):
             if first["recipe"].seed == second["recipe"].seed:
                 raise RunsError(f"{one} and {other}: both are {label} with seed {first['recipe'].seed}; leave one out")
+            if differs := _difference(first, second):
+                raise RunsError(
+                    f"{one} and {other}: both are {label}, with other {differs}, so that no mean of them means "
+                    "anything; leave one out"
+                )
         seeds = tuple(results for _, results in members)
         rows.append(_row(label, seeds, routed=False))
         if _has_routers(seeds[0]["recipe"]):
             rows.append(_row(label, seeds, routed=True))
     return rows
+
+
+def _difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """In what two results differ that should differ in the seed alone; what an older version did not record may."""
+    for key, what in (("classes", "classes"), ("images_digest", "training images"), ("unseen_digest", "test images")):
+        if one.get(key) and other.get(key) and one[key] != other[key]:
+            return what
+    different = one["recipe"].differences(other["recipe"], NOT_A_SETTING)
+    return ", ".join(f"{field} ({ours} and {theirs})" for field, (ours, theirs) in different.items()) or None
 
 
 def label_of(recipe: Recipe) -> str:
@@ -129,6 +144,7 @@ def sweep(
     Raises:
         ClaimedError, RunsError: before anything is trained.
     """
+    refuse_equal_names(recipes)
     runs = {f"{recipe.name}-seed{seed}": dataclasses.replace(recipe, seed=seed) for recipe in recipes for seed in seeds}
     planned = {(label_of(recipe), recipe.seed) for recipe in runs.values()}
     for run, recipe in ((run, read_results(run)["recipe"]) for run in also):

@@ -24,14 +24,13 @@ from training.methods import ace, bbn, lfme, m2m, oltr, ride, sade, shike, singl
 from training.methods.method import FitStage, Method, Model, Stage
 from training.methods.teacher import refuse_other_teachers
 from training.pretrained import start_from
-from training.recipe import DECIDE_NOTHING, ONE_PROCESS, Decoding, Recipe, RecipeError
+from training.recipe import DECIDE_NOTHING, ONE_PROCESS, PLACES, Decoding, Recipe, RecipeError
 
 METHODS: dict[str, Method] = {
     "ride": ride.build, "single": single.build, "shike": shike.build, "sade": sade.build, "ace": ace.build,
     "bbn": bbn.build, "oltr": oltr.build, "lfme": lfme.build, "m2m": m2m.build,
 }  # fmt: skip
 PUBLISHED_THRESHOLD = 0.5
-PLACES = ("data", "image_root")
 
 
 def train(recipe: Recipe, run: Path) -> dict[str, Any]:

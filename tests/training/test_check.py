@@ -356,6 +356,17 @@ def test_gaps_and_nulls_of_a_parquet_set_are_told_at_once(tmp_path):
         assert what in str(refused.value)
 
 
+def test_classes_that_a_part_of_a_parquet_set_lacks_are_told(tmp_path):
+    """The figures on it leave them out."""
+    for part, labels in (("train", [0, 0, 1, 1, 2, 2]), ("test", [0, 2])):
+        offset = 10 * len(labels)
+        table = pyarrow.table({"image": [image(offset + i) for i in range(len(labels))], "label": labels})
+        pyarrow.parquet.write_table(table, tmp_path / f"{part}.parquet")
+
+    told = check_data(recipe_for(tmp_path)).findings["class without such images"]
+    assert told == ["no test images of label 1 (class 1)"]
+
+
 def test_a_folder_with_validation_images_keeps_them_for_holding_out(tmp_path):
     """train/, val/ and test/ are used as they are; a set with val/ alone is tested on it."""
     for part, directory in enumerate(("train", "val", "test")):
@@ -439,6 +450,18 @@ def test_linked_directories_are_followed_once_and_never_in_circles(tmp_path):
         "a/0.png", "a/again/7.png", "a/again/8.png", "b/2.png", "b/deeper/0.png", "b/deeper/1.png", "c/9.png",
     ]  # fmt: skip
     assert check_data(recipe_for(root)).findings["missing"] == [f"{root}/b/2.png"]
+
+
+@pytest.mark.parametrize("link", ["c", "test"])
+@pytest.mark.parametrize("home", ["", "train/"])
+def test_a_directory_on_a_disk_that_is_not_there_is_an_error(tmp_path, link, home):
+    """A class, or the test images, would be gone without a word."""
+    root = fill(tmp_path / "set", {f"{home}a": "0.png 1.png 2.png", f"{home}b": "0.png 1.png 2.png"})
+    place = root / (f"{home}{link}" if link == "c" else link)
+    place.symlink_to("/nowhere/disk")
+
+    with pytest.raises(DataError, match=rf"(?s)missing \(1\): .*{place}: leads nowhere"):
+        load_data(recipe_for(root))
 
 
 def test_a_directory_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):

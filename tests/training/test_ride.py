@@ -220,6 +220,26 @@ def test_a_teacher_of_other_images_is_refused(teacher, folder, tmp_path):
         train(other, tmp_path / "student")
 
 
+def test_a_teacher_s_images_may_lie_elsewhere_now(teacher, folder, tmp_path):
+    """As those of a training that is resumed."""
+    _, recipe = teacher
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    train(dataclasses.replace(recipe, data=str(moved)), tmp_path / "student")
+
+    assert trained_model(tmp_path / "student")[0].epochs_done == 1
+
+
+def test_a_first_stage_is_taken_whatever_the_routers_are_like(teacher, folder, tmp_path):
+    """Those of the other run are not its experts' business, nor is where the images lie."""
+    run, recipe = teacher
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    fields = {"first_stage": str(run), "router_epochs": 1, "router_top_k": 3, "router_hidden": 5, "data": str(moved)}
+    train(dataclasses.replace(recipe, teacher="", n_experts=2, **fields), tmp_path / "run")
+
+    ours, theirs = (trained_model(each)[1].net.state_dict() for each in (tmp_path / "run", run))
+    assert [name for name in theirs if not ours[name].equal(theirs[name])] == []
+
+
 def test_a_finished_student_needs_its_teacher_no_more(teacher, tmp_path):
     """Its model is there without the teacher's run, and its routers can still be trained."""
     run, recipe = teacher

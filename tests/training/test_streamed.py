@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,32 @@ def test_streamed_images_are_the_resident_ones(folder):
         assert ours.pixels.equal(theirs.pixels)
         assert ours.even_sample(5).equal(theirs.even_sample(5))
     assert channel_statistics(streamed.train) == channel_statistics(resident.train)
+
+
+def test_training_images_are_the_same_where_others_are_fitted_otherwise(folder):
+    """Padded crops are taken of the whole image, resident or not; evaluation sees an inner part of it."""
+    fields = {"test_fit": "inner_crop", "workers": 0}
+    resident, streamed = (load_data(recipe_for(folder, decoding=d, **fields)) for d in ("resident", "streamed"))
+
+    for part in ("train", "heldout", "test"):
+        assert getattr(streamed, part).pixels.equal(getattr(resident, part).pixels)
+    assert not resident.train.pixels.equal(load_data(recipe_for(folder, crop="resized", **fields)).train.pixels)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_process_that_cannot_read_an_image_any_more_says_so(folder, rank, tmp_path, monkeypatch, capsys):
+    """Of several it may be any; the others have only lost it."""
+
+    def lose(recipe, run):
+        images = load_data(recipe_for(tmp_path / "set", decoding="streamed", workers=0)).train
+        shutil.rmtree(tmp_path / "set")
+        next(images.in_order(4))
+
+    shutil.copytree(folder, tmp_path / "set")
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("training.train.train", lose)
+    assert main(["ride-own", "--data", str(folder), "--out", str(tmp_path / "run")]) == 2
+    assert "ride-train: images cannot be read any more:\n  " in capsys.readouterr().err
 
 
 def test_an_epoch_does_not_depend_on_workers_or_batch_size(folder):

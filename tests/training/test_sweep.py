@@ -197,6 +197,46 @@ def test_runs_that_cannot_be_one_table_are_refused_before_anything_is_trained(sw
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        ({"images_digest": "0" * 32}, "other training images"),
+        ({"unseen_digest": "0" * 32}, "other test images"),
+        ({"classes": ["a", "b", "c"]}, "other classes"),
+    ],
+)
+def test_runs_on_other_images_are_no_seeds_of_one_method(swept, change, differs, tmp_path):
+    """Their mean would be one of nothing."""
+    runs = [shutil.copytree(swept / name, tmp_path / name) for name in NAMES[:2]]
+    file = runs[1] / "results.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+    with pytest.raises(RunsError, match=f"seed1: both are ce-cifar100.*, with {differs}, so that no mean of them"):
+        rows_of(runs)
+
+
+def test_runs_of_other_settings_under_one_name_are_no_seeds_of_one_method(swept, tmp_path):
+    """Where the name is none of the recipes', it tells nothing of the settings."""
+    runs = [shutil.copytree(swept / name, tmp_path / name) for name in NAMES[:2]]
+    for run, lr in zip(runs, (0.1, 0.2), strict=True):
+        results = json.loads((run / "results.json").read_text())
+        results["recipe"] |= {"name": "mine", "lr": lr}
+        (run / "results.json").write_text(json.dumps(results))
+
+    with pytest.raises(RunsError, match=r"both are mine, with other lr \(0.1 and 0.2\)"):
+        rows_of(runs)
+
+
+@pytest.mark.parametrize("command", ["sweep", "bias-variance"])
+def test_recipes_of_one_name_are_refused(command, tmp_path, capsys):
+    """Each would be trained in the directory of the other."""
+    arguments = [command, "ride-cifar100", "ce-cifar100", "--set", "name=mine", "--out", str(tmp_path / "sweep")]
+
+    assert main(arguments) == 2
+    assert "name=mine: several recipes have it" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_finished_runs_can_be_tabulated_alone(swept, tmp_path, capsys):
     """Without a recipe nothing is trained, and the figures are the same."""
     runs = [str(swept / name) for name in NAMES]

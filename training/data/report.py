@@ -32,6 +32,10 @@ class DataError(ValueError):
     """Images that cannot be found, read or split as asked."""
 
 
+class UnreadableError(DataError):
+    """Images that could be read before the training began; of several processes only the one that reads them knows."""
+
+
 @dataclass
 class Report:
     """

@@ -137,11 +137,12 @@ def load_data(recipe: Recipe, *, checked: bool = False) -> Data:
         report.add("sorted", image_set.name)
     parts: dict[str, AnyImages] = {}
     for name, (source, positions) in split.parts().items():
+        how = "crop" if name == "train" and recipe.crop == "padded" else recipe.test_fit  # as padded crops are taken of
         if streamed:
             labels = torch.from_numpy(source.labels[positions])
-            parts[name] = StreamedImages(source, positions, recipe, labels, workers_for(recipe))
+            viewed = dataclasses.replace(recipe, test_fit=how)
+            parts[name] = StreamedImages(source, positions, viewed, labels, workers_for(recipe))
         else:
-            how = "crop" if name == "train" else recipe.test_fit
             parts[name] = _decoded(source, positions, recipe.image_size, how, report)
     report.raise_errors(image_set.name)
     counts = np.bincount(parts["train"].labels, minlength=len(image_set.classes))

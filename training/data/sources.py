@@ -189,6 +189,7 @@ def _open_folders(name: str, directory: Path) -> ImageSet:
     if "train" not in parts:
         classes, train = _open_folder(directory, report)
         return ImageSet(name, classes, train, report=report)
+    _tell_broken_links(directory, report)
     classes, train = _open_folder(parts["train"], report)
     others = {part: _open_folder(home, report, classes)[1] for part, home in parts.items() if part != "train"}
     for part in [part for part, source in others.items() if not len(source)]:
@@ -213,6 +214,12 @@ def _directories(directory: Path) -> list[Path]:
     return sorted(entry for entry in directory.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
 
 
+def _tell_broken_links(directory: Path, report: Report) -> None:
+    """A link to a disk that is not there would pass for a class, or a part, that does not exist."""
+    broken = (entry for entry in directory.iterdir() if entry.is_symlink() and not entry.exists())
+    report.add_all("missing", (f"{link}: leads nowhere" for link in sorted(broken) if not _is_hidden(link.name)))
+
+
 def _open_folder(directory: Path, report: Report, wanted: Sequence[str] | None = None) -> tuple[list[str], Source]:
     """
     Every sub-directory is a class, in alphabetical order; images may lie deeper. What is hidden does not count.
@@ -220,6 +227,7 @@ def _open_folder(directory: Path, report: Report, wanted: Sequence[str] | None =
     Args:
         wanted: the classes of the training images, where these are others; some may be missing here.
     """
+    _tell_broken_links(directory, report)
     classes = [home.name for home in _directories(directory)]
     if wanted is None:
         _check_classes(directory, classes)
@@ -470,6 +478,12 @@ def _checked(
         (f"no training images of label {c} ({names[c]}); labels go from 0 to {len(names) - 1}"
          for c in np.flatnonzero(present == 0).tolist()),
     )  # fmt: skip
+    for part, what in (("heldout", "validation"), ("test", "test")):
+        if part in sources:
+            lacking = sorted(set(range(len(names))) - set(sources[part].labels.tolist()))
+            report.add_all(
+                "class without such images", (f"no {what} images of label {c} ({names[c]})" for c in lacking)
+            )
     return ImageSet(name, names, sources["train"], sources.get("heldout"), sources.get("test"), report)
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from training.data.images import decode
 from training.data.limits import free_memory
-from training.data.report import MOST_SHOWN, DataError
+from training.data.report import MOST_SHOWN, UnreadableError
 from training.data.samplers import batch_sizes
 from training.data.sources import Source
 from training.data.views import test_view, train_view
@@ -94,7 +94,7 @@ class StreamedImages:
         for decoded in loader:
             failed = [each for each in decoded if isinstance(each, str)]
             if failed:
-                raise DataError("images cannot be read any more:\n  " + "\n  ".join(failed[:MOST_SHOWN]))
+                raise UnreadableError("images cannot be read any more:\n  " + "\n  ".join(failed[:MOST_SHOWN]))
             pixels = np.stack(decoded) if decoded else np.empty((0, size, size, 3), np.uint8)
             yield torch.from_numpy(pixels).to(self.labels.device)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from training.checkpoint import CheckpointError, checkpoints_of
 from training.models.multi_expert import MultiExpertNet
-from training.recipe import Recipe
+from training.recipe import PLACES, Recipe
 
 # Of the recipe: which images there are. A teacher that has seen others hands on what it learnt from them.
 IMAGES = (
@@ -74,7 +74,10 @@ def _network(run: str, recipe: Recipe, class_counts: Sequence[int]) -> MultiExpe
         checkpoint, model = trained_model(Path(run))
     except CheckpointError as error:
         raise CheckpointError(f"teacher: {error}") from None
-    compared = {name: (getattr(checkpoint.recipe, name), getattr(recipe, name)) for name in IMAGES}
+    places = PLACES if checkpoint.images_digest else ()  # `refuse_other_teachers` looks at the images themselves
+    compared = {
+        name: (getattr(checkpoint.recipe, name), getattr(recipe, name)) for name in IMAGES if name not in places
+    }
     compared |= {
         "classes": (len(checkpoint.class_counts), len(class_counts)),
         "images by class": (list(checkpoint.class_counts), list(class_counts)),
