@@ -200,7 +200,8 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="FIELD=VALUE",
         help="what a published checkpoint does not say, as a field of the recipe: profile and imbalance of its data, "
              "mean, std, cosine_scale; a wrong one gives other answers than the authors' [default: as for CIFAR-100-LT "
-             "with imbalance 100; for other nets than ResNet-32 a natural profile, ImageNet's mean and std]",
+             "with imbalance 100; for other nets than ResNet-32 a natural profile, ImageNet's mean and std]; "
+             "of a run image_root, if that is not where it was",
     )  # fmt: skip
     parser.add_argument(
         "--variants", default="fp32,bf16,fp16,int8", metavar="LIST",

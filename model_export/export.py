@@ -44,7 +44,7 @@ from training.data.longtail import FEW_BELOW, MANY_ABOVE
 from training.data.sets import Data, load_data
 from training.evaluate import Costs, Predictions, count_unusable, macs_of, predict, summarise
 from training.methods.method import Model
-from training.recipe import Recipe, RecipeError
+from training.recipe import Recipe
 from training.thresholds import fill_scores
 from training.train import PUBLISHED_THRESHOLD, refuse_other_images, trained_model
 
@@ -107,7 +107,7 @@ def export(
         name, version: of the model in every answer; the name is the recipe's unless given.
         precisions: of the variants, fp32 first.
         data: where the images of the run lie now; None: where the recipe says.
-        settings: what a checkpoint of the authors does not say of itself; see `read_published`.
+        settings: what a checkpoint of the authors does not say of itself; see `read_published`. Of a run: `image_root`.
 
     Raises:
         BundleError: where the graphs do not say the same as the checkpoint, `target` is something else, `version` is
@@ -214,11 +214,8 @@ def _without_directories(recipe: Recipe) -> dict[str, Any]:
 
 def _finished(run: Path, data: str | None, settings: Mapping[str, str]) -> _Subject:
     """The model of a run directory, whose recipe says all."""
-    if settings:
-        raise RecipeError(f"--set {next(iter(settings))}: {run} is a run, whose recipe is fixed")
     checkpoint, model = trained_model(run)
-    recipe = checkpoint.recipe
-    images = load_data(recipe if data is None else recipe.override({"data": data}))
+    images = load_data(checkpoint.recipe.with_images_at(data, dict(settings)))
     refuse_other_images(checkpoint, images)
     return checkpoint, model, images, {}
 

@@ -134,9 +134,9 @@ def _report(options: argparse.Namespace) -> int:
     from training.router_report import ReportError, report
 
     try:
-        out = options.out or options.run / "report"
-        text = report(options.run, out, options.max_mean_experts, data=options.data)
-    except (CheckpointError, DataError, ReportError) as error:
+        out, settings = options.out or options.run / "report", parse_settings(options.set)
+        text = report(options.run, out, options.max_mean_experts, data=options.data, settings=settings)
+    except (CheckpointError, DataError, RecipeError, ReportError) as error:
         return _fail(error)
     print(text)
     return 0
@@ -296,6 +296,9 @@ def _report_parser() -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--out", type=Path, metavar="DIR", help="directory of the report [default: RUN/report]")
     parser.add_argument("--data", help="where the images lie now, if not where the recipe says")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="image_root=DIR, if it is not where it was"
+    )
     parser.add_argument(
         "--max-mean-experts", type=float, metavar="X",
         help="look closely at the best thresholds of at most so many experts [default: at 0.5, as published]",

@@ -536,6 +536,21 @@ class Recipe:
         hints = typing.get_type_hints(Recipe)
         return dataclasses.replace(self, **{key: _parse(key, text, hints[key]) for key, text in settings.items()})
 
+    def with_images_at(self, data: str | None, settings: dict[str, str]) -> Recipe:
+        """
+        The recipe of a run whose images may lie elsewhere now.
+
+        Args:
+            data: None: where they were.
+            settings: `image_root` at most, as a command line gives it.
+
+        Raises:
+            RecipeError: for any other field.
+        """
+        for name in settings.keys() - set(PLACES):
+            raise RecipeError(f"--set {name}: the recipe of a run is fixed, but for where its images lie: image_root")
+        return self.override(settings | ({} if data is None else {"data": data}))
+
 
 def parse_settings(texts: Sequence[str]) -> dict[str, str]:
     """

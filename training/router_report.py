@@ -83,7 +83,10 @@ def oracle(right: np.ndarray) -> np.ndarray:
     return np.asarray(np.where(right.any(axis=0), right.argmax(axis=0) + 1, 1))
 
 
-def report(run: Path, out: Path, max_mean_experts: float | None = None, *, data: str | None = None) -> str:
+def report(
+    run: Path, out: Path, max_mean_experts: float | None = None, *, data: str | None = None,
+    settings: dict[str, str] | None = None,
+) -> str:  # fmt: skip
     """
     Write report.md, per_class.csv, curve.csv and the plots of a finished run in `out`.
 
@@ -94,6 +97,7 @@ def report(run: Path, out: Path, max_mean_experts: float | None = None, *, data:
     Args:
         max_mean_experts: look closely at the most accurate thresholds of at most so many; None: at 0.5, as published.
         data: where the images of the run lie now; None: where the recipe says.
+        settings: `image_root` at most, likewise.
 
     Returns:
         The Markdown.
@@ -111,7 +115,7 @@ def report(run: Path, out: Path, max_mean_experts: float | None = None, *, data:
         raise ReportError(f"{run}: its routers were never trained (router_epochs=0)")
     if max_mean_experts is not None and not max_mean_experts >= 1:  # NaN is not
         raise ReportError(f"--max-mean-experts {max_mean_experts:g}: every image uses one expert at least")
-    images = load_data(recipe if data is None else recipe.override({"data": data}))
+    images = load_data(recipe.with_images_at(data, settings or {}))
     refuse_other_images(checkpoint, images)
     device = best_device()
     model.to(device)

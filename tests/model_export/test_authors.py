@@ -537,7 +537,7 @@ def test_the_command_refuses_what_cannot_be(routed_file, run, image_folder, tmp_
         ([file, *out, "--data", str(tmp_path / "two"), *SMALL], f"has 2 classes, the classifiers in {file} 3"),
         ([file, *out, "--set", "mean"], "--set mean: must be field=value"),
         ([file, *out, "--set", "lr=1"], "lr: cannot be set for a published checkpoint"),
-        ([str(run), *out, "--set", "imbalance=50"], "is a run, whose recipe is fixed"),
+        ([str(run), *out, "--set", "imbalance=50"], "--set imbalance: the recipe of a run is fixed"),
     ):
         assert main(arguments) == 2
         assert words in capsys.readouterr().err

@@ -206,6 +206,36 @@ def test_a_report_is_of_test_images_at_thresholds_of_held_out_ones(untrained, tm
     assert f"decisions divided by {len(data.heldout):.2f}" in text
 
 
+def test_a_report_follows_images_that_have_moved(tmp_path):
+    """Lists and the root of their paths, each of which may lie elsewhere now; the rest of the recipe may not change."""
+    lists, root, run = (tmp_path / name for name in ("lists", "root", "run"))
+    lists.mkdir()
+    generator, listed = np.random.default_rng(0), {"train": [], "test": []}
+    for name, count in {"train": 120, "test": 30}.items():
+        for index in range(count):
+            file = root / name / f"{index}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(file)
+            listed[name].append(f"{name}/{index}.png {index % 3}\n")
+        (lists / f"{name}.txt").write_text("".join(listed[name]))
+    recipe = dataclasses.replace(
+        RECIPES["ride-own"], data=str(lists), image_root=str(root), image_size=8, epochs=1, router_epochs=1
+    )
+    data = load_data(recipe)
+    info = {
+        "recipe": recipe.to_dict(), "classes": data.classes, "class_counts": data.counts, "mean": (0.5,) * 3,
+        "std": (0.2,) * 3, "commit": "", "metrics": {}, "images_digest": data.digest,
+    }  # fmt: skip
+    for stage in ("experts", "routers"):
+        save_checkpoint(run, stage, 1, build_model(recipe, 3, (0.5,) * 3, (0.2,) * 3), None, info)
+    moved = [str(path.rename(tmp_path / f"{path.name}-moved")) for path in (lists, root)]
+    arguments = ["report", str(run), "--data", moved[0], "--set"]
+
+    assert main([*arguments, f"image_root={moved[1]}"]) == 0
+    assert (run / "report" / "report.md").exists()
+    assert main([*arguments, "subset_seed=1"]) == 2
+
+
 def test_a_report_on_other_images_is_refused(untrained, tmp_path, capsys):
     """What was trained on would be held out, or tested."""
     run = shutil.copytree(untrained[0], tmp_path / "run")
