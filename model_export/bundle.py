@@ -311,7 +311,8 @@ class Calibration:
         """
         points = self.of(rule)
         full = max(points, key=lambda point: (point.mean_experts, point.accuracy.all))
-        good = [point for point in points if point.accuracy.all >= full.accuracy.all - max_accuracy_loss]
+        losses = [round(full.accuracy.all - point.accuracy.all, 6) for point in points]  # 54.6 - 0.3 is more than 54.3
+        good = [point for point, loss in zip(points, losses, strict=True) if loss <= max_accuracy_loss]
         return min(good, key=lambda point: (point.mean_macs, -point.accuracy.all))
 
 

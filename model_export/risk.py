@@ -12,7 +12,7 @@ from model_export.bundle import SPLITS, BundleError, Risk, Rule
 from model_export.calibrate import by_rule
 from training.data.longtail import split_of
 from training.evaluate import Costs, Predictions, experts_share, mean_logits, mean_macs, route
-from training.thresholds import frontier
+from training.thresholds import frontier, right_below
 
 SEED = 0
 SAFE_STEPS = 20  # from all experts to the most accurate thresholds of the frontier, with which it begins
@@ -171,12 +171,9 @@ def _from_safest(predictions: Predictions, class_counts: Sequence[int], macs: Co
     if exits:
         first = max(exits, key=lambda key: (costs[key], key))
         stops = [(scores < limit).mean() for scores, limit in zip(predictions.router_scores, first, strict=True)]
-        for step in range(1, SAFE_STEPS):
-            shares = [share * step / SAFE_STEPS for share in stops]
-            key = tuple(
-                float(np.quantile(scores, share, method="lower"))
-                for scores, share in zip(predictions.router_scores, shares, strict=True)
-            )
+        steps = np.arange(1, SAFE_STEPS) / SAFE_STEPS
+        pairs = zip(predictions.router_scores, stops, strict=True)
+        for key in zip(*(right_below(scores, share * steps) for scores, share in pairs), strict=True):
             costs[key] = cost(key)
     return sorted((key for key in costs if costs[key] < full), key=lambda key: (-costs[key], key))
 

@@ -51,7 +51,8 @@ EXPECTED: dict[str, tuple[Sign, ...]] = {  # by how the recipe's name begins
 COMPARABLE_WITHIN = 0.1  # of the first method's value
 STANDARD_ERRORS = 2.0
 SIGNS_LEGEND = """Less is better in every part. ± is the standard error (jackknife over draws). Expected: RIDE's talk;
-open: less than two standard errors from 0, or too few draws; comparable: within a tenth of the other's value."""
+open: less than two standard errors from 0, or too few draws; comparable: within a tenth of the other's value, and
+open less than two standard errors from that."""
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,8 @@ def sign_of(ours: Analysis, reference: Analysis, key: Key, expected: Sign | None
 
     Returns:
         The difference with its standard error (jackknife over the draws, which both methods share), and "confirmed",
-        "contradicted" or "open": a difference of less than two standard errors. "comparable" is confirmed within a
-        tenth of the reference's value, whatever the standard error. "" where nothing is expected.
+        "contradicted" or "open": less than two standard errors from where it would turn. That is 0, for "comparable" a
+        tenth of the reference's value. "" where nothing is expected.
     """
     mine, theirs = ours.figures[key], reference.figures[key]
     if mine is None or theirs is None:
@@ -200,7 +201,10 @@ def sign_of(ours: Analysis, reference: Analysis, key: Key, expected: Sign | None
     if expected is None:
         return shown, ""
     if expected == "comparable":
-        return shown, "confirmed" if abs(difference) <= COMPARABLE_WITHIN * abs(theirs) else "contradicted"
+        room = COMPARABLE_WITHIN * abs(theirs) - abs(difference)
+        if abs(room) < STANDARD_ERRORS * error:
+            return shown, "open"
+        return shown, "confirmed" if room >= 0 else "contradicted"
     if abs(difference) < STANDARD_ERRORS * error or difference == 0:
         return shown, "open"
     return shown, "confirmed" if (difference < 0) == (expected == "better") else "contradicted"

@@ -123,7 +123,7 @@ def plot_experts(used: Mapping[str, Points], file: Path) -> None:
     axes = figure.subplots()
     for index, (name, points) in enumerate(used.items()):
         colour, marker = style(index)
-        ordered = np.array(sorted(points))
+        ordered = np.array(sorted(points, key=lambda point: point[0]))  # by frequency alone, or means would lean
         axes.plot(*ordered.T, color=colour, marker=marker, markersize=4, alpha=0.35, linestyle="none")
         smooth = smoothed(ordered[:, 1], _window(len(ordered)))
         counts, first = np.unique(ordered[:, 0], return_index=True)

@@ -92,12 +92,21 @@ def frontier(
 
 
 def _grid(scores: np.ndarray) -> list[float]:
+    """Thresholds worth trying: 0, 1, and right below quantiles of the scores (N,)."""
+    return sorted({0.0, 1.0, *right_below(scores, np.linspace(0, 1, GRID))})
+
+
+def right_below(scores: np.ndarray, shares: np.ndarray) -> list[float]:
     """
-    Thresholds worth trying: 0, 1, and between quantiles of the scores (N,) and whatever score comes next below them.
+    Thresholds between quantiles of the scores (N,) and whatever score comes next below each.
 
     Halfway, so that another precision's rounding changes no decision; cut so that none lies above its score.
+
+    Args:
+        shares: of the scores that are to lie below a threshold, in [0, 1].
     """
     distinct = np.unique(scores.astype(np.float64))
-    quantiles = np.quantile(scores, np.linspace(0, 1, GRID), method="lower").astype(np.float64)
+    quantiles = np.quantile(scores, shares, method="lower").astype(np.float64)
     below = np.concatenate([[0.0], distinct])[np.searchsorted(distinct, quantiles)]
-    return sorted({0.0, 1.0, *(np.floor((below + quantiles) / 2 * STEPS) / STEPS).tolist()})
+    thresholds: list[float] = (np.floor((below + quantiles) / 2 * STEPS) / STEPS).tolist()
+    return thresholds

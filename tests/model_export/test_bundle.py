@@ -493,6 +493,18 @@ def test_points_are_chosen_by_accuracy_then_by_cost():
     assert equals.cheapest("router", 1.0).accuracy.all == 49.5
 
 
+def test_a_loss_of_just_what_is_allowed_is_allowed():
+    """54.6 less 0.3 is a little more than 54.3 in floating point."""
+    first, *_ = operating_points(3)
+    points = tuple(
+        dataclasses.replace(first, accuracy=dataclasses.replace(first.accuracy, all=accuracy), mean_experts=used)
+        for accuracy, used in ((54.3, 1.0), (54.6, 2.0))
+    )
+    points = (points[0], dataclasses.replace(points[1], mean_macs=2 * first.mean_macs))
+    assert Calibration("", 100, points, None).cheapest("router", 0.3) == points[0]
+    assert Calibration("", 100, points, None).cheapest("router", 0.29) == points[1]
+
+
 def test_a_table_out_of_order_is_refused(make_bundle):
     """Whoever reads it takes its first point for the thriftiest."""
     manifest = read_bundle(make_bundle()).manifest

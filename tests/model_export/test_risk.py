@@ -234,6 +234,15 @@ def test_thresholds_safer_than_the_frontier_s_are_tried_too():
     assert 2 > used[1] > used[2] > used[3] > 1
 
 
+def test_certified_thresholds_lie_between_scores(predictions):
+    """Also the safest ones: a score that another precision rounds otherwise decides the same."""
+    data = predictions(seed=3, n_images=300)
+    for risk in (3.0, 6.0, 12.0, 24.0):
+        thresholds = certify(data, COUNTS, MACS, "router", risk, 0.8)[0]
+        for scores, value in zip(data.router_scores, thresholds, strict=True):
+            assert value in (0.0, 1.0) or np.abs(scores - value).min() > 1e-6
+
+
 def test_one_image_cannot_both_choose_and_test(predictions):
     """With two, each does one of them."""
     with pytest.raises(BundleError, match=r"max_risk needs two held-out images or more, .* there is 1"):

@@ -141,6 +141,7 @@ def test_signs_are_confirmed_contradicted_or_open():
     assert sign_of(other, plain, variance, "better")[1] == "open"
     assert sign_of(plain, plain, bias, "comparable") == ("+0.0000 ± 0.0000", "confirmed")
     assert sign_of(closer, plain, bias, "comparable")[1] == "contradicted"
+    assert sign_of(other, plain, variance, "comparable")[1] == "open"  # which of the two is beyond the draws' noise
     assert sign_of(closer, plain, bias, None)[1] == ""
 
 

@@ -36,7 +36,8 @@ def measured(predictions, macs, thresholds):
 def test_one_router_s_thresholds_are_the_best_within_every_budget(seed):
     """No cut anywhere does better."""
     predictions, macs = random_predictions(2, 60, 12, seed), Costs(10, [20, 30], [1])
-    anywhere = [measured(predictions, macs, (value,)) for value in np.arange(13) / 12]
+    cuts = [*np.unique(predictions.router_scores).astype(float), 1.0]
+    anywhere = [measured(predictions, macs, (value,)) for value in cuts]
     found = [measured(predictions, macs, thresholds) for thresholds in frontier(predictions, [9, 9], macs)]
     for budget in np.linspace(31, 61, BUDGETS) + 1e-9:
         best = max(right for cost, right in anywhere if cost <= budget)
@@ -48,7 +49,7 @@ def test_several_routers_leave_no_single_threshold_to_improve(seed):
     """Whatever it costs: no other value of any one threshold is better than the most accurate."""
     predictions, macs = random_predictions(4, 80, 30, seed), Costs(10, [20, 20, 20, 20], [1, 1, 1])
     best = max(frontier(predictions, [9, 9], macs), key=lambda thresholds: measured(predictions, macs, thresholds)[1])
-    for router, value in itertools.product(range(3), np.arange(31) / 30):
+    for router, value in itertools.product(range(3), [*np.unique(predictions.router_scores).astype(float), 1.0]):
         changed = (*best[:router], value, *best[router + 1 :])
         assert measured(predictions, macs, changed)[1] <= measured(predictions, macs, best)[1]
 
