@@ -120,10 +120,17 @@ class Server:
                 total += times.user + times.system
         return total
 
-    def terminate(self) -> None:
-        """SIGTERM to the process that was started, and to it alone; it should see to its children."""
+    def terminate(self) -> float:
+        """
+        SIGTERM to the process that was started, and to it alone; it should see to its children.
+
+        Returns:
+            time.perf_counter() just before.
+        """
         self.processes()
+        told = time.perf_counter()
         self._process.terminate()
+        return told
 
     def wait(self) -> int | None:
         """Its exit status; None after STOP_S."""

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import onnx
 
-from benchmarks.contestants.catalogue import CONTESTANTS, FOLDER, Contestant, Setting
+from benchmarks.contestants.catalogue import CONTESTANTS, CORES, FOLDER, Contestant, Setting
 from benchmarks.contestants.merge import merge
 from benchmarks.contestants.model import Model
 from benchmarks.floor import DEFAULT_BUNDLE
@@ -150,15 +150,24 @@ def tune(contestant: Contestant, work: Work, seconds: float) -> dict[str, Any]:
 
 def note_tuned(contestant: Contestant, tuned: dict[str, Any]) -> None:
     """Remember a contestant's best setting, and all that were tried."""
-    known = json.loads(TUNED.read_text())["contestants"] if TUNED.is_file() else {}
-    document = {"contestants": known | {contestant.name: tuned}, "measured": describe(0)}
+    document = {"contestants": _tuned() | {contestant.name: tuned}, "measured": describe(0)}
     TUNED.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def best_setting(contestant: Contestant) -> Setting:
-    """The one that was best when the contestant was last tuned; the first, if it never was."""
-    tuned = json.loads(TUNED.read_text())["contestants"] if TUNED.is_file() else {}
-    return Setting(**tuned[contestant.name]["best"]) if contestant.name in tuned else contestant.settings[0]
+    """The one that was best when the contestant was last tuned, on as many cores; the first, if it never was."""
+    tuned = _tuned()
+    if contestant.name in tuned:
+        return Setting(**tuned[contestant.name]["best"])
+    print(f"{contestant.title} was not tuned on {CORES} cores: it runs with {contestant.settings[0]}", file=sys.stderr)
+    return contestant.settings[0]
+
+
+def _tuned() -> dict[str, Any]:
+    """By contestant, what was noted on a machine with as many cores."""
+    document = json.loads(TUNED.read_text()) if TUNED.is_file() else {"measured": {"cores": None}}
+    contestants: dict[str, Any] = document["contestants"] if document["measured"]["cores"] == CORES else {}
+    return contestants
 
 
 @contextmanager
