@@ -24,6 +24,7 @@ from service.classifier import GPU_BATCH, Classifier
 from service.counters import PID, READY, Counters
 from service.engine import open_engine
 from service.engine_process import EngineProcess
+from service.health import end_if_broken
 from service.logs import log, set_up
 from service.metrics import shared_counters
 from service.protocol import GuardedProtocol
@@ -99,6 +100,7 @@ class DrainingServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: begin to drain if told so, stop if the engine could not start."""
         self._classifier.metrics.publish()
+        end_if_broken(self._classifier.engine_watch)
         if self._classifier.state == "failed":  # also where told to stop just then: it stays a failure
             self.should_exit = True
         elif self._told_to_stop and self._drain is None:

@@ -140,6 +140,11 @@ class Cascade:
 
     A fresh batch passes trunk and first expert in one step; its survivors then wait for their next one, alone or, where
     the schedule says that it pays, for company.
+
+    Attributes:
+        observer: is told of every step.
+        failures: how many steps in a row the engine failed as a whole.
+        step_began: time.monotonic() when the step began that runs now; None between two.
     """
 
     def __init__(
@@ -157,6 +162,8 @@ class Cascade:
         self._under_way: list[_Group] = []  # those that came furthest last; of equals, the one that came first first
         self._catching_up = False  # a batch was let pass; whoever came furthest waits until it has come as far
         self.observer = observer
+        self.failures = 0
+        self.step_began: float | None = None
 
     @property
     def busy(self) -> bool:
@@ -184,12 +191,17 @@ class Cascade:
         report = BatchReport()
         groups = [] if jobs else self._next_groups()
         finished: Finished = []
+        self.step_began = time.monotonic()
         try:
             group = self._meet(groups, finished) if groups else self._begin(jobs, report)
             if group.jobs:
                 finished += self._run_expert(group, report)
         except Exception as error:
+            self.failures += 1
             return [(job, error) for job in (*jobs, *(job for one in groups for job in one.jobs))]
+        finally:
+            self.step_began = None
+        self.failures = 0
         self.observer.batch_done(report)
         return finished
 

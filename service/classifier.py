@@ -20,6 +20,7 @@ from service.cores import available_cores
 from service.counters import Counters
 from service.engine import RUNTIME_VERSION, EngineError, batch_size_for
 from service.errors import ServiceError
+from service.health import LONGEST_STEP_S, EngineWatch
 from service.images import decode, is_small
 from service.logs import log
 from service.metrics import Metrics
@@ -76,6 +77,7 @@ class Classifier:
     Attributes:
         state: "starting" until every graph has run, then "ready"; "draining" for ever once drain() was called; "failed"
             if it could not start.
+        engine_watch: to be asked from time to time; None where no engine runs in this process.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class Classifier:
         self._decoders = ThreadPoolExecutor(self.threads, thread_name_prefix="ride-decode")
         self._decoded_s = 0.0  # in this turn of the event loop, by requests of several images
         self._in_flight = 0
+        self.engine_watch: EngineWatch | None = None  # once the engine runs, in this process
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -328,6 +331,7 @@ class Classifier:
         if self._remote is None:
             cascade, threaded = await asyncio.to_thread(self._prepare)
             self._batcher.start(cascade, threaded=threaded)
+            self.engine_watch = EngineWatch(cascade, max(LONGEST_STEP_S, self.settings.timeout_s))
         else:
             self.provider, self.variant = await self._remote.connect()
             threaded = True
@@ -386,21 +390,30 @@ class Classifier:
         Send blank images of several batch sizes through every graph, which also warms them up; keep the shortest times.
 
         Raises:
+            EngineError: where a graph fails, as for want of memory.
             NotFiniteError: where a graph gives NaN or infinity even for a blank image.
         """
         manifest, watch = self.bundle.manifest, _Stopwatch()
         cascade = self._cascade(engine, Schedule(max_batch), watch)
         blank = np.zeros((manifest.input.height, manifest.input.width, 3), np.uint8)
         thresholds = (0.0,) * (manifest.n_experts - 1)
+
+        def run(limits: Sequence[int]) -> None:
+            """A batch of images that may have so many experts each."""
+            for outcome in cascade.run([Job(blank, thresholds, limit, 0.0, 1, 0.0) for limit in limits]):
+                if isinstance(outcome, NotFiniteError):
+                    raise outcome
+                if isinstance(outcome, Exception):
+                    raise EngineError(
+                        f"a batch of {len(limits)} images fails on {self.provider}: {outcome}; where memory is short, "
+                        "lower RIDE_MAX_BATCH"
+                    ) from outcome
+
         for size in warm_up_sizes(max_batch, on_gpu=self._on_gpu):
             for _ in range(PROFILE_RUNS):
-                for outcome in cascade.run(
-                    [Job(blank, thresholds, manifest.n_experts, 0.0, 1, 0.0) for _ in range(size)]
-                ):
-                    if isinstance(outcome, Exception):
-                        raise outcome
-        if max_batch > 1:  # the first half stops after one expert, so that a batch is compacted as well
-            cascade.run([Job(blank, thresholds, 1 + row % 2, 0.0, 1, 0.0) for row in range(max_batch)])
+                run([manifest.n_experts] * size)
+        if max_batch > 1:  # half of them stop after one expert, so that a batch is compacted as well
+            run([1 + row % 2 for row in range(max_batch)])
         return Profile(watch.shortest)
 
 
@@ -422,8 +435,14 @@ class _Stopwatch:
 
 
 def warm_up_sizes(max_batch: int, *, on_gpu: bool) -> list[int]:
-    """Powers of two, and the largest batch; on a GPU all that are filled up to different sizes."""
+    """
+    Powers of two, and the largest batch; on a GPU all that are filled up to different sizes.
+
+    There the largest comes first: TensorRT builds a graph's engine for the range of sizes that it has seen, anew for
+    each that lies outside, which takes minutes.
+    """
     if on_gpu:
-        return sorted({min(batch_size_for(rows), max_batch) for rows in range(1, max_batch + 1)})
+        *others, largest = sorted({min(batch_size_for(rows), max_batch) for rows in range(1, max_batch + 1)})
+        return [largest, *others]
     sizes = [2**power for power in range(max_batch.bit_length()) if 2**power < max_batch]
     return [*sizes, max_batch]

@@ -1,6 +1,8 @@
 """Runs a bundle's graphs with onnxruntime, and chooses provider and variant. The only file that touches onnxruntime."""
 
+import contextlib
 import hashlib
+import io
 import logging
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
@@ -147,7 +149,7 @@ class CpuEngine(HostEngine):
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # errors
+        options.log_severity_level = 4  # nothing but what ends the process: errors are raised, and are in our own log
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # leaves the core to HTTP and decoding
         try:
             # left to itself it would go on with the CPU, and its reason would be lost
@@ -298,7 +300,8 @@ def open_engine(bundle: Bundle, variant: str | None, *, provider: str, threads: 
             "install the extra serve-gpu in place of serve, or set RIDE_PROVIDER=cpu"
         )
     if PROVIDERS["cuda"] in available and provider != "cpu":
-        ort.preload_dlls()  # of the nvidia-* wheels, where they are installed
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find, which may not be needed
+            ort.preload_dlls()  # of the nvidia-* wheels, where they are installed
         wanted = "cuda" if provider == "auto" else provider
         try:
             chosen = variant or choose_variant(bundle.manifest, wanted)

@@ -15,6 +15,7 @@ import uvloop
 from service.batcher import BatcherStoppedError
 from service.cascade import AbandonedError, Job, NotFiniteError, Outcome
 from service.classifier import Classifier
+from service.health import end_if_broken
 from service.logs import log
 from service.remote import JOBS, OUTCOMES
 from service.slots import Slots
@@ -95,6 +96,7 @@ class EngineProcess:
     async def _beat(self) -> None:
         while True:
             self.classifier.metrics.publish()
+            end_if_broken(self.classifier.engine_watch)
             await asyncio.sleep(BEAT_EVERY_S)
 
     def stop(self) -> None:

@@ -1,5 +1,6 @@
 """The command line: ride-profile, how long each graph takes here."""
 
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Final
@@ -10,7 +11,8 @@ from model_export.bundle import BundleError, read_bundle
 from service.cascade import NotFiniteError
 from service.classifier import Classifier
 from service.engine import EngineError, open_engine
-from service.settings import Command, SettingsError, read_settings
+from service.logs import log, set_up
+from service.settings import Command, SettingsError, read_settings, unknown_variables
 from service.shares import choose_shared_engine, choose_workers, engine_share_of, share_of
 
 PROFILE: Final = Command(
@@ -25,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, 1 where the engine fails, 2 for the caller's mistakes."""
     try:
         settings = read_settings(arguments, PROFILE)
+        set_up(settings.log_level)
+        for line in unknown_variables():
+            log(logging.WARNING, "unknown_variable", message=line)
         bundle = read_bundle(settings.bundle)
         workers = choose_workers(settings)
         shared = choose_shared_engine(settings, workers)
@@ -45,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     print("| images | " + " | ".join(times) + " |")
     print("| --- |" + " --- |" * len(times))
-    for size in times["trunk"]:
+    for size in sorted(times["trunk"]):
         print(f"| {size} | " + " | ".join(f"{1000 * stage[size]:.3f}" for stage in times.values()) + " |")
     return 0
 
