@@ -343,7 +343,7 @@ class Classifier:
         Open the engine and measure every stage at several batch sizes; nothing is served.
 
         Raises:
-            EngineError: where the engine cannot be opened.
+            EngineError: where the engine cannot be opened, or a graph fails.
             NotFiniteError: where a graph gives NaN or infinity even for a blank image.
         """
         return self._open_and_profile()[1]
@@ -404,6 +404,7 @@ class Classifier:
                 if isinstance(outcome, NotFiniteError):
                     raise outcome
                 if isinstance(outcome, Exception):
+                    log(logging.ERROR, "warm_up_failed", error=outcome)
                     raise EngineError(
                         f"a batch of {len(limits)} images fails on {self.provider}: {outcome}; where memory is short, "
                         "lower RIDE_MAX_BATCH"

@@ -216,8 +216,7 @@ class Supervisor:
         if code == START_FAILED and not row[WAS_READY]:
             self._give_up("a worker cannot start; its log line start_failed says why")
             return
-        age = time.monotonic() - worker.started
-        pause = self._plan_successor(worker, _cause(code))
+        pause, age = self._plan_successor(worker, _cause(code)), time.monotonic() - worker.started
         if pause is not None:
             row[RESTARTS] += 1
             log(
@@ -231,7 +230,7 @@ class Supervisor:
         worker.short_lives = worker.short_lives + 1 if age < SHORT_LIFE_S else 1
         if worker.short_lives > len(RESTART_PAUSES_S):
             self._give_up(
-                f"worker {worker.name} died {worker.short_lives} times, each time within {SHORT_LIFE_S:g} s "
+                f"worker {worker.name} failed {worker.short_lives} times, each time within {SHORT_LIFE_S:g} s "
                 f"of its start, at last of {cause}"
             )
             return None

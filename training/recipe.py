@@ -547,7 +547,7 @@ class Recipe:
         Raises:
             RecipeError: for any other field.
         """
-        for name in settings.keys() - set(PLACES):
+        for name in settings.keys() - {"image_root"}:
             raise RecipeError(f"--set {name}: the recipe of a run is fixed, but for where its images lie: image_root")
         return self.override(settings | ({} if data is None else {"data": data}))
 

@@ -106,6 +106,7 @@ def report(
         ReportError: for a run without routers, or a budget below one expert.
         CheckpointError: for a run that is not finished.
         DataError: where its images cannot be read.
+        RecipeError: for a setting other than `image_root`.
     """
     checkpoint, model = trained_model(run)
     recipe = checkpoint.recipe

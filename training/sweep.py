@@ -13,7 +13,7 @@ from typing import Any
 from training.checkpoint import write_atomically
 from training.data.longtail import SPLITS
 from training.plots import plot_accuracy, plot_cost, plot_experts
-from training.recipe import Recipe
+from training.recipe import PLACES, Recipe
 from training.recipes import RECIPES
 from training.recipes.published import PUBLISHED, Published
 from training.runs import RunsError, read_results, refuse_equal_names, train_all
@@ -108,11 +108,12 @@ def rows_of(runs: Sequence[Path]) -> list[Row]:
 
 
 def _difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
-    """In what two results differ that should differ in the seed alone; what an older version did not record may."""
+    """In what two results differ that should differ in the seed alone; what older ones do not have is not compared."""
     for key, what in (("classes", "classes"), ("images_digest", "training images"), ("unseen_digest", "test images")):
         if one.get(key) and other.get(key) and one[key] != other[key]:
             return what
-    different = one["recipe"].differences(other["recipe"], NOT_A_SETTING)
+    places = PLACES if one.get("images_digest") and other.get("images_digest") else ()  # they are the same images
+    different = one["recipe"].differences(other["recipe"], (*NOT_A_SETTING, *places))
     return ", ".join(f"{field} ({ours} and {theirs})" for field, (ours, theirs) in different.items()) or None
 
 

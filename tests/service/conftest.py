@@ -2,9 +2,11 @@
 
 import asyncio
 import io
+import logging
 import os
 import signal
 import threading
+import warnings
 from contextlib import asynccontextmanager, contextmanager
 
 import httpx
@@ -168,3 +170,14 @@ async def service(tiny_bundle):
     """The tiny bundle, served with the usual settings."""
     async with start(tiny_bundle) as running:
         yield running
+
+
+@pytest.fixture
+def _logging_restored():
+    """What `set_up` changes for the whole process is afterwards as it was."""
+    handlers, level, filters = logging.root.handlers[:], logging.root.level, warnings.filters[:]
+    yield
+    logging.captureWarnings(False)
+    warnings.filters[:] = filters
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)

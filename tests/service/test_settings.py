@@ -324,23 +324,17 @@ def test_on_a_gpu_the_warm_up_covers_every_size_that_a_batch_is_filled_up_to():
     assert {batch_size_for(size) for size in sizes} == {batch_size_for(rows) for rows in range(1, 21)}
 
 
+@pytest.mark.usefixtures("_logging_restored")
 def test_log_lines_are_json_with_the_stack_trace_inside(capsys):
     """One line per event, whatever is in it."""
-    handlers, level, filters = logging.root.handlers[:], logging.root.level, warnings.filters[:]
     set_up("info")
+    log(logging.DEBUG, "unseen")
     try:
-        log(logging.DEBUG, "unseen")
-        try:
-            raise ValueError("two\nlines")
-        except ValueError as error:
-            log(logging.ERROR, "failed", error=error, request_id="a", path=DEFAULT_BUNDLE)
-        log(logging.ERROR, "odd", path="\udc80", number=10**30)
-        warnings.warn_explicit("tag is odd", UserWarning, "TiffImagePlugin.py", 1, module="PIL.TiffImagePlugin")
-    finally:
-        logging.captureWarnings(False)
-        warnings.filters[:] = filters
-        logging.root.handlers[:] = handlers
-        logging.root.setLevel(level)
+        raise ValueError("two\nlines")
+    except ValueError as error:
+        log(logging.ERROR, "failed", error=error, request_id="a", path=DEFAULT_BUNDLE)
+    log(logging.ERROR, "odd", path="\udc80", number=10**30)
+    warnings.warn_explicit("tag is odd", UserWarning, "TiffImagePlugin.py", 1, module="PIL.TiffImagePlugin")
     line, odd = capsys.readouterr().err.splitlines()
     found = json.loads(line)
     assert (json.loads(odd)["path"], json.loads(odd)["number"]) == ("\udc80", 10**30)

@@ -270,7 +270,7 @@ def test_a_worker_that_keeps_dying_ends_the_service():
     died = [(line["worker"], line["cause"], line["restart_in_s"]) for line in lines if line["event"] == "worker_died"]
     assert died == [(1, "SIGSEGV", 0.0), (1, "SIGSEGV", 0.1), (1, "SIGSEGV", 0.2)]
     (end,) = [line["reason"] for line in lines if line["event"] == "gave_up"]
-    assert end == "worker 1 died 4 times, each time within 60 s of its start, at last of SIGSEGV"
+    assert end == "worker 1 failed 4 times, each time within 60 s of its start, at last of SIGSEGV"
     assert code == 1
 
 

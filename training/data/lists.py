@@ -79,7 +79,7 @@ def lists_of(directory: Path, train: str | None, val: str | None, test: str | No
 def lists_for(part: str, directory: Path) -> list[Path]:
     """The files that may be lists for "train", "heldout" or "test", by their names."""
     word = re.compile(rf"(?<![a-z])({'|'.join(PART_WORDS[part])})(?![a-z])")
-    return sorted(file for file in directory.glob("*.txt") if word.search(file.stem.lower()) and file.is_file())
+    return sorted(file for file in directory.glob("*.txt") if word.search(file.stem.lower()) and not file.is_dir())
 
 
 def read_list(file: Path, report: Report) -> ListFile:

@@ -137,7 +137,8 @@ def load_data(recipe: Recipe, *, checked: bool = False) -> Data:
         report.add("sorted", image_set.name)
     parts: dict[str, AnyImages] = {}
     for name, (source, positions) in split.parts().items():
-        how = "crop" if name == "train" and recipe.crop == "padded" else recipe.test_fit  # as padded crops are taken of
+        # padded crops are taken of the whole image, streamed or resident
+        how = "crop" if name == "train" and recipe.crop == "padded" else recipe.test_fit
         if streamed:
             labels = torch.from_numpy(source.labels[positions])
             viewed = dataclasses.replace(recipe, test_fit=how)
