@@ -226,9 +226,6 @@ class Load:
         self.free(connection)
 
     def _start(self) -> None:
-        self._use_idle()
-
-    def _use_idle(self) -> None:
         idle, self._idle = self._idle, []
         for connection in idle:
             self.free(connection)

@@ -40,10 +40,10 @@ def raw_requests(target: Target, images: Sequence[bytes]) -> list[bytes]:
     return [post(target, image, {"Content-Type": "image/jpeg"}) for image in images]
 
 
-def multipart_requests(target: Target, images: Sequence[bytes]) -> list[bytes]:
+def multipart_requests(target: Target, images: Sequence[bytes], field: str = "file") -> list[bytes]:
     """One request per JPEG, as a browser or `curl -F` would send it."""
     head = (
-        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="image.jpg"\r\n'
+        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{field}"; filename="image.jpg"\r\n'
         "Content-Type: image/jpeg\r\n\r\n"
     ).encode()
     tail = f"\r\n--{BOUNDARY}--\r\n".encode()

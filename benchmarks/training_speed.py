@@ -27,6 +27,8 @@ from training.models.multi_expert import Outputs, Trunk
 from training.recipe import Recipe
 from training.recipes import RECIPES
 
+BATCH = 128
+
 
 class PlainTrunk(Trunk):
     """The trunk as a plain loop would feed it: contiguous (B, 3, H, W)."""
@@ -48,6 +50,28 @@ def contestant(precision: str, compiled: bool, plain: bool) -> tuple[Recipe, Sta
     return recipe, stages[0], forward_of(model, stages[0], recipe)
 
 
+class Turns:
+    """A contestant's training, a few steps at a time on the same random batch."""
+
+    def __init__(self, recipe: Recipe, stage: Stage, forward: Callable[[torch.Tensor], Outputs]) -> None:
+        self._recipe, self._stage, self._forward = recipe, stage, forward
+        self._optimiser = torch.optim.SGD(stage.part.parameters(), 0.01)
+        self._generator = torch.Generator().manual_seed(0)
+        self._images = torch.randint(0, 256, (BATCH, 32, 32, 3), generator=self._generator, dtype=torch.uint8)
+        self._labels = torch.randint(0, 100, (BATCH,), generator=self._generator)
+
+    def images_per_second(self, steps: int) -> float:
+        """Over so many steps, augmentation included."""
+        recipe, generator = self._recipe, self._generator
+        began = time.perf_counter()
+        for _ in range(steps):
+            pixels = augment(
+                self._images, generator, crop_padding=recipe.crop_padding, flip=recipe.flip, rotation=recipe.rotation
+            )
+            train_step(self._forward, self._stage, self._optimiser, pixels, self._labels, epoch=0, generator=generator)
+        return steps * BATCH / (time.perf_counter() - began)
+
+
 def main() -> None:
     """Run all rounds and print the table as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -57,34 +81,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="steps of a turn [default: 20]")
     options = parser.parse_args()
 
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (128, 32, 32, 3), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(0, 100, (128,), generator=generator)
     contestants = {
-        "fp32, eager, contiguous (plain)": contestant("fp32", compiled=False, plain=True),
-        "fp32, eager, channels_last": contestant("fp32", compiled=False, plain=False),
-        "fp32, compiled, channels_last": contestant("fp32", compiled=True, plain=False),
-        "bf16, eager, channels_last": contestant("bf16", compiled=False, plain=False),
-        "bf16, compiled, channels_last": contestant("bf16", compiled=True, plain=False),
+        "fp32, eager, contiguous (plain)": Turns(*contestant("fp32", compiled=False, plain=True)),
+        "fp32, eager, channels_last": Turns(*contestant("fp32", compiled=False, plain=False)),
+        "fp32, compiled, channels_last": Turns(*contestant("fp32", compiled=True, plain=False)),
+        "bf16, eager, channels_last": Turns(*contestant("bf16", compiled=False, plain=False)),
+        "bf16, compiled, channels_last": Turns(*contestant("bf16", compiled=True, plain=False)),
     }
-    optimisers = {name: torch.optim.SGD(stage.part.parameters(), 0.01) for name, (_, stage, _) in contestants.items()}
 
-    def turn(name: str, steps: int) -> float:
-        recipe, stage, forward = contestants[name]
-        began = time.perf_counter()
-        for _ in range(steps):
-            pixels = augment(
-                images, generator, crop_padding=recipe.crop_padding, flip=recipe.flip, rotation=recipe.rotation
-            )
-            train_step(forward, stage, optimisers[name], pixels, labels, epoch=0)
-        return steps * len(labels) / (time.perf_counter() - began)
-
-    for name in contestants:
-        turn(name, 3)  # compiles
+    for turns in contestants.values():
+        turns.images_per_second(3)  # compiles
     speeds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(options.rounds):
-        for name in contestants:
-            speeds[name].append(turn(name, options.steps))
+        for name, turns in contestants.items():
+            speeds[name].append(turns.images_per_second(options.steps))
 
     plain = statistics.median(next(iter(speeds.values())))
     print(

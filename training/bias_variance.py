@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from training.checkpoint import write_atomically
-from training.data.longtail import SPLITS, class_counts, split_of
+from training.data.longtail import SCOPES, class_counts, split_of
 from training.data.sets import load_data
 from training.data.sources import open_set
 from training.distributed import best_device
@@ -33,7 +33,6 @@ from training.train import trained_model
 DRAWS, N_MAX = 20, 300
 SMOKE_DRAWS, SMOKE_N_MAX = 3, 30
 FEWEST_DRAWS = 2
-SCOPES = ("all", *SPLITS)
 DECOMPOSITIONS = ("zero_one", "squared")
 TITLES = {"zero_one": "0/1 (Domingos)", "squared": "squared, probabilities"}
 PARTS = ("error", "bias", "variance", "net_variance")

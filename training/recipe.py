@@ -316,7 +316,7 @@ class Recipe:
         self._refuse_views()
         self._refuse_schedules()
         self._refuse_experts()
-        self._check_groups()
+        self._refuse_groups()
         self._refuse_losses()
         self._refuse_stages()
         self._refuse_networks()
@@ -346,11 +346,13 @@ class Recipe:
         """What a backbone does not have."""
         swin, cifar = self.backbone.startswith("swin"), self.backbone.endswith("_cifar")
         if self.pretrained == "torchvision" and cifar:
-            raise RecipeError(f"pretrained=torchvision: it has no {self.backbone}; a run of ours or a file is possible")
+            raise RecipeError(f"pretrained=torchvision: it has no {self.backbone}; name a run of ours or a file")
         if self.share_stage3 and (swin or cifar):
-            raise RecipeError(f"share_stage3=True: only ResNets of four stages can, {self.backbone} is none")
+            raise RecipeError(f"share_stage3=True: only ResNets of four stages can, not {self.backbone}; take false")
         if self.drop_path and not swin:
-            raise RecipeError(f"drop_path={self.drop_path:g}: only Swin transformers have it, {self.backbone} is none")
+            raise RecipeError(
+                f"drop_path={self.drop_path:g}: only Swin transformers have it, not {self.backbone}; take 0"
+            )
 
     def _refuse_views(self) -> None:
         """Augmentations that do not go together."""
@@ -363,13 +365,15 @@ class Recipe:
     def _refuse_schedules(self) -> None:
         """What a schedule, or batches of these sizes, cannot do."""
         if self.warmup_start is not None and (self.schedule != "step" or self.method == "shike"):
-            raise RecipeError(f"warmup_start={self.warmup_start:g}: only schedule='step' has it, SHIKE's own not; none")
+            raise RecipeError(
+                f"warmup_start={self.warmup_start:g}: only schedule='step' has it, not SHIKE's own; take none"
+            )
         if self.lr_min > self.lr:
             raise RecipeError(f"lr_min={self.lr_min:g}: must be lr={self.lr:g} at most")
         if self.lr_min and (self.schedule != "cosine" or self.method == "shike"):
             raise RecipeError(f"lr_min={self.lr_min:g}: only schedule='cosine' ends there, SHIKE's own at 0; take 0")
         if self.cycles > 1 and (self.schedule != "cosine" or self.method == "shike"):
-            raise RecipeError(f"cycles={self.cycles}: only schedule='cosine' has more than one, SHIKE's own has not; 1")
+            raise RecipeError(f"cycles={self.cycles}: only schedule='cosine' has more than one, not SHIKE's; take 1")
         if self.epochs % self.cycles:
             raise RecipeError(f"cycles={self.cycles}: must divide epochs={self.epochs}")
         if self.accumulate > self.batch_size:
@@ -407,7 +411,9 @@ class Recipe:
         if self.n_experts == 1 and self.diversity_weight:
             raise RecipeError(f"diversity_weight={self.diversity_weight:g}: one expert cannot disagree; take 0")
         if self.method in ("bbn", "oltr", "lfme") and self.deferred_from is not None:
-            raise RecipeError(f"deferred_from={self.deferred_from:g}: method {self.method!r} has no such epoch; none")
+            raise RecipeError(
+                f"deferred_from={self.deferred_from:g}: method {self.method!r} has no such epoch; take none"
+            )
 
     def _refuse_losses(self) -> None:
         """What a loss cannot be combined with."""
@@ -429,7 +435,7 @@ class Recipe:
         if self.method in ("bbn", "oltr") and not self.backbone.endswith("_cifar"):
             raise RecipeError(f"backbone={self.backbone!r}: method {self.method!r} is built for the CIFAR ResNets")
         if self.method in ("bbn", "oltr") and self.depth_fusion:
-            raise RecipeError(f"depth_fusion=true: method {self.method!r} takes the last layers apart; false")
+            raise RecipeError(f"depth_fusion=true: method {self.method!r} takes the last layers apart; take false")
         for field in ("mixup", "cutmix", "label_smoothing"):
             if getattr(self, field) and self.method not in ("ride", "single"):
                 raise RecipeError(f"{field}={getattr(self, field):g}: only methods 'ride' and 'single' can; take 0")
@@ -437,10 +443,11 @@ class Recipe:
             raise RecipeError(f"accumulate={self.accumulate}: method {self.method!r} needs its batches whole; take 1")
         if self.method in ONE_PROCESS and (self.optimiser != "sgd" or self.clip_norm is not None):
             raise RecipeError(
-                f"optimiser={self.optimiser!r}, clip_norm={self.clip_norm}: method {self.method!r} has 'sgd' and none"
+                f"optimiser={self.optimiser!r}, clip_norm={self.clip_norm}: method {self.method!r} needs 'sgd' and none"
             )
 
-    def _check_groups(self) -> None:
+    def _refuse_groups(self) -> None:
+        """ACE's class groups, and what it cannot do besides."""
         shares, wanted = self.group_shares, self.n_experts - 1 if self.method == "ace" else 0
         if len(shares) != wanted or list(shares) != sorted(shares, reverse=True) or not all(0 < s < 1 for s in shares):
             raise RecipeError(
@@ -448,7 +455,9 @@ class Recipe:
                 "descending, between 0 and 1"
             )
         if self.method == "ace" and self.retrain_epochs:
-            raise RecipeError(f"retrain_epochs={self.retrain_epochs}: method 'ace' has class groups, it retrains none")
+            raise RecipeError(
+                f"retrain_epochs={self.retrain_epochs}: method 'ace' has class groups and retrains none; take 0"
+            )
         if self.method == "ace" and self.group_norm_power and self.classifier == "cosine":
             raise RecipeError("classifier='cosine': has no lengths to scale by; take linear or group_norm_power=0")
 
@@ -457,11 +466,11 @@ class Recipe:
         if self.retrain_epochs:
             if self.method in ONE_PROCESS:
                 raise RecipeError(
-                    f"retrain_epochs={self.retrain_epochs}: method {self.method!r} has no such stage; 0 is possible"
+                    f"retrain_epochs={self.retrain_epochs}: method {self.method!r} has no such stage; take 0"
                 )
             if self.retrain in ("tau_norm", "ncm") and self.retrain_epochs != 1:
                 raise RecipeError(
-                    f"retrain_epochs={self.retrain_epochs}: retrain={self.retrain!r} has a closed form; 1 is possible"
+                    f"retrain_epochs={self.retrain_epochs}: retrain={self.retrain!r} has a closed form; take 1"
                 )
             if self.retrain != "crt" and self.classifier != "linear":
                 raise RecipeError(f"classifier={self.classifier!r}: retrain={self.retrain!r} needs the linear one")

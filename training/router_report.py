@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from training.checkpoint import write_atomically
-from training.data.longtail import SPLITS, split_of
+from training.data.longtail import SCOPES, split_of
 from training.data.sets import load_data
 from training.distributed import best_device
 from training.evaluate import (
@@ -31,7 +31,6 @@ from training.tables import Cell, markdown, number, write_csv
 from training.thresholds import fill_scores, frontier
 from training.train import PUBLISHED_THRESHOLD, refuse_other_images, trained_model
 
-SCOPES = ("all", *SPLITS)
 MOST_ROWS = 12  # of the curve in report.md; curve.csv has all
 WAYS_LEGEND = """Random exits: as many
 experts on average, some images one fewer than others, whichever they are. Oracle: each image gets the fewest experts
@@ -188,7 +187,7 @@ class _Judge:
         return self.point(name, route(self.predictions.router_scores, thresholds), thresholds)
 
     def oracle(self) -> Point:
-        """Who knows the truth, and spends only what helps."""
+        """As one who knows the labels would route: the fewest experts that are right."""
         return self.point("oracle", oracle(self.right))
 
     def shares(self, point: Point) -> dict[str, list[float]]:

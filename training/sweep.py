@@ -11,26 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from training.checkpoint import write_atomically
-from training.data.longtail import SPLITS
+from training.data.longtail import SCOPES
 from training.plots import plot_accuracy, plot_cost, plot_experts
-from training.recipe import PLACES, Recipe
+from training.recipe import DECIDE_NOTHING, PLACES, Recipe
 from training.recipes import RECIPES
 from training.recipes.published import PUBLISHED, Published
 from training.runs import RunsError, read_results, refuse_equal_names, train_all
 from training.tables import MISSING, Cell, markdown, number, write_csv
 
-ACCURACIES = ("all", *SPLITS)
-FIGURES = (*ACCURACIES, "ece", "mean_experts", "macs")
+FIGURES = (*SCOPES, "ece", "mean_experts", "macs")
 LEGEND = """Percent on the test images after the last epoch, means of per-class accuracies; ± is the sample standard
 deviation over seeds. Routed: thresholds of 0.5, as published."""
 OF_THE_IMAGES = ("data", "profile", "imbalance", "n_max")
-NOT_A_SETTING = (
-    "seed",
-    "evaluate_every",
-    "compile",
-    "workers",
-    "decoding",
-)  # runs that differ in nothing else are seeds of one method
+NOT_A_SETTING = ("seed", "compile", *DECIDE_NOTHING)  # runs that differ in nothing else are seeds of one method
 
 
 @dataclass(frozen=True)
@@ -174,10 +167,10 @@ def write_tables(rows: Sequence[Row], directory: Path, failures: Mapping[str, st
     Returns:
         The Markdown.
     """
-    heads = ("method", "seeds", "experts", "M MACs", *ACCURACIES, "ECE", "published: all (many / medium / few)")
+    heads = ("method", "seeds", "experts", "M MACs", *SCOPES, "ECE", "published: all (many / medium / few)")
     lines = [
         [row.name, _seeds(row.seeds), _shown(row, "mean_experts"), _shown(row, "macs"),
-         *(_shown(row, key) for key in (*ACCURACIES, "ece")), "; ".join(map(_published, row.published)) or MISSING]
+         *(_shown(row, key) for key in (*SCOPES, "ece")), "; ".join(map(_published, row.published)) or MISSING]
         for row in rows
     ]  # fmt: skip
     text = markdown(heads, lines)
@@ -219,7 +212,7 @@ def _row(label: str, results: tuple[dict[str, Any], ...], routed: bool) -> Row:
     for result in results:
         figures = result["routed"] if routed else result["experts"][-1]
         mean_experts = figures["mean_experts"]["all"] if routed else float(n_experts)
-        measured.append({**{key: figures[key] for key in (*ACCURACIES, "ece", "macs")}, "mean_experts": mean_experts})
+        measured.append({**{key: figures[key] for key in (*SCOPES, "ece", "macs")}, "mean_experts": mean_experts})
     return Row(
         label=label, routed=routed, seeds=tuple(result["recipe"].seed for result in results),
         figures={key: _figure([figures[key] for figures in measured]) for key in FIGURES},
@@ -268,7 +261,7 @@ def _published(entry: Published) -> str:
 def _write_csv(file: Path, rows: Sequence[Row]) -> None:
     heads = ["method", "routed", "n_seeds", "seeds"]
     heads += [f"{key}_{part}" for key in FIGURES for part in ("mean", "sd")]
-    heads += ["published_source", *(f"published_{key}" for key in ACCURACIES), "published_m_macs"]
+    heads += ["published_source", *(f"published_{key}" for key in SCOPES), "published_m_macs"]
     lines: list[list[Cell]] = []
     for row in rows:
         line: list[Cell] = [row.label, int(row.routed), len(row.seeds), " ".join(map(str, row.seeds))]
@@ -276,18 +269,18 @@ def _write_csv(file: Path, rows: Sequence[Row]) -> None:
             figure = row.figures[key]
             line += [figure.mean, figure.deviation] if figure is not None else [None, None]
         entry = row.published[0] if row.published else None
-        line += [getattr(entry, key, None) for key in ("source", *ACCURACIES, "macs")]
+        line += [getattr(entry, key, None) for key in ("source", *SCOPES, "macs")]
         lines.append(line)
     write_csv(file, heads, lines)
 
 
 def _by_split(row: Row) -> dict[str, tuple[float, float | None]]:
-    found = {key: row.figures[key] for key in ACCURACIES}
+    found = {key: row.figures[key] for key in SCOPES}
     return {key: (figure.mean, figure.deviation) for key, figure in found.items() if figure is not None}
 
 
 def _published_by_split(entry: Published) -> dict[str, float]:
-    return {key: getattr(entry, key) for key in ACCURACIES if getattr(entry, key) is not None}
+    return {key: getattr(entry, key) for key in SCOPES if getattr(entry, key) is not None}
 
 
 def _costs(

@@ -46,7 +46,7 @@ def train(recipe: Recipe, run: Path) -> dict[str, Any]:
         CheckpointError: where `run` holds another recipe's checkpoints, or `recipe.first_stage` does not fit.
         DivergedError: when the loss, or a logit of a test image, is not finite.
         LostProcessError: where torchrun started several processes, and another one ended.
-        RecipeError: for a precision that the device has not, a method that several processes cannot share, or a
+        RecipeError: for a precision that the device does not have, a method that several processes cannot share, or a
             network to be compiled without a compiler.
     """
     with joined() as device, ExitStack() as held:

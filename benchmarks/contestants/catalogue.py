@@ -7,10 +7,11 @@ import struct
 import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.messages import BOUNDARY, Target, post, raw_requests
+from benchmarks.messages import Target, multipart_requests, post, raw_requests
 from service.cores import available_cores
 
 FOLDER: Final = Path(__file__).parent
@@ -90,17 +91,6 @@ class Contestant:
         }
 
 
-def _multipart(target: Target, images: Sequence[bytes]) -> list[bytes]:
-    """BentoML's way: one file in the field that its method calls `images`."""
-    head = (
-        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="images"; filename="image.jpg"\r\n'
-        "Content-Type: image/jpeg\r\n\r\n"
-    ).encode()
-    tail = f"\r\n--{BOUNDARY}--\r\n".encode()
-    headers = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
-    return [post(target, head + image + tail, headers) for image in images]
-
-
 def _base64_tensor(target: Target, images: Sequence[bytes]) -> list[bytes]:
     """MLServer's way: the V2 protocol in JSON."""
     return [
@@ -165,7 +155,8 @@ CONTESTANTS: Final = (
          Setting(1, 1, 32, 2)),
     ),
     Contestant(
-        "bentoml", "BentoML", "/classify", _multipart, lambda body: _named(json.loads(body)[0]),
+        "bentoml", "BentoML", "/classify", partial(multipart_requests, field="images"),  # its method's argument
+        lambda body: _named(json.loads(body)[0]),
         (Setting(CORES, 1, 32, 1000), Setting(CORES, 1, 32, 100), Setting(1, CORES, 32, 1000),
          Setting(1, 1, 32, 1000)),
     ),

@@ -933,7 +933,7 @@ def test_oltr_learns_classifiers_faster_than_features_and_centroids(memory_model
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("ncm-cifar100", {"retrain_epochs": "5"}, "retrain_epochs=5: retrain='ncm' has a closed form; 1 is possible"),
+        ("ncm-cifar100", {"retrain_epochs": "5"}, "retrain_epochs=5: retrain='ncm' has a closed form; take 1"),
         ("tau-norm-cifar100", {"classifier": "cosine"}, "retrain='tau_norm' needs the linear one"),
         ("bbn-cifar100", {"retrain_epochs": "5"}, "method 'bbn' has no such stage"),
         ("bbn-cifar100", {"classifier": "cosine"}, "method 'bbn' has the linear classifier"),

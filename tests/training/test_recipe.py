@@ -62,7 +62,7 @@ def test_overrides_take_the_type_of_the_field():
         ({"method": "single", "n_experts": "1"}, "only for method 'ride', this is 'single'; take 0 and false"),
         (
             {"method": "bbn", "n_experts": "1", "diversity_weight": "0", "deferred_from": "0.5"},
-            "deferred_from=0.5: method 'bbn' has no such epoch; none",
+            "deferred_from=0.5: method 'bbn' has no such epoch; take none",
         ),
         (
             {
@@ -75,7 +75,7 @@ def test_overrides_take_the_type_of_the_field():
                 "rotation": "0",
                 "depth_fusion": "true",
             },
-            "depth_fusion=true: method 'bbn' takes the last layers apart; false",
+            "depth_fusion=true: method 'bbn' takes the last layers apart; take false",
         ),
         (
             {

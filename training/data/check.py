@@ -47,8 +47,7 @@ def check_data(recipe: Recipe, *, decode: bool = True) -> Report:
 
 def summary_of(image_set: ImageSet) -> str:
     """How many classes and images there are, and how unevenly."""
-    labels, n_classes = image_set.train.labels, len(image_set.classes)
-    counts = np.bincount(labels[(labels >= 0) & (labels < n_classes)], minlength=n_classes)
+    counts = image_set.train.counts(len(image_set.classes))
     splits = Counter(split_of(count) for count in counts.tolist())
     largest, smallest = int(counts.argmax()), int(counts.argmin())
     parts = ", ".join(f"{len(source):,} {_PARTS[name]}" for name, source in image_set.parts().items())
@@ -68,13 +67,13 @@ def examine(image_set: ImageSet, depth: Depth, workers: int) -> dict[str, np.nda
     """
     Add to the report of `image_set` what is wrong with its images.
 
-    Returns:
-        Of each part, (N, 16), uint8: digests that equal images share, wherever they lie; 0 for those that are wrong.
-
     Args:
         depth: "bytes": is each there; "headers": is it an image by its first bytes; "pixels": decode it whole. Images
             that are there twice are found at every depth.
         workers: processes that share the work; a small set is done in this one.
+
+    Returns:
+        Of each part, (N, 16), uint8: digests that equal images share, wherever they lie; 0 for those that are wrong.
     """
     report = image_set.report
     seen: dict[bytes, list[tuple[str, int]]] = defaultdict(list)
@@ -87,9 +86,7 @@ def examine(image_set: ImageSet, depth: Depth, workers: int) -> dict[str, np.nda
             elif finding.digest:
                 seen[finding.digest].append((part, position))
                 digests[part][position] = np.frombuffer(finding.digest, np.uint8)
-    n_classes = len(image_set.classes)
-    counts = np.bincount(image_set.train.labels.clip(-1, n_classes) + 1, minlength=n_classes + 2)[1:-1]
-    _tell_lone(image_set, np.flatnonzero(counts == 1))
+    _tell_lone(image_set, np.flatnonzero(image_set.train.counts(len(image_set.classes)) == 1))
     for group in seen.values():
         if len(group) > 1:
             _tell_twice(image_set, group)

@@ -10,6 +10,7 @@ import numpy as np
 MANY_ABOVE = 100
 FEW_BELOW = 20
 SPLITS = ("many", "medium", "few")
+SCOPES = ("all", *SPLITS)  # what figures are of
 
 
 def class_counts(n_max: int, imbalance: float, n_classes: int, profile: Literal["exp", "step"] = "exp") -> list[int]:
@@ -35,6 +36,11 @@ def class_counts(n_max: int, imbalance: float, n_classes: int, profile: Literal[
             f"the factor can be {n_max} at most"
         )
     return counts
+
+
+def rarest_first(class_counts: Sequence[int]) -> list[int]:
+    """The labels by frequency; of classes of the same size the one with the higher index counts as the rarer."""
+    return sorted(range(len(class_counts)), key=lambda label: (class_counts[label], -label))
 
 
 def draw_subset(

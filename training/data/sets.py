@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -167,19 +168,20 @@ def _split(image_set: ImageSet, recipe: Recipe, report: Report) -> _Split:
     all_tested = np.arange(len(test)) if test is not None else np.empty(0, np.int64)
     if recipe.profile == "natural":
         least = 3
-        left = np.arange(len(labels))
-        if recipe.n_max is not None:
-            left = _at_most(labels, recipe.n_max, len(classes), recipe.subset_seed)
+        most = len(labels) if recipe.n_max is None else recipe.n_max
+        left = _drawn(labels, lambda size: min(size, most), len(classes), recipe.subset_seed)
         sizes = np.bincount(labels[left], minlength=len(classes))
         if test is None:
-            all_tested = left[_share(labels[left], recipe.test_share, len(classes), recipe.subset_seed + 1)]
+            tested = partial(_taken, share=recipe.test_share)
+            all_tested = left[_drawn(labels[left], tested, len(classes), recipe.subset_seed + 1)]
             left = np.setdiff1d(left, all_tested)
             least = next(n for n in itertools.count() if n - _taken(n, recipe.test_share) > 2)
             _tell_small(classes, sizes, labels[all_tested], "test images", report)
         if image_set.heldout is not None:
             heldout, chosen, note = np.arange(len(image_set.heldout)), left, "the set's own validation images"
         else:
-            heldout = left[_share(labels[left], recipe.holdout_share, len(classes), recipe.subset_seed)]
+            kept = partial(_taken, share=recipe.holdout_share)
+            heldout = left[_drawn(labels[left], kept, len(classes), recipe.subset_seed)]
             chosen = np.setdiff1d(left, heldout)
             note = f"{recipe.holdout_share:.0%} of each class's training images, seed {recipe.subset_seed}"
             small = _tell_small(classes, sizes, labels[heldout], "held-out images", report)
@@ -267,21 +269,11 @@ def channel_statistics(images: AnyImages) -> tuple[tuple[float, ...], tuple[floa
     return rounded[0], tuple(value or 1.0 for value in rounded[1])
 
 
-def _at_most(labels: np.ndarray, most: int, n_classes: int, seed: int) -> np.ndarray:
-    """Positions of at most so many images of each class, in their order."""
+def _drawn(labels: np.ndarray, how_many: Callable[[int], int], n_classes: int, seed: int) -> np.ndarray:
+    """Positions of so many images of each class, at random, in their order; `how_many`: of a class of that size."""
     generator = np.random.default_rng(seed)
-    parts = [generator.permutation(np.flatnonzero(labels == label))[:most] for label in range(n_classes)]
-    return np.sort(np.concatenate(parts))
-
-
-def _share(labels: np.ndarray, share: float, n_classes: int, seed: int) -> np.ndarray:
-    """Positions of `share` of each class, at random; see `_taken`."""
-    generator = np.random.default_rng(seed)
-    parts = []
-    for label in range(n_classes):
-        positions = generator.permutation(np.flatnonzero(labels == label))
-        parts.append(positions[: _taken(len(positions), share)])
-    return np.sort(np.concatenate(parts))
+    parts = [generator.permutation(np.flatnonzero(labels == label)) for label in range(n_classes)]
+    return np.sort(np.concatenate([part[: how_many(len(part))] for part in parts]))
 
 
 def _taken(size: int, share: float) -> int:

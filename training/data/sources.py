@@ -109,6 +109,11 @@ class Source:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def counts(self, n_classes: int) -> np.ndarray:
+        """(C,): images of each class; labels out of range do not count."""
+        possible = self.labels[(self.labels >= 0) & (self.labels < n_classes)]
+        return np.bincount(possible, minlength=n_classes)
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -163,10 +168,8 @@ def _open(recipe: Recipe) -> ImageSet:
         root = os.environ.get("RIDE_DATA")
         if not root:
             return _open_torchvision(name)
-        return _open_parquet(name, Path(root, name)) if Path(root, name).is_dir() else _no_directory(Path(root, name))
-    directory = Path(name)
-    if not directory.is_dir():
-        return _no_directory(directory)
+        return _open_parquet(name, _existing(Path(root, name)))
+    directory = _existing(Path(name))
     lists = lists_of(directory, recipe.train_list, recipe.val_list, recipe.test_list)
     if lists:
         return _open_lists(name, directory, lists, recipe.image_root)
@@ -178,8 +181,14 @@ def _open(recipe: Recipe) -> ImageSet:
     return opened
 
 
-def _no_directory(directory: Path) -> ImageSet:
-    raise DataError(f"{directory}: no such directory")
+def _existing(directory: Path) -> Path:
+    """
+    Raises:
+        DataError: where it is not there.
+    """
+    if not directory.is_dir():
+        raise DataError(f"{directory}: no such directory")
+    return directory
 
 
 def _open_folders(name: str, directory: Path) -> ImageSet:
@@ -231,7 +240,7 @@ def _open_folder(directory: Path, report: Report, wanted: Sequence[str] | None =
     classes = [home.name for home in _directories(directory)]
     if wanted is None:
         _check_classes(directory, classes)
-    if wanted is not None:
+    else:
         if odd := sorted(set(classes) - set(wanted)):
             raise DataError(f"{directory}: classes without training images: {', '.join(odd[:MOST_NAMES])}")
         classes = list(wanted)
@@ -472,7 +481,7 @@ def _checked(
             "label out of range",
             (f"{source.images.name(p)} has label {source.labels[p]}, there are {len(names)} classes" for p in wrong),
         )
-    present = np.bincount(sources["train"].labels.clip(-1, len(names)) + 1, minlength=len(names) + 2)[1:-1]
+    present = sources["train"].counts(len(names))
     report.add_all(
         "empty class",
         (f"no training images of label {c} ({names[c]}); labels go from 0 to {len(names) - 1}"

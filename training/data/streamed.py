@@ -130,9 +130,11 @@ def fits_in_memory(n_images: int, recipe: Recipe) -> bool:
 
 
 def _ranges(sizes: Sequence[int]) -> list[range]:
+    """Consecutive ranges of these sizes."""
     ends = [*itertools.accumulate(sizes)]
     return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
 def _chunks(count: int, size: int) -> list[range]:
+    """Ranges of `size`, the last one shorter."""
     return [range(start, min(start + size, count)) for start in range(0, count, size)]

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from training.data.samplers import SAMPLERS
 from training.data.sets import AnyImages
 from training.methods.individual import IndividualLoss
-from training.methods.method import FitStage, Losses, Model, Stage, warm_cosine_lr
+from training.methods.method import FitStage, Losses, Model, Stage, retrain_warmup, warm_cosine_lr
 from training.models.classifiers import LinearClassifier
 from training.models.multi_expert import Expert, MultiExpertNet, Outputs
 from training.recipe import Recipe
@@ -197,7 +197,7 @@ def retrain_stage(recipe: Recipe, model: Model, class_counts: Sequence[int]) -> 
         for expert, classifier in zip(experts, scaled_classifiers, strict=True):
             expert.classifier = classifier
 
-    warmup = recipe.warmup_epochs if recipe.retrain_warmup_epochs is None else recipe.retrain_warmup_epochs
+    warmup = retrain_warmup(recipe)
     decay = recipe.retrain_weight_decay
     if decay is None:  # AdamW's is another quantity, hundreds of times as large
         decay = recipe.weight_decay if recipe.optimiser == "sgd" else SGD_WEIGHT_DECAY

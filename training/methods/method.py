@@ -199,6 +199,11 @@ def shortened(warmup: int, epochs: int) -> int:
     return min(warmup, epochs // 2)
 
 
+def retrain_warmup(recipe: Recipe) -> int:
+    """The epochs of the warm-up in the stage that retrains classifiers."""
+    return recipe.warmup_epochs if recipe.retrain_warmup_epochs is None else recipe.retrain_warmup_epochs
+
+
 def warm_cosine_lr(base: float, epochs: int, warmup: int, epoch: int, lowest: float = 0.0) -> float:
     """Linear up to `base` over the (`shortened`) warm-up, then the cosine over the epochs left, towards `lowest`."""
     warmup = shortened(warmup, epochs)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from training.data.longtail import rarest_first
 from training.methods.individual import IndividualLoss
 from training.methods.method import FitStage, Losses, Model, Stage, build_model, experts_stage
 from training.methods.ride import later_stages
@@ -26,13 +27,13 @@ def sade_priors(class_counts: Sequence[int], reversed_tau: float) -> Tensor:
     (3, C): what is added to each expert's logits before its loss: 0, log p, log p − τ · log p̃.
 
     p is the share of each class in the training set; p̃ has the same values in reversed order, so that the rarest class
-    has the share of the most frequent one. Of classes of the same size the one with the higher index counts as rarer.
+    has the share of the most frequent one.
     """
     counts = torch.tensor(class_counts, dtype=torch.float64)
     shares = counts / counts.sum()
-    rarest_first = sorted(range(len(class_counts)), key=lambda label: (class_counts[label], -label))
+    order = rarest_first(class_counts)
     reversed_shares = torch.empty_like(shares)
-    reversed_shares[rarest_first] = shares[rarest_first].flip(0)
+    reversed_shares[order] = shares[order].flip(0)
     log_shares = torch.log(shares)
     third = log_shares - reversed_tau * torch.log(reversed_shares)
     return torch.stack([torch.zeros_like(shares), log_shares, third]).float()

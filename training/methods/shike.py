@@ -19,7 +19,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.methods.individual import ExpertLosses
-from training.methods.method import FitStage, Losses, Model, Stage, build_model, cosine_lr, experts_stage, shortened
+from training.methods.method import (
+    FitStage,
+    Losses,
+    Model,
+    Stage,
+    build_model,
+    cosine_lr,
+    experts_stage,
+    retrain_warmup,
+    shortened,
+)
 from training.methods.ride import later_stages
 from training.models.multi_expert import Outputs
 from training.recipe import Recipe
@@ -104,7 +114,7 @@ def build(
     model = build_model(recipe, len(class_counts), mean, std)
     stages: list[Stage | FitStage] = [experts_stage(recipe, model, ShikeLoss(recipe, class_counts), len(class_counts))]
     stages += later_stages(recipe, model, class_counts)
-    warmup = recipe.warmup_epochs if recipe.retrain_warmup_epochs is None else recipe.retrain_warmup_epochs
+    warmup = retrain_warmup(recipe)
     schedules: dict[str, Callable[[int], float]] = {
         "classifiers": partial(peak_lr, recipe.retrain_lr, RETRAINING_BEGINS_AT, recipe.retrain_epochs, warmup)
     }

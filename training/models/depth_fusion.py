@@ -10,31 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.models.resnet_cifar import BLOCKS
+from training.models.resnet_cifar import BLOCKS, BasicBlock, initialise
 
 LOW_WIDTH, HIGH_WIDTH = 16, 32  # of the first and of the second stage
 
 
-class ProjectionBlock(nn.Module):
-    """
-    Two 3x3 convolutions and a shortcut (option B): where the width grows, a 1x1 convolution with batch norm.
-    """
+class ProjectionBlock(BasicBlock):
+    """A basic block whose shortcut, where the width grows, is a 1x1 convolution with batch norm (option B)."""
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.shortcut = nn.Sequential()
-        if width_in != width or stride != 1:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width)
-            )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, width_in, H, W) -> (B, width, H/stride, W/stride)."""
-        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.shortcut(x))
+        super().__init__(width_in, width, stride)
+        if width != width_in:
+            self.shortcut = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
 
 
 class TwoLevelTrunk(nn.Module):
@@ -47,7 +34,7 @@ class TwoLevelTrunk(nn.Module):
             _stage(LOW_WIDTH, LOW_WIDTH, 1),
         )  # fmt: skip
         self.high = _stage(LOW_WIDTH, HIGH_WIDTH, 2)
-        _initialise(self)
+        initialise(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, 16·S² + 32·⌈S/2⌉²)."""
@@ -82,7 +69,7 @@ class FusionLayers(nn.Module):
             self.shallow = nn.Sequential(
                 nn.Conv2d(HIGH_WIDTH, width, 3, 2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
             )
-        _initialise(self.deep)  # the shallow branch begins as torch has it, as in the public code
+        initialise(self.deep)  # the shallow branch begins as torch has it, as in the public code
 
     def forward(self, levels: Tensor) -> Tensor:
         """(B, 16·S² + 32·⌈S/2⌉²) -> (B, D)."""
@@ -96,9 +83,3 @@ class FusionLayers(nn.Module):
 def _stage(width_in: int, width: int, stride: int) -> nn.Sequential:
     blocks = [ProjectionBlock(width_in, width, stride), *(ProjectionBlock(width, width, 1) for _ in range(BLOCKS - 1))]
     return nn.Sequential(*blocks)
-
-
-def _initialise(layers: nn.Module) -> None:
-    for module in layers.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)

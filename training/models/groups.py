@@ -13,6 +13,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from training.data.longtail import rarest_first
 from training.models.multi_expert import Expert, MultiExpertNet, Outputs, Trunk
 
 
@@ -40,18 +41,18 @@ def nested_groups(class_counts: Sequence[int], shares: Sequence[float]) -> Tenso
     Which classes each expert answers for: the first for all, each later one for so many of the rarest.
 
     Args:
-        class_counts: (C,); of classes of the same size the one with the higher index counts as the rarer.
+        class_counts: (C,).
         shares: (E − 1,), descending, in (0, 1), of the number of classes; at least one class is in each group.
 
     Returns:
         (E, C), bool.
     """
     n_classes = len(class_counts)
-    rarest_first = sorted(range(n_classes), key=lambda label: (class_counts[label], -label))
+    order = rarest_first(class_counts)
     groups = torch.zeros(1 + len(shares), n_classes, dtype=torch.bool)
     groups[0] = True
     for group, share in zip(groups[1:], shares, strict=True):
-        group[rarest_first[: max(round(share * n_classes), 1)]] = True
+        group[order[: max(round(share * n_classes), 1)]] = True
     return groups
 
 

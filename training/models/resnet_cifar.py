@@ -39,7 +39,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.shortcut = nn.Identity() if width == width_in else Subsampled(width_in, width, stride)
+        self.shortcut: nn.Module = nn.Identity() if width == width_in else Subsampled(width_in, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width_in, H, W) -> (B, width, H/stride, W/stride)."""
@@ -57,7 +57,7 @@ def trunk(blocks: int = BLOCKS) -> nn.Sequential:
         nn.Conv2d(3, TRUNK_WIDTH, 3, padding=1, bias=False), nn.BatchNorm2d(TRUNK_WIDTH), nn.ReLU(),
         _stage(TRUNK_WIDTH, TRUNK_WIDTH, 1, blocks),
     )  # fmt: skip
-    _initialise(layers)
+    initialise(layers)
     return layers
 
 
@@ -67,11 +67,12 @@ def expert_layers(reduced: bool, blocks: int = BLOCKS) -> nn.Sequential:
     layers = nn.Sequential(
         _stage(TRUNK_WIDTH, middle, 2, blocks), _stage(middle, last, 2, blocks), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     )
-    _initialise(layers)
+    initialise(layers)
     return layers
 
 
-def _initialise(layers: nn.Module) -> None:
+def initialise(layers: nn.Module) -> None:
+    """Give convolutions the first weights of He et al., as the public code does."""
     for module in layers.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
