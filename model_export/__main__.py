@@ -31,9 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         from model_export.export import Wish, export
         from model_export.precision import obstacle, parse_precisions
-        from training.checkpoint import CheckpointError
-        from training.data.sets import DataError
-        from training.recipe import RecipeError, parse_settings
+        from training.errors import TrainingError
+        from training.recipe import parse_settings
     except ModuleNotFoundError as error:  # the service can be installed without what exporting needs
         print(f"ride-export: {error}; install the extras 'train' and 'export', as README.md says", file=sys.stderr)
         return 2
@@ -54,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.run, options.output, name=options.name, version=options.version, wish=wish, precisions=precisions,
             data=options.data, settings=parse_settings(options.set),
         )  # fmt: skip
-    except (BundleError, CheckpointError, DataError, RecipeError) as error:
+    except (BundleError, TrainingError) as error:
         print(f"ride-export: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training.errors import TrainingError
 from training.recipe import DECIDE_NOTHING, Recipe, RecipeError, parse_settings
 from training.recipes import RECIPES
 
@@ -46,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
             command = COMMANDS[given[0]]
             return command.run(command.parser().parse_args(given[1:]))
         return _train(_parser().parse_args(given))
+    except TrainingError as error:
+        return _fail(error)
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else error)
     except ModuleNotFoundError as error:  # the service can be installed without what training needs
@@ -56,26 +59,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    try:
-        recipe = _recipe(options.recipe, options)
-        from training.checkpoint import CheckpointError
-        from training.claim import ClaimedError
-        from training.data.report import DataError, UnreadableError
-        from training.distributed import LostProcessError
-        from training.loop import DivergedError
-        from training.train import train
-    except RecipeError as error:
-        return _fail(error)
+    recipe = _recipe(options.recipe, options)
+    from training.data.report import UnreadableError
+    from training.distributed import LostProcessError
+    from training.train import train
+
     run = options.out or Path("runs", recipe.name)
     first = os.environ.get("RANK", "0") == "0"  # of several processes, all of which fail or end alike, this one speaks
     if (run / "checkpoints").exists() and not options.resume:
         return _fail(f"{run}: has checkpoints already; --resume goes on with them, --out names another directory")
     try:
         results = train(recipe, run)
-    except (LostProcessError, UnreadableError) as error:
-        return _fail(error)
-    except (CheckpointError, ClaimedError, DataError, DivergedError, RecipeError) as error:
-        return _fail(error) if first else 2
+    except (LostProcessError, UnreadableError):  # which the other processes may not know
+        raise
+    except TrainingError:
+        if first:
+            raise
+        return 2
     if not first:
         return 0
     print(table(results))
@@ -84,75 +84,44 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    try:
-        recipes = [_recipe(name, options) for name in dict.fromkeys(options.recipes)]
-        seeds = _whole_numbers("--seeds", options.seeds)
-        if not recipes and not options.also:
-            raise RecipeError("sweep: name recipes to train, or finished runs with --also")
-        from training.claim import ClaimedError
-        from training.runs import RunsError
-        from training.sweep import sweep
-    except RecipeError as error:
-        return _fail(error)
-    try:
-        text, failures = sweep(recipes, seeds, options.out, _settings_record(options), options.also)
-    except (ClaimedError, RecipeError, RunsError) as error:
-        return _fail(error)
+    recipes = [_recipe(name, options) for name in dict.fromkeys(options.recipes)]
+    seeds = _whole_numbers("--seeds", options.seeds)
+    if not recipes and not options.also:
+        raise RecipeError("sweep: name recipes to train, or finished runs with --also")
+    from training.sweep import sweep
+
+    text, failures = sweep(recipes, seeds, options.out, _settings_record(options), options.also)
     print(text)
     return _report_failures(failures, options.out)
 
 
 def _bias_variance(options: argparse.Namespace) -> int:
-    try:
-        recipes = [_recipe(name, options) for name in dict.fromkeys(options.recipes)]
-        from training.bias_variance import DRAWS, N_MAX, SMOKE_DRAWS, SMOKE_N_MAX, bias_variance
-        from training.claim import ClaimedError
-        from training.data.report import DataError
-        from training.runs import RunsError
-    except RecipeError as error:
-        return _fail(error)
+    recipes = [_recipe(name, options) for name in dict.fromkeys(options.recipes)]
+    from training.bias_variance import DRAWS, N_MAX, SMOKE_DRAWS, SMOKE_N_MAX, bias_variance
+
     draws = options.draws or (SMOKE_DRAWS if options.smoke else DRAWS)
     n_max = options.n_max or (SMOKE_N_MAX if options.smoke else N_MAX)
-    try:
-        text, failures = bias_variance(
-            recipes,
-            draws,
-            options.out,
-            _settings_record(options),
-            n_max=n_max,
-            splits_n_max=options.split_n_max,
-        )
-    except (ClaimedError, DataError, RecipeError, RunsError) as error:
-        return _fail(error)
+    settings = _settings_record(options)
+    text, failures = bias_variance(recipes, draws, options.out, settings, n_max=n_max, splits_n_max=options.split_n_max)
     print(text)
     return _report_failures(failures, options.out)
 
 
 def _report(options: argparse.Namespace) -> int:
-    from training.checkpoint import CheckpointError
-    from training.data.sets import DataError
-    from training.router_report import ReportError, report
+    from training.router_report import report
 
-    try:
-        out, settings = options.out or options.run / "report", parse_settings(options.set)
-        text = report(options.run, out, options.max_mean_experts, data=options.data, settings=settings)
-    except (CheckpointError, DataError, RecipeError, ReportError) as error:
-        return _fail(error)
-    print(text)
+    out, settings = options.out or options.run / "report", parse_settings(options.set)
+    print(report(options.run, out, options.max_mean_experts, data=options.data, settings=settings))
     return 0
 
 
 def _check(options: argparse.Namespace) -> int:
     from training.data.check import check_data, summary_of
-    from training.data.report import DataError
     from training.data.sources import open_set
 
-    try:
-        recipe = _recipe("ride-own", options)
-        found = check_data(recipe, decode=not options.quick)
-        print(_printable(f"{options.data}: {summary_of(open_set(recipe))}"))
-    except (DataError, RecipeError) as error:
-        return _fail(error)
+    recipe = _recipe("ride-own", options)
+    found = check_data(recipe, decode=not options.quick)
+    print(_printable(f"{options.data}: {summary_of(open_set(recipe))}"))
     print(_printable(str(found)) if found.findings else "nothing is wrong with it")
     return 2 if found.has_errors else 0
 

@@ -24,13 +24,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from training.errors import TrainingError
 from training.recipe import Decoding, Recipe
 
 FORMAT = 1
 MOMENTUM = "momentum_buffer"  # the state of SGD, kept under the number of its parameter alone
 
 
-class CheckpointError(ValueError):
+class CheckpointError(TrainingError, ValueError):
     """A checkpoint that is missing, damaged, or of another model."""
 
 

@@ -7,8 +7,10 @@ import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
+from training.errors import TrainingError
 
-class ClaimedError(RuntimeError):
+
+class ClaimedError(TrainingError, RuntimeError):
     """Another process is at work in a directory."""
 
 

@@ -18,11 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from training.errors import TrainingError
+
 TIMEOUT = timedelta(hours=1)  # how long the others wait while the first checks the data or evaluates
 T = TypeVar("T")
 
 
-class LostProcessError(RuntimeError):
+class LostProcessError(TrainingError, RuntimeError):
     """Another process of the same training ended."""
 
 

@@ -26,6 +26,7 @@ from training.data.sets import AnyImages
 from training.data.streamed import StreamedImages
 from training.data.views import train_views
 from training.distributed import gather_outputs, own_rows, rank, share_gradients, with_shared_norms, world_size
+from training.errors import TrainingError
 from training.in_parts import InParts
 from training.methods.method import FitStage, Model, Stage
 from training.models.multi_expert import MultiExpertNet
@@ -33,7 +34,7 @@ from training.optimiser import optimiser_of
 from training.recipe import Recipe, RecipeError
 
 
-class DivergedError(RuntimeError):
+class DivergedError(TrainingError, RuntimeError):
     """The loss, or what the network says of test images, is no longer a finite number."""
 
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from training.errors import TrainingError
+
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2023, 0.1994, 0.2010)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -19,7 +21,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 Decoding = Literal["auto", "resident", "streamed"]
 
 
-class RecipeError(ValueError):
+class RecipeError(TrainingError, ValueError):
     """A recipe field that does not exist, or a value that it cannot take."""
 
 

@@ -13,6 +13,7 @@ from training.checkpoint import write_atomically
 from training.data.longtail import SCOPES, split_of
 from training.data.sets import load_data
 from training.distributed import best_device
+from training.errors import TrainingError
 from training.evaluate import (
     Costs,
     Predictions,
@@ -39,7 +40,7 @@ whose mean logits are right, one where none are."""
 Accuracies = dict[str, float | None]
 
 
-class ReportError(ValueError):
+class ReportError(TrainingError, ValueError):
     """A run without routers, or a budget that nothing keeps."""
 
 

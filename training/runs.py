@@ -16,12 +16,13 @@ import torch
 
 from training.checkpoint import CheckpointError, checkpoints_of, write_atomically
 from training.claim import claimed
+from training.errors import TrainingError
 from training.first_stage import OF_LATER_STAGES
 from training.recipe import DECIDE_NOTHING, Recipe
 from training.train import train
 
 
-class RunsError(ValueError):
+class RunsError(TrainingError, ValueError):
     """A directory that other settings made, or runs that are not there."""
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from training.errors import TrainingError
+
 MOST_SHOWN = 20
 
 ERRORS = {
@@ -28,7 +30,7 @@ WARNINGS = {
 }
 
 
-class DataError(ValueError):
+class DataError(TrainingError, ValueError):
     """Images that cannot be found, read or split as asked."""
 
 
