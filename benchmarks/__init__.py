@@ -2,5 +2,5 @@
 
 import os
 
-# Before anybody imports onnxruntime, contestants too; its official builds else report what they run to their maker.
+# Set before anything imports onnxruntime, in contestants too: its official builds otherwise report what they run.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

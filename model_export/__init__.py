@@ -6,5 +6,5 @@ Imports next to nothing, so that `model_export.bundle` needs neither torch nor o
 
 import os
 
-# Before anybody imports onnxruntime, whose official builds else report what they run to their maker.
+# Set before anything imports onnxruntime: its official builds otherwise report to their maker what they run.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

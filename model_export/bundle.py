@@ -20,7 +20,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
-SPLITS = ("many", "medium", "few")
 LARGEST_INTEGER = 2**53  # that every reader of JSON can hold
 LARGEST_SIDE = 4096  # of the input, pixels
 VARIANT_NAME = re.compile(r"[A-Za-z0-9._-]{1,40}")
@@ -29,6 +28,7 @@ RISK_CONFIDENCE = 0.95  # of --max-risk, unless told otherwise
 MAX_VARIANT_LOSS = 0.3  # percentage points in any split; a variant that loses more is not used unless it is asked for
 
 Split = Literal["many", "medium", "few"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
 Rule = Literal["router", "confidence", "margin", "agreement", "depth"]
 

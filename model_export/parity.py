@@ -139,11 +139,13 @@ def _accuracy(predictions: Predictions, used: np.ndarray, labels: np.ndarray, cl
 
 def require(parity: Parity, name: str, limit: float = MAX_LOGIT_DIFFERENCE) -> None:
     """
+    Refuse a variant that is no longer the checkpoint's model.
+
     Args:
         limit: of the difference of logits; see `tolerance`.
 
     Raises:
-        BundleError: where a variant is not the checkpoint's model any more.
+        BundleError: with what differs, and by how much.
     """
     if parity.max_abs_logit_difference > limit:
         raise BundleError(

@@ -17,7 +17,7 @@ from training.thresholds import frontier, right_below
 SEED = 0
 SAFE_STEPS = 20  # from all experts to the most accurate thresholds of the frontier, with which it begins
 LARGEST_BET = 0.9  # below 1, so that no single image can lose all
-DECIMALS = 10**4  # of percentage points, in what is written
+DECIMALS = 4  # of percentage points, in what is written
 
 
 def certify(
@@ -79,10 +79,10 @@ def certify(
     losses = 100 * (right.astype(np.float64) - _right(testing, chosen))
     of_split = np.array([split_of(class_counts[label]) for label in testing.labels])
     risk = Risk(
-        max_risk=max_risk, confidence=confidence, images=len(losses), loss=round(float(losses.mean()), 4),
+        max_risk=max_risk, confidence=confidence, images=len(losses), loss=round(float(losses.mean()), DECIMALS),
         upper_bound=_rounded_up(of_checkpoint, max_risk),
         loss_by_split={
-            name: round(float(losses[of_split == name].mean()), 4) if (of_split == name).any() else None
+            name: round(float(losses[of_split == name].mean()), DECIMALS) if (of_split == name).any() else None
             for name in SPLITS
         },
         variants={name: _rounded_up(value, max_risk) for name, value in of_variants.items()},
@@ -92,7 +92,7 @@ def certify(
 
 def _rounded_up(bound: float, max_risk: float) -> float:
     """To DECIMALS, but not beyond `max_risk` where it keeps that."""
-    rounded = math.ceil(bound * DECIMALS) / DECIMALS
+    rounded = math.ceil(bound * 10**DECIMALS) / 10**DECIMALS
     return min(rounded, max_risk) if bound <= max_risk else rounded
 
 

@@ -158,6 +158,7 @@ def interpret(stream: BinaryIO, storages: dict[str, Storage] | None = None) -> A
     found = {} if storages is None else storages
 
     def above_mark() -> list[Any]:
+        """What lies above the last mark. To be called in a statement of its own: it replaces `stack`."""
         nonlocal stack
         above, stack = stack, marked.pop()
         return above

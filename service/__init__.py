@@ -4,5 +4,5 @@ import os
 
 __version__ = "0.2.0"
 
-# Before anybody imports onnxruntime, whose official builds else report what they run to their maker.
+# Set before anything imports onnxruntime: its official builds otherwise report to their maker what they run.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -35,7 +35,7 @@ from service.sockets import BACKLOG, admit, open_sockets, refuse_connections
 from service.supervisor import HANGUP, START_FAILED, STOP_SIGNALS, Supervisor, let_signals_in
 
 KEEP_ALIVE_S = 30
-QUEUE_EMPTY_S = 0.2  # after which whoever was connecting when the service stopped to listen has been let in
+QUEUE_EMPTY_S = 0.2  # by then, whoever was connecting when the service stopped listening has been let in
 LAST_WORDS_S = 2.0  # for whoever has connected, but not asked yet
 LARGE_BYTES = 4 << 20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt

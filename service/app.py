@@ -56,10 +56,10 @@ def create_app(classifier: Classifier, *, listen_at_once: bool = True) -> "Servi
     app.router.routes.append(Route("/classify", classify, methods=["POST"], name="classify"))  # answers other methods
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     _add_routes(app, classifier)
-    for route in app.routes:
-        if isinstance(route, APIRoute) and not route.include_in_schema:
-            route.methods = {*(route.methods or ()), "HEAD"}  # of the pages, which FastAPI gives GET only
     _describe_classify(app)
+    for route in app.routes:  # only now, or the document would list them
+        if isinstance(route, APIRoute):
+            route.methods = {*(route.methods or ()), "HEAD"}
     app.add_middleware(CommonHeaders)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _failed)
@@ -115,13 +115,11 @@ def _add_routes(app: FastAPI, classifier: Classifier) -> None:
     async def page() -> FileResponse:
         return FileResponse(STATIC / "index.html")
 
-    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", summary="Whether the process lives")
     async def healthz() -> dict[str, str]:
         """200 while it does: restart it where this fails."""
         return {"status": "ok"}
 
-    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", summary="Whether it takes work", responses={503: {"model": ErrorAnswer}})
     async def readyz(request: Request) -> Response:
         """
@@ -142,12 +140,10 @@ def _add_routes(app: FastAPI, classifier: Classifier) -> None:
             return _error(request, error)
         return JSONResponse({"status": "ready"})
 
-    @app.head("/model", include_in_schema=False)
     @app.get("/model", summary="What is served, and the operating points to choose from", response_model=ModelAnswer)
     async def model() -> Response:
         return JSONResponse(_describe(classifier))
 
-    @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics", summary="Figures for Prometheus", response_class=Response)
     async def metrics(request: Request) -> Response:
         try:
@@ -180,17 +176,10 @@ def _describe(classifier: Classifier) -> dict[str, Any]:
 
 
 def _describe_classify(app: FastAPI) -> None:
-    """Put POST /classify into the OpenAPI document."""
-    generate = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            document = generate()
-            document["paths"]["/classify"] = {"post": classify_operation()}
-            document.setdefault("components", {}).setdefault("schemas", {}).update(schema_components())
-        return generate()
-
-    app.openapi = openapi  # type: ignore[method-assign]
+    """Put POST /classify into the OpenAPI document, which the application makes once and keeps."""
+    document = app.openapi()
+    document["paths"]["/classify"] = {"post": classify_operation()}
+    document.setdefault("components", {}).setdefault("schemas", {}).update(schema_components())
 
 
 def _error(request: Request, error: ServiceError) -> Response:
@@ -202,13 +191,14 @@ def _error(request: Request, error: ServiceError) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     """404 and 405 of the router, in our shape."""
     assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "another method")
+        headers["Allow"] = allowed = ", ".join(sorted(headers.get("Allow", "another method").split(", ")))
         refusal = ServiceError("method_not_allowed", f"{request.url.path} takes {allowed}, not {request.method}")
     else:
         refusal = ServiceError("not_found", f"there is no {request.url.path[:200]}; see /docs")
     response = _error(request, refusal)
-    response.headers.update(error.headers or {})
+    response.headers.update(headers)
     return response
 
 

@@ -98,6 +98,8 @@ class Batcher(Generic[Item, Result]):
         self._stopping = True
         if self._in_thread is not None:
             await self._in_thread
+        if self._thread is not None:
+            self._thread.shutdown(wait=False)
         for future in self._futures.values():
             if not future.done():
                 future.set_exception(BatcherStoppedError())

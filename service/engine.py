@@ -33,27 +33,21 @@ CUDA_OPTIONS: Final = {
     "arena_extend_strategy": "kSameAsRequested",
     "use_tf32": "0",  # fp32 is to be what it says
 }
+ELEMENT_TYPES: Final = {"float32": 1, "float16": 10}  # as ONNX numbers them
 # Gather along the batch axis, opset 17, for features of any rank: `data`, `rows` -> `taken`. A test holds that these
 # are the bytes that onnx.helper makes; the service itself has no need of the onnx package.
 GATHER_GRAPHS: Final = {
-    dtype: b'\x08\x08:b\n(\n\x04data\n\x04rows\x12\x05taken"\x06Gather*\x0b\n\x04axis\x18\x00\xa0\x01\x02\x12\x04take'
-    b"Z\x0c\n\x04data\x12\x04\n\x02\x08" + code + b"Z\x13\n\x04rows\x12\x0b\n\t\x08\x07\x12\x05\n\x03\x12\x01N"
-    b"b\r\n\x05taken\x12\x04\n\x02\x08" + code + b"B\x04\n\x00\x10\x11"
-    for dtype, code in {"float32": b"\x01", "float16": b"\x0a"}.items()
+    dtype: b'\x08\x08:b\n(\n\x04data\n\x04rows\x12\x05taken"\x06Gather*\x0b\n\x04axis\x18\x00\xa0\x01\x02'
+    b"\x12\x04takeZ\x0c\n\x04data\x12\x04\n\x02\x08%cZ\x13\n\x04rows\x12\x0b\n\t\x08\x07\x12\x05\n\x03\x12\x01N"
+    b"b\r\n\x05taken\x12\x04\n\x02\x08%cB\x04\n\x00\x10\x11" % (code, code)
+    for dtype, code in ELEMENT_TYPES.items()
 }
-
 # Two tensors along the batch axis: `first`, `second` -> `joined`.
 CONCAT_GRAPHS: Final = {
     dtype: b'\x08\x08:c\n,\n\x05first\n\x06second\x12\x06joined"\x06Concat*\x0b\n\x04axis\x18\x00\xa0\x01\x02'
-    b"\x12\x04join"
-    b"Z\r\n\x05first\x12\x04\n\x02\x08"
-    + code
-    + b"Z\x0e\n\x06second\x12\x04\n\x02\x08"
-    + code
-    + b"b\x0e\n\x06joined\x12\x04\n\x02\x08"
-    + code
-    + b"B\x04\n\x00\x10\x11"
-    for dtype, code in {"float32": b"\x01", "float16": b"\x0a"}.items()
+    b"\x12\x04joinZ\r\n\x05first\x12\x04\n\x02\x08%cZ\x0e\n\x06second\x12\x04\n\x02\x08%c"
+    b"b\x0e\n\x06joined\x12\x04\n\x02\x08%cB\x04\n\x00\x10\x11" % (code, code, code)
+    for dtype, code in ELEMENT_TYPES.items()
 }
 
 
@@ -61,9 +55,9 @@ class EngineError(RuntimeError):
     """The graphs cannot be run as asked for; says what is missing."""
 
 
-class HostEngine:
+class GraphEngine:
     """
-    Runs graphs on the processor, by whichever runtime a subclass opens and runs them with.
+    Runs a bundle's graphs, by whichever runtime a subclass opens and runs them with; features are numpy arrays here.
 
     Attributes:
         provider: what really runs the graphs.
@@ -111,8 +105,8 @@ class HostEngine:
         raise NotImplementedError
 
 
-class CpuEngine(HostEngine):
-    """One ONNX session per graph, with onnxruntime's CPU provider."""
+class OnnxEngine(GraphEngine):
+    """One onnxruntime session per graph; between graphs, features are numpy arrays on the host."""
 
     def __init__(self, bundle: Bundle, variant: str, *, provider: str, threads: int) -> None:
         """
@@ -172,7 +166,7 @@ class DeviceFeatures(NamedTuple):
     rows: int
 
 
-class DeviceEngine(CpuEngine):
+class DeviceEngine(OnnxEngine):
     """
     The same on a GPU ("cpu" is for tests): features stay there between the graphs (I/O binding).
 
@@ -279,7 +273,7 @@ def _tensorrt_options(graph: bytes) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def open_engine(bundle: Bundle, variant: str | None, *, provider: str, threads: int) -> HostEngine:
+def open_engine(bundle: Bundle, variant: str | None, *, provider: str, threads: int) -> GraphEngine:
     """
     Open a bundle's graphs with a provider; "auto" is CUDA where it works, else the CPU.
 
@@ -287,7 +281,7 @@ def open_engine(bundle: Bundle, variant: str | None, *, provider: str, threads: 
         variant: name of the variant; None takes what the provider is fastest at and parity allows.
 
     Raises:
-        BundleError, EngineError: as CpuEngine.
+        BundleError, EngineError: as OnnxEngine.
     """
     if provider == "openvino":
         from service.openvino_engine import OpenVinoEngine  # it is not installed everywhere
@@ -311,7 +305,7 @@ def open_engine(bundle: Bundle, variant: str | None, *, provider: str, threads: 
                 raise
             advice = "RIDE_PROVIDER=cpu does without, with a worker for each core"
             log(logging.WARNING, "gpu_not_used", reason=str(error), advice=advice)
-    return CpuEngine(bundle, variant or choose_variant(bundle.manifest, "cpu"), provider="cpu", threads=threads)
+    return OnnxEngine(bundle, variant or choose_variant(bundle.manifest, "cpu"), provider="cpu", threads=threads)
 
 
 def choose_variant(manifest: Manifest, provider: str, flags: Set[str] | None = None) -> str:

@@ -37,14 +37,13 @@ SMALL_BYTES: Final = 256 * 1024
 TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_TILE_WIDTH, TIFF_TILE_LENGTH = 258, 262, 322, 323
 WHITE_IS_ZERO: Final = 0
 STRIP_PIXELS: Final = 2**18
-SCARCE: Final = {
-    "WEBP": (0.6, "three fifths of ")
-}  # of the limit: it takes 18 bytes per pixel and more, others up to 12
+# Of the limit on pixels: a WebP takes 18 bytes for each and more, others up to 12.
+SCARCE: Final = {"WEBP": (0.6, "three fifths of ")}
 SCALED_MARGIN: Final = 7  # times the input size; below 6, accuracy moved by more than 0.1 points
 XMP: Final = ("xmp", "XML:com.adobe.xmp")
 RAW_EXIF: Final = "Raw profile type exif"
 # What undoes each EXIF orientation; 1 is upright.
-UPRIGHT: Final = {
+TURNED_BACK: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -93,7 +92,7 @@ def decode(data: bytes, spec: InputSpec, max_pixels: int, *, scaled: bool = Fals
 
 
 def is_small(data: bytes) -> bool:
-    """Whether decoding takes so little that a hand-over to another thread would cost more. False where unknown."""
+    """Whether decoding takes less time than a hand-over to another thread. False where unknown."""
     if len(data) > SMALL_BYTES:
         return False
     if data.startswith(JPEG_START):
@@ -188,7 +187,7 @@ def _check_size(kind: str, width: int, height: int, max_pixels: int) -> None:
 
 
 def _turn(pixels: Image.Image, orientation: int) -> Image.Image:
-    return pixels.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else pixels
+    return pixels.transpose(TURNED_BACK[orientation]) if orientation in TURNED_BACK else pixels
 
 
 def sniff(data: bytes) -> str | None:

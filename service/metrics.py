@@ -100,7 +100,7 @@ class Layout:
         )
         self.request_seconds = self._histogram(
             "request_seconds",
-            "From when a request is looked at to its answer, refusals included; an upload that comes in pieces counts.",
+            "From the first look at a request to its answer or refusal; the upload counts where it came in pieces.",
             REQUEST_BUCKETS,
         )
         self.images = self._counter(

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_export.bundle import Bundle, GraphSpec
-from service.engine import EngineError, HostEngine
+from service.engine import EngineError, GraphEngine
 
 try:
     import openvino
@@ -18,7 +18,7 @@ except ImportError as error:
     ) from error
 
 
-class OpenVinoEngine(HostEngine):
+class OpenVinoEngine(GraphEngine):
     """
     One compiled model per graph, on the CPU.
 

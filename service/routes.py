@@ -100,7 +100,7 @@ class ClassifyRoute:
         return True
 
     async def _answer(self, query: bytes, body: Body, request_id: str, started: float) -> tuple[int, dict[str, Any]]:
-        """The status and body of an answer in which every image was looked at, or a ServiceError."""
+        """Receive and classify; the status and body to send. Raises ServiceError where no image was looked at."""
         classifier, settings = self._classifier, self._settings
         try:
             with self._watch.over(body):
@@ -115,7 +115,7 @@ class ClassifyRoute:
             raise
         except Exception as error:
             raise self._explained(error, request_id) from error
-        return self._told(uploads, outcomes, choice, request_id, started)
+        return self._status_and_body(uploads, outcomes, choice, request_id, started)
 
     def _explained(self, error: Exception, request_id: str) -> ServiceError:
         """What the client is told of a failure; one that is a surprise is logged."""
@@ -126,7 +126,7 @@ class ClassifyRoute:
         log(logging.ERROR, "failed", error=error, request_id=request_id)
         return ServiceError("internal", f"our failure, not yours; the log has it under request id {request_id}")
 
-    def _told(
+    def _status_and_body(
         self,
         uploads: Sequence[Upload],
         outcomes: Sequence[Classified | ServiceError],
@@ -288,7 +288,9 @@ class _ShortRequest:
         except Exception as error:
             self._refuse(self._route._explained(error, self._request_id))
             return
-        self._send(*self._route._told([self._upload], [outcome], self._choice, self._request_id, self._started))
+        self._send(
+            *self._route._status_and_body([self._upload], [outcome], self._choice, self._request_id, self._started)
+        )
 
     def _refuse(self, error: ServiceError) -> None:
         self._route._note(self._request_id, error)

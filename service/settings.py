@@ -157,8 +157,8 @@ class Settings(BaseSettings):
         30.0,
         gt=0,
         le=3600,
-        description="Seconds that SIGTERM leaves to accepted requests. Should exceed timeout-s and stay below what the "
-        "supervisor grants before it kills (docker stop: 10 unless told otherwise).",
+        description="Seconds that SIGTERM leaves to accepted requests. Should exceed timeout-s, and stay below what "
+        "whoever runs the service grants before it kills (docker stop: 10 unless told otherwise).",
     )
     top_k: int = Field(5, ge=1, description="Classes in an answer where the request does not say.")
     max_experts: int | None = Field(

@@ -82,7 +82,7 @@ def check_structure(kind: str, data: bytes) -> None:
     elif kind == "TIFF":
         too_many = _excess_of_tiff(data)
     elif kind == "BMP" and _bmp_has_run_lengths(data):
-        raise ServiceError("image_unsupported", "BMP of run lengths; save it without compression, or as PNG")
+        raise ServiceError("image_unsupported", "run-length encoded BMP; save it without compression, or as PNG")
     if too_many is not None:
         raise ServiceError("image_unsupported", f"{kind} has more than {too_many}; save it in fewer")
 

@@ -223,7 +223,7 @@ class _Multipart:
         if not self._ended:
             raise ServiceError(
                 "image_unreadable",
-                f"multipart body ends before its closing boundary, after {len(self._uploads)} whole files; "
+                f"multipart body ends before its closing boundary, after {len(self._uploads)} complete files; "
                 "was the upload cut short?",
             )
         return self._uploads
@@ -238,7 +238,7 @@ class _Multipart:
             raise ServiceError(
                 "too_many_images",
                 f"more than {self._max_images + MAX_EMPTY_PARTS} files in one request, empty ones included; the limit "
-                f"is {self._max_images} images (RIDE_MAX_IMAGES); send several",
+                f"is {self._max_images} images (RIDE_MAX_IMAGES); send several requests",
             )
         self._headers: dict[bytes, bytes] = {}
         self._data = bytearray()
@@ -264,12 +264,13 @@ class _Multipart:
             field = options.get(b"name", b"").decode("utf-8", "replace")[:MAX_FILENAME]
             raise ServiceError(
                 "parameter_invalid",
-                f"form field {field!r} is no file; parameters belong into the query, such as ?top_k=3",
+                f"form field {field!r} is no file; parameters belong in the query, such as ?top_k=3",
             )
         if len(self._uploads) == self._max_images:
             raise ServiceError(
                 "too_many_images",
-                f"more than {self._max_images} images in one request, the limit (RIDE_MAX_IMAGES); send several",
+                f"more than {self._max_images} images in one request, the limit (RIDE_MAX_IMAGES); send several "
+                "requests",
             )
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:

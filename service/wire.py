@@ -17,7 +17,7 @@ LENGTH: Final = struct.Struct("<I")
 
 def pack(message: Any) -> bytes:
     """A message, ready to be sent."""
-    body = orjson.dumps(message, option=orjson.OPT_SERIALIZE_NUMPY)
+    body = orjson.dumps(message)
     return LENGTH.pack(len(body)) + body
 
 

@@ -42,6 +42,8 @@ SPLIT_COLOURS = {"many": "blue", "medium": "purple", "few": "orange"}
 IMAGES_PER_SECOND = "suffix: images/s"
 LATELY = "5m"  # what "now" means where one number stands
 RATE = "$__rate_interval"
+LEVELS = {"0.5": "p50", "0.95": "p95", "0.99": "p99"}
+REF_IDS = "ABCDEF"  # of a panel's queries
 
 
 def rate(metric: str, by: str = "", window: str = RATE) -> str:
@@ -111,13 +113,16 @@ class Page:
         self._panels = 0
 
     def row(self, title: str) -> None:
+        """Begin a row; the panels added from now on are in it."""
         self._panels += 1
         self.dashboard.with_row(Row(title).id(self._panels))
 
     def add(self, panel: Any, title: str, says: str, width: int, height: int, *queries: Dataquery) -> Any:
+        """Add a panel with its queries, at most six; `says` is its help text. Returns the panel."""
+        assert len(queries) <= len(REF_IDS)
         self._panels += 1
         panel.id(self._panels).title(title).description(says).datasource(PROMETHEUS).span(width).height(height)
-        for ref_id, target in zip("ABCDEF", queries, strict=False):
+        for ref_id, target in zip(REF_IDS, queries, strict=False):
             panel.with_target(target.ref_id(ref_id))
         self.dashboard.with_panel(panel)
         return panel
@@ -279,13 +284,12 @@ def routing_row(page: Page) -> None:
 def latency_row(page: Page) -> None:
     """How long a request takes, and where."""
     page.row("Latency")
-    levels = {"0.5": "p50", "0.95": "p95", "0.99": "p99"}
     page.add(
         lines("s"),
         "Request",
         "From when a request is looked at to its answer, however many images it brought.",
         12, 8,
-        *[query(quantile(level, "ride_request_seconds"), name) for level, name in levels.items()],
+        *[query(quantile(level, "ride_request_seconds"), name) for level, name in LEVELS.items()],
     )  # fmt: skip
     page.add(
         lines("s"),
@@ -348,9 +352,7 @@ def queue_row(page: Page) -> None:
         "Wait in the queue",
         "From an image's arrival in the queue until its batch closes.",
         8, 8,
-        query(quantile("0.5", "ride_queue_seconds"), "p50"),
-        query(quantile("0.95", "ride_queue_seconds"), "p95"),
-        query(quantile("0.99", "ride_queue_seconds"), "p99"),
+        *[query(quantile(level, "ride_queue_seconds"), name) for level, name in LEVELS.items()],
     )  # fmt: skip
     page.add(
         lines("suffix: images").decimals(1),
@@ -408,7 +410,6 @@ def service_row(page: Page) -> None:
 
 def dashboard_json() -> str:
     """The whole dashboard as Grafana reads it; the same bytes every time."""
-    levels = ["0.5", "0.95", "0.99"]
     dashboard = (
         Dashboard("RIDE: expert usage")
         .uid("ride")
@@ -422,8 +423,8 @@ def dashboard_json() -> str:
         .with_variable(
             CustomVariable("quantile")
             .label("Quantile of stages")
-            .values(",".join(levels))
-            .options([VariableOption(text=level, value=level, selected=level == "0.95") for level in levels])
+            .values(",".join(LEVELS))
+            .options([VariableOption(text=level, value=level, selected=level == "0.95") for level in LEVELS])
             .current(VariableOption(text="0.95", value="0.95", selected=True))
         )
     )

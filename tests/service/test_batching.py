@@ -397,6 +397,7 @@ async def test_what_waits_when_the_batcher_ends_is_told_so():
     await asyncio.sleep(0)
     work.leave.set()
     await end
+    await until(lambda: not any(thread.name.startswith("ride-engine") for thread in threading.enumerate()))
 
     assert await first == "first"
     with pytest.raises(BatcherStoppedError):

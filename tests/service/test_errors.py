@@ -103,8 +103,8 @@ async def test_a_body_without_an_image_is_refused(service, content, headers, wor
     ("content", "words"),
     [
         (b"garbage", ["is its boundary right?"]),
-        (PART + IMAGE, ["ends before its closing boundary, after 0 whole files", "cut short?"]),
-        (PART + IMAGE + b"\r\n" + PART + IMAGE[:9], ["after 1 whole files"]),
+        (PART + IMAGE, ["ends before its closing boundary, after 0 complete files", "cut short?"]),
+        (PART + IMAGE + b"\r\n" + PART + IMAGE[:9], ["after 1 complete files"]),
         (PART.replace(b"--b", b"--c") + IMAGE + b"\r\n--c--\r\n", ["is its boundary right?"]),
         (b"--b\r\n" + b"x-a: b\r\n" * 17 + b"\r\n" + IMAGE + b"\r\n--b--\r\n", ["in file 1"]),
         (b"--b\r\nx-a: " + b"b" * 5000 + b"\r\n\r\n" + IMAGE + b"\r\n--b--\r\n", ["in file 1"]),
@@ -515,7 +515,10 @@ async def test_nan_spoils_no_other_image_of_its_request(service, caplog):
         ("GET", "/static/%2e%2e/app.py", "not_found", ""),
         ("GET", "/classify", "method_not_allowed", "/classify takes POST, not GET"),
         ("PUT", "/classify", "method_not_allowed", "not PUT"),
-        ("DELETE", "/healthz", "method_not_allowed", "/healthz takes GET"),
+        *[
+            ("DELETE", path, "method_not_allowed", f"{path} takes GET, HEAD, not DELETE")
+            for path in ("/", "/docs", "/healthz", "/readyz", "/model", "/metrics")
+        ],
     ],
 )
 async def test_other_paths_and_methods_get_errors_of_the_same_shape(service, method, path, code, words):

@@ -349,7 +349,7 @@ def test_a_bmp_of_run_lengths_is_refused(compression):
     data = bytearray(encode(PIXELS, "BMP"))
     assert decode(bytes(data), SPEC, 1000).shape == (SIZE, SIZE, 3)
     data[30] = compression
-    with pytest.raises(ServiceError, match="BMP of run lengths; save it without compression, or as PNG"):
+    with pytest.raises(ServiceError, match="run-length encoded BMP; save it without compression, or as PNG"):
         decode(bytes(data), SPEC, 1000)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from service import shares
-from service.engine import CpuEngine
+from service.engine import OnnxEngine
 from service.profile import main
 
 pytestmark = pytest.mark.usefixtures("_logging_restored")
@@ -35,14 +35,14 @@ def test_the_threads_are_those_of_the_process_that_would_run_the_graphs(
 
 def test_want_of_memory_is_said_in_a_line(tiny_bundle, capsys, monkeypatch):
     """Behind the stack trace, with the size of the batch and what may help; misspelt variables before."""
-    whole = CpuEngine._run
+    whole = OnnxEngine._run
 
     def short_of_memory(self, graph, inputs, outputs):
         if len(next(iter(inputs.values()))) > 4:
             raise RuntimeError("CUDA failure 2: out of memory")
         return whole(self, graph, inputs, outputs)
 
-    monkeypatch.setattr(CpuEngine, "_run", short_of_memory)
+    monkeypatch.setattr(OnnxEngine, "_run", short_of_memory)
     monkeypatch.setenv("RIDE_MAX_BATHC", "4")
     assert main(["--bundle", str(tiny_bundle), "--threads", "1"]) == 1
     first, *_, last = capsys.readouterr().err.splitlines()
