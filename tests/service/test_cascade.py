@@ -164,7 +164,8 @@ class Clockwork(TableEngine):
 def test_an_answer_tells_the_times_of_its_own_image(monkeypatch):
     """How long it waited, then each step that it was in; the metrics get the same, by stage."""
     engine, watch = Clockwork(), Noting()
-    monkeypatch.setattr("service.cascade.time", SimpleNamespace(perf_counter=lambda: engine.now))
+    clock = SimpleNamespace(perf_counter=lambda: engine.now, monotonic=lambda: engine.now)
+    monkeypatch.setattr("service.cascade.time", clock)
     hard, easy = job(0, (0, 0, 0)), job(1, (1, 1, 1))
     hard.queued_at, easy.queued_at = 993, 996
     outcomes = cascade(engine=engine, observer=watch).run([hard, easy])

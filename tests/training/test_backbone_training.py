@@ -305,7 +305,7 @@ def test_torchvision_is_asked_only_for_what_it_has(monkeypatch):
         with pytest.raises(CheckpointError, match=message):
             start_from(torch.nn.Identity(), recipe)
     assert asked == ["Swin_T_Weights.IMAGENET1K_V1"]
-    with pytest.raises(RecipeError, match="pretrained=torchvision: it has no resnet32_cifar; a run of ours"):
+    with pytest.raises(RecipeError, match="pretrained=torchvision: it has no resnet32_cifar; name a run of ours"):
         dataclasses.replace(RECIPES["ride-cifar100"], pretrained="torchvision")
 
 
