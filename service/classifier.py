@@ -439,8 +439,8 @@ def warm_up_sizes(max_batch: int, *, on_gpu: bool) -> list[int]:
     """
     Powers of two, and the largest batch; on a GPU all that are filled up to different sizes.
 
-    There the largest comes first: TensorRT builds a graph's engine for the range of sizes that it has seen, anew for
-    each that lies outside, which takes minutes.
+    There the largest comes first: TensorRT, by the source of its provider, builds a graph's engine for the range of
+    sizes that it has seen, anew for each that lies outside, which takes minutes.
     """
     if on_gpu:
         *others, largest = sorted({min(batch_size_for(rows), max_batch) for rows in range(1, max_batch + 1)})

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -55,7 +56,7 @@ class EngineError(RuntimeError):
     """The graphs cannot be run as asked for; says what is missing."""
 
 
-class GraphEngine:
+class GraphEngine(ABC):
     """
     Runs a bundle's graphs, by whichever runtime a subclass opens and runs them with; features are numpy arrays here.
 
@@ -96,13 +97,13 @@ class GraphEngine:
         """The features of several batches, one after the other."""
         return np.concatenate(features)
 
+    @abstractmethod
     def _open(self, bundle: Bundle, graph: GraphSpec) -> Any:
         """A graph that `_run` takes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _run(self, graph: Any, inputs: dict[str, NDArray[Any]], outputs: list[str]) -> list[Any]:
         """The outputs that are named, in memory that no later run writes into."""
-        raise NotImplementedError
 
 
 class OnnxEngine(GraphEngine):

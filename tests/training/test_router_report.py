@@ -116,6 +116,18 @@ def test_a_report_is_text_and_pictures(report):
 SPLITS_OF = {"a lot": "many", "some": "medium", "hardly any": "few"}
 
 
+def write_run(run, recipe):
+    """A run of three classes as a finished training leaves it, with random weights; its data."""
+    data = load_data(recipe)
+    info = {
+        "recipe": recipe.to_dict(), "classes": data.classes, "class_counts": data.counts, "mean": (0.5,) * 3,
+        "std": (0.2,) * 3, "commit": "", "metrics": {}, "images_digest": data.digest,
+    }  # fmt: skip
+    for stage in ("experts", "routers"):
+        save_checkpoint(run, stage, 1, build_model(recipe, 3, (0.5,) * 3, (0.2,) * 3), None, info)
+    return data
+
+
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory):
     """A run with a class in each split, as a finished training leaves it, with random weights."""
@@ -128,14 +140,7 @@ def untrained(tmp_path_factory):
             image.save(root / name / f"{index}.png")
     shares = {"holdout_share": 0.4, "test_share": 1 / 6}
     recipe = dataclasses.replace(RECIPES["ride-own"], data=str(root), image_size=8, epochs=1, router_epochs=1, **shares)
-    data = load_data(recipe)
-    info = {
-        "recipe": recipe.to_dict(), "classes": data.classes, "class_counts": data.counts, "mean": (0.5,) * 3,
-        "std": (0.2,) * 3, "commit": "", "metrics": {}, "images_digest": data.digest,
-    }  # fmt: skip
-    for stage in ("experts", "routers"):
-        save_checkpoint(run, stage, 1, build_model(recipe, 3, (0.5,) * 3, (0.2,) * 3), None, info)
-    return run, data
+    return run, write_run(run, recipe)
 
 
 def knowing(labels, seed):
@@ -221,13 +226,7 @@ def test_a_report_follows_images_that_have_moved(tmp_path):
     recipe = dataclasses.replace(
         RECIPES["ride-own"], data=str(lists), image_root=str(root), image_size=8, epochs=1, router_epochs=1
     )
-    data = load_data(recipe)
-    info = {
-        "recipe": recipe.to_dict(), "classes": data.classes, "class_counts": data.counts, "mean": (0.5,) * 3,
-        "std": (0.2,) * 3, "commit": "", "metrics": {}, "images_digest": data.digest,
-    }  # fmt: skip
-    for stage in ("experts", "routers"):
-        save_checkpoint(run, stage, 1, build_model(recipe, 3, (0.5,) * 3, (0.2,) * 3), None, info)
+    write_run(run, recipe)
     moved = [str(path.rename(tmp_path / f"{path.name}-moved")) for path in (lists, root)]
     arguments = ["report", str(run), "--data", moved[0], "--set"]
 
