@@ -232,6 +232,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """The head is over; one that came in large pieces is measured only now."""
+        if self.parser.get_http_version() == "1.1" and [name for name, _ in self.headers].count(b"host") != 1:
+            raise httptools.HttpParserError("it must have one Host header")
         self._phase = "body"
         self._cancel_head_timer()
         self._framing_bytes = 0

@@ -277,7 +277,7 @@ async def test_many_offers_in_one_read_are_passed_over(connect):
 async def test_what_cannot_be_a_request_is_refused(connect, request_head, status):
     """Where its body is still to come, too."""
     async with connect() as (reader, writer):
-        writer.write(request_head + b" HTTP/1.1\r\nContent-Length: 5\r\n\r\n")
+        writer.write(request_head + b" HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n")
         assert (await reader.read()).startswith(b"HTTP/1.1 %d" % status)
 
 
@@ -285,18 +285,27 @@ async def test_what_cannot_be_a_request_is_refused(connect, request_head, status
     ("request_bytes", "words"),
     [
         (b"\x16\x03\x01\x02\x00\x01", "Invalid method encountered; send plain HTTP/1.1, without TLS"),
-        (b"POST / HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n", "Duplicate Content-Length"),
-        (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nno size\r\n", "Invalid character in chunk size"),
-        (b"CONNECT a:80 HTTP/1.1\r\n\r\n", "this is no proxy"),
-        (b"GET http://[::1 HTTP/1.1\r\n\r\n", "invalid url b'http://[::1'"),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n", "Duplicate Content-Length"),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nno\r\n", "Invalid character in chunk size"),
+        (b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n", "this is no proxy"),
+        (b"GET http://[::1 HTTP/1.1\r\nHost: a\r\n\r\n", "invalid url b'http://[::1'"),
+        (b"GET / HTTP/1.1\r\n\r\n", "it must have one Host header"),
+        (b"POST /short HTTP/1.1\r\nHost: a\r\nHost: b\r\nContent-Length: 1\r\n\r\na", "it must have one Host header"),
     ],
-    ids=["TLS", "two lengths", "chunk", "tunnel", "url"],
+    ids=["TLS", "two lengths", "chunk", "tunnel", "url", "no host", "two hosts"],
 )
 async def test_what_is_no_http_is_told_why(connect, request_bytes, words):
     """In our shape, with a fresh request id."""
     async with connect() as (reader, writer):
         writer.write(request_bytes)
         refused(await reader.read(), 400, "request_invalid", words)
+
+
+async def test_http_1_0_needs_no_host(connect):
+    """As some load balancers' probes have none."""
+    async with connect() as (reader, writer):
+        writer.write(b"GET / HTTP/1.0\r\n\r\n")
+        assert (await reader.read()).startswith(ANSWER)
 
 
 async def test_a_refusal_has_the_request_id_of_its_own_request(connect):
@@ -307,7 +316,7 @@ async def test_a_refusal_has_the_request_id_of_its_own_request(connect):
         writer.write(b"no HTTP\r\n\r\n")
         assert refused(await reader.read(), 400, "request_invalid", "").request_id != "first"
     async with connect() as (reader, writer):
-        writer.write(b"POST / HTTP/1.1\r\nX-Request-Id: mine\r\nTransfer-Encoding: chunked\r\n\r\nno size\r\n")
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\nX-Request-Id: mine\r\nTransfer-Encoding: chunked\r\n\r\nno\r\n")
         assert refused(await reader.read(), 400, "request_invalid", "").request_id == "mine"
 
 
