@@ -551,10 +551,17 @@ def test_a_teacher_is_judged_by_its_own_classes_only():
     assert teacher.experts[0].classifier.weight.grad[[0, 2]].abs().max() == 0
 
 
-def test_lfme_needs_classes_in_every_split():
-    """A teacher without images could not be trained."""
-    with pytest.raises(DataError, match="no class is many; many is more than 100"):
-        lfme.build(tiny("lfme-cifar100"), [90, 50, 10], *MEAN_STD)
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ([90, 50, 10], "no class is many; many is more than 100"),
+        ([200, 50, 1], "the few classes have one image in all"),
+    ],
+)
+def test_lfme_needs_images_in_every_split(counts, words):
+    """A teacher without images could not be trained, nor could batch norms on one whose features are a single pixel."""
+    with pytest.raises(DataError, match=words):
+        lfme.build(tiny("lfme-cifar100"), counts, *MEAN_STD)
 
 
 def test_m2m_takes_seeds_from_more_frequent_classes_only():

@@ -281,6 +281,32 @@ def test_sets_that_cannot_be_used_are_refused_by_name(tmp_path, prepare, message
         load_data(recipe_for(prepare(tmp_path)))
 
 
+def test_parquet_shards_may_differ_in_all_but_the_meaning(tmp_path):
+    """In the order and kinds of their columns, and in columns that nobody reads."""
+    first, second = b"first", b"second"
+    shards = (
+        {"image": pyarrow.array([first], pyarrow.binary()), "label": pyarrow.array([1], pyarrow.int8())},
+        {
+            "label": pyarrow.array([0], pyarrow.int64()),
+            "note": ["x"],
+            "img": pyarrow.array([{"bytes": second, "path": "a"}]),
+        },
+    )
+    for number, shard in enumerate(shards):
+        pyarrow.parquet.write_table(pyarrow.table(shard), tmp_path / f"train-{number}.parquet")
+    train = open_set(recipe_for(tmp_path)).train
+    assert [train.images.read(row) for row in range(2)] == [first, second]
+    assert train.labels.tolist() == [1, 0]
+
+
+def test_a_parquet_shard_that_does_not_fit_is_named(tmp_path):
+    """Not the one that is read first."""
+    write_parquet(tmp_path, struct=False, names=None)
+    pyarrow.parquet.write_table(pyarrow.table({"image": [b""], "name": ["cat"]}), tmp_path / "train-2.parquet")
+    with pytest.raises(DataError, match=r"train-2\.parquet: columns image, name; one of them must be named label"):
+        open_set(recipe_for(tmp_path))
+
+
 def test_parquet_without_known_columns_is_refused(tmp_path):
     """The message lists the columns found and the names wanted."""
     pyarrow.parquet.write_table(pyarrow.table({"picture": [b""], "label": [0]}), tmp_path / "train.parquet")

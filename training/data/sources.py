@@ -377,39 +377,48 @@ def _parquet_files(directory: Path, part: str) -> list[Path]:
 def _read_parquet(directory: Path, files: list[Path], report: Report) -> tuple[Source, dict[Path, list[str]]]:
     """Their rows, and the class names that each of the files carries, if it does."""
     import pyarrow
-    import pyarrow.compute
-    import pyarrow.parquet
 
     if not files:
         raise DataError(f"{directory}: no train*.parquet there")
+    read = {file: _read_shard(file) for file in files}
     try:
-        tables = [pyarrow.parquet.read_table(file) for file in files]
-        table = pyarrow.concat_tables(tables)
+        table = pyarrow.concat_tables([shard for shard, _ in read.values()], promote_options="permissive")
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{directory}: the parquet files do not belong together: {error}") from None
+    if not len(table):
+        raise DataError(f"{directory}: no rows in {', '.join(file.name for file in files)}")
+    rows = Rows(str(directory), table["image"])
+    for column, kind, what in (("image", "missing", "image bytes"), ("label", "malformed", "label")):
+        if table[column].null_count:
+            empty = np.flatnonzero(table[column].is_null().to_numpy())
+            report.add_all(kind, (f"{rows.name(int(row))} has no {what}" for row in empty))
+    labels = table["label"].cast(pyarrow.int64(), safe=False).fill_null(-1).to_numpy()
+    return Source(labels, rows), {file: names for file, (_, names) in read.items() if names}
+
+
+def _read_shard(file: Path) -> tuple[Any, list[str] | None]:
+    """A pyarrow.Table of the columns image (binary) and label (integers), and the class names that the file carries."""
+    import pyarrow
+    import pyarrow.compute
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(file)
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{files[0].parent}: the parquet files cannot be read: {error}") from None
-    image = _column(files[0], table.column_names, IMAGE_COLUMNS)
-    label = _column(files[0], table.column_names, LABEL_COLUMNS)
-    images = table[image]
+        raise DataError(f"{file}: cannot be read as parquet: {error}") from None
+    image = _column(file, table.column_names, IMAGE_COLUMNS)
+    label = _column(file, table.column_names, LABEL_COLUMNS)
+    images, labels = table[image], table[label]
     if pyarrow.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0:
         images = pyarrow.compute.struct_field(images, "bytes")
     if not _is_binary(images.type):
         raise DataError(
-            f"{files[0]}: column {image} holds {table[image].type}; image files are wanted as binary, or as bytes in a "
+            f"{file}: column {image} holds {table[image].type}; image files are wanted as binary, or as bytes in a "
             "struct of bytes and path"
         )
-    if not len(images):
-        raise DataError(f"{files[0].parent}: no rows in {', '.join(file.name for file in files)}")
-    if not pyarrow.types.is_integer(table[label].type):
-        raise DataError(f"{files[0]}: column {label} holds {table[label].type}; labels must be whole numbers from 0")
-    rows = Rows(str(files[0].parent), images)
-    for column, kind in ((images, "missing"), (table[label], "malformed")):
-        if column.null_count:
-            empty = np.flatnonzero(column.is_null().to_numpy())
-            what = "image bytes" if kind == "missing" else "label"
-            report.add_all(kind, (f"{rows.name(int(row))} has no {what}" for row in empty))
-    labels = table[label].cast(pyarrow.int64(), safe=False).fill_null(-1).to_numpy()
-    named = {file: _feature_names(each, label) for file, each in zip(files, tables, strict=True)}
-    return Source(labels, rows), {file: names for file, names in named.items() if names}
+    if not pyarrow.types.is_integer(labels.type):
+        raise DataError(f"{file}: column {label} holds {labels.type}; labels must be whole numbers from 0")
+    return pyarrow.table({"image": images, "label": labels}), _feature_names(table, label)
 
 
 def _is_binary(kind: Any) -> bool:

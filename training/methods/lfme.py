@@ -40,7 +40,7 @@ def classes_of_splits(class_counts: Sequence[int]) -> dict[str, list[int]]:
     Labels of the many, medium and few classes.
 
     Raises:
-        DataError: where a split has no class, so that its teacher would have nothing to learn.
+        DataError: where a split has no class or a single image, so that its teacher would have nothing to learn.
     """
     classes = {name: [c for c, count in enumerate(class_counts) if split_of(count) == name] for name in SPLITS}
     for name, labels in classes.items():
@@ -49,6 +49,8 @@ def classes_of_splits(class_counts: Sequence[int]) -> dict[str, list[int]]:
                 f"method 'lfme' has a teacher for each split, and no class is {name}; many is more than {MANY_ABOVE} "
                 f"training images, few fewer than {FEW_BELOW}"
             )
+        if sum(class_counts[c] for c in labels) < 2:
+            raise DataError(f"method 'lfme' has a teacher for each split, and the {name} classes have one image in all")
     return classes
 
 
