@@ -20,7 +20,6 @@ Floats: TypeAlias = NDArray[np.float32]
 Rows: TypeAlias = NDArray[np.int64]
 
 EXIT_REASONS: Final = ("confident", "last", "budget")
-CONFIDENT, LAST, BUDGET = range(3)
 FEW_CLASSES: Final = 12  # up to here, looking for the best so many times is faster than sorting all
 
 
@@ -69,7 +68,7 @@ class Job:
     abandoned: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Outcome:
     """The answer for one image: classes by falling probability; seconds per step, of the batch that it was in."""
 
@@ -127,7 +126,7 @@ class _Group:
         self.jobs = [self.jobs[row] for row in rows]
         self.features = features
         for name in _ROW_ARRAYS:
-            setattr(self, name, getattr(self, name)[rows])
+            setattr(self, name, getattr(self, name).take(rows, axis=0))
 
 
 _ROW_ARRAYS: Final = ("logits_sum", "thresholds", "max_experts", "min_confidence", "scores", "seconds", "best")
@@ -216,7 +215,8 @@ class Cascade:
         started = time.perf_counter()
         n_jobs, n_experts = len(jobs), self._n_experts
         report.waits = [started - job.queued_at for job in jobs]
-        features = self._engine.trunk(np.stack([job.image for job in jobs]))
+        images = np.concatenate([job.image for job in jobs]).reshape(n_jobs, *jobs[0].image.shape)  # faster than stack
+        features = self._engine.trunk(images)
         seconds = np.zeros((n_jobs, 2 + n_experts))
         seconds[:, 0] = report.waits
         seconds[:, 1] = taken = time.perf_counter() - started
@@ -259,7 +259,7 @@ class Cascade:
             group = _Group(group.expert, jobs, self._engine.join([one.features for one in groups]), **arrays)
         if any(job.abandoned for job in group.jobs):
             finished += [(job, AbandonedError()) for job in group.jobs if job.abandoned]
-            wanted = np.flatnonzero([not job.abandoned for job in group.jobs])
+            wanted = _rows_of(np.array([not job.abandoned for job in group.jobs]))
             group.keep(wanted, self._engine.take(group.features, wanted) if len(wanted) else None)
         return group
 
@@ -274,7 +274,7 @@ class Cascade:
             group.best[:, expert] = (group.logits_sum - before).argmax(axis=1)
         probabilities = None
         if expert == self._n_experts - 1:
-            stops, reasons = usable, np.full(n_rows, LAST)
+            stops, reasons = usable, ["last"] * n_rows
         else:
             if self._rule in ("confidence", "margin") or group.min_confidence.any():
                 probabilities = softmax(np.where(usable[:, None], group.logits_sum, 0) / (expert + 1))
@@ -286,16 +286,16 @@ class Cascade:
             if probabilities is not None:
                 confident &= probabilities.max(axis=1) >= group.min_confidence
             stops = usable & (confident | (group.max_experts == expert + 1))
-            reasons = np.where(confident, CONFIDENT, BUDGET)
+            reasons = ["confident" if row else "budget" for row in confident.tolist()]
         taken = time.perf_counter() - started
         group.seconds[:, 2 + expert] = taken
         report.stages.append((f"expert_{expert}", n_rows, taken))
 
         finished: Finished = [
-            (group.jobs[row], NotFiniteError("a graph gave NaN or infinity")) for row in np.flatnonzero(~usable)
+            (group.jobs[row], NotFiniteError("a graph gave NaN or infinity")) for row in _rows_of(~usable)
         ]
-        finished += self._outcomes(group, np.flatnonzero(stops), reasons)
-        goes_on = np.flatnonzero(usable & ~stops)
+        finished += self._outcomes(group, _rows_of(stops), reasons)
+        goes_on = _rows_of(usable & ~stops)
         if len(goes_on):
             if len(goes_on) < n_rows:
                 group.keep(goes_on, self._engine.take(group.features, goes_on))
@@ -304,31 +304,38 @@ class Cascade:
             self._under_way.sort(key=lambda one: one.expert)
         return finished
 
-    def _outcomes(self, group: _Group, rows: Rows, reasons: Rows) -> Finished:
-        """The answers of these rows, which stop after the group's expert."""
+    def _outcomes(self, group: _Group, rows: Rows, reasons: Sequence[str]) -> Finished:
+        """
+        The answers of these rows, which stop after the group's expert.
+
+        Args:
+            reasons: of all rows of the group.
+        """
         if not len(rows):
             return []
         used = group.expert + 1
         jobs = [group.jobs[row] for row in rows]
-        probabilities = softmax(group.logits_sum[rows] / used)
-        classes = top_classes(probabilities, np.array([job.top_k for job in jobs]))
-        scores = group.scores[rows, :used].tolist()
-        seconds = group.seconds[rows].tolist()
+        probabilities = softmax(group.logits_sum.take(rows, axis=0) / used)
+        classes = best_classes(probabilities, max(job.top_k for job in jobs))
+        columns = zip(
+            rows.tolist(), jobs, classes.tolist(), probabilities[np.arange(len(rows))[:, None], classes].tolist(),
+            group.scores[rows, :used].tolist(), group.seconds.take(rows, axis=0).tolist(), strict=True,
+        )  # fmt: skip
         return [
             (
                 job,
                 Outcome(
-                    classes=classes[row].tolist(),
-                    probabilities=probabilities[row, classes[row]].tolist(),
+                    classes=best[: job.top_k],
+                    probabilities=values[: job.top_k],
                     experts_used=used,
-                    exit_reason=EXIT_REASONS[reason],
-                    router_scores=scores[row],
-                    queue_s=seconds[row][0],
-                    trunk_s=seconds[row][1],
-                    experts_s=seconds[row][2 : 2 + used],
+                    exit_reason=reasons[row],
+                    router_scores=scores,
+                    queue_s=seconds[0],
+                    trunk_s=seconds[1],
+                    experts_s=seconds[2 : 2 + used],
                 ),
             )
-            for row, (job, reason) in enumerate(zip(jobs, reasons[rows].tolist(), strict=True))
+            for row, job, best, values, scores, seconds in columns
         ]
 
     def _router_score(self, group: _Group, expert_feature: Any, _: NDArray[np.float64] | None) -> Floats:
@@ -365,15 +372,18 @@ def softmax(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
 
 
-def top_classes(probabilities: NDArray[np.float64], top_k: NDArray[np.int64]) -> list[Rows]:
-    """The `top_k` most probable classes of each row, most probable first, the lower index first among equals."""
-    most = int(top_k.max())
-    if most > FEW_CLASSES:
-        order = np.argsort(-probabilities, axis=1, kind="stable")
-    else:
-        left, rows = probabilities.copy(), np.arange(len(probabilities))
-        order = np.empty((len(rows), most), np.int64)
-        for place in range(most):
-            order[:, place] = left.argmax(axis=1)
-            left[rows, order[:, place]] = -1
-    return [row[:count] for row, count in zip(order, top_k.tolist(), strict=True)]
+def best_classes(probabilities: NDArray[np.float64], count: int) -> Rows:
+    """(B, count): each row's most probable classes, most probable first, the lower index first among equals."""
+    if count > FEW_CLASSES:
+        return np.argsort(-probabilities, axis=1, kind="stable")[:, :count]
+    left, rows = probabilities.copy(), np.arange(len(probabilities))
+    best = np.empty((len(rows), count), np.int64)
+    for place in range(count):
+        best[:, place] = found = left.argmax(axis=1)
+        left[rows, found] = -1
+    return best
+
+
+def _rows_of(mask: NDArray[np.bool_]) -> Rows:
+    """Where it is true; as np.flatnonzero, in a fifth of the time."""
+    return mask.nonzero()[0]

@@ -91,7 +91,7 @@ class GraphEngine(ABC):
 
     def take(self, features: Any, rows: Rows) -> Any:
         """The features of these rows."""
-        return features[rows]
+        return features.take(rows, axis=0)
 
     def join(self, features: Sequence[Any]) -> Any:
         """The features of several batches, one after the other."""
