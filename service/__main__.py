@@ -37,6 +37,7 @@ from service.supervisor import HANGUP, START_FAILED, STOP_SIGNALS, Supervisor, l
 KEEP_ALIVE_S = 30
 QUEUE_EMPTY_S = 0.2  # by then, whoever was connecting when the service stopped listening has been let in
 LAST_WORDS_S = 2.0  # for whoever has connected, but not asked yet
+LAST_STANDARD_STREAM = 2
 LARGE_BYTES = 4 << 20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
@@ -134,6 +135,7 @@ class DrainingServer(uvicorn.Server):
 
 def main(arguments: list[str] | None = None) -> int:
     """Serve until told to stop. Returns 0, 1 where work was lost or the engine failed, 2 for the caller's mistakes."""
+    _open_standard_streams()
     for sig in STOP_SIGNALS:  # until others handle them; the kernel keeps SIGTERM from a container's first process
         signal.signal(sig, _stop_early)
     try:
@@ -162,8 +164,8 @@ def main(arguments: list[str] | None = None) -> int:
     log(logging.INFO, "starting", workers=workers, settings=settings.model_dump(mode="json"))
     try:
         groups = open_sockets(settings.host, settings.port, workers)
-    except (OSError, UnicodeError) as error:  # the latter of a name that is none
-        log(logging.ERROR, "cannot_listen", reason=getattr(error, "strerror", None) or str(error))
+    except OSError as error:
+        log(logging.ERROR, "cannot_listen", reason=error.strerror)
         return 1
     for listening in groups[0]:
         host, port = listening.getsockname()[:2]
@@ -184,6 +186,13 @@ def main(arguments: list[str] | None = None) -> int:
     if link is not None:
         groups.append([link.listening])
     return Supervisor(work, groups, counters, settings.drain_s).run()
+
+
+def _open_standard_streams() -> None:
+    """Where one of them is closed, a socket would get its number, which libuv does not close."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= LAST_STANDARD_STREAM:
+        pass
+    os.close(descriptor)
 
 
 def _stop_early(sig: int, frame: FrameType | None) -> NoReturn:

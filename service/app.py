@@ -19,7 +19,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import __version__
-from service.classifier import Classifier
+from service.classifier import NOT_READY, Classifier
 from service.errors import ServiceError
 from service.headers import common_headers, request_id_of
 from service.logs import log
@@ -140,8 +140,16 @@ def _add_routes(app: FastAPI, classifier: Classifier) -> None:
             return _error(request, error)
         return JSONResponse({"status": "ready"})
 
-    @app.get("/model", summary="What is served, and the operating points to choose from", response_model=ModelAnswer)
-    async def model() -> Response:
+    @app.get(
+        "/model",
+        summary="What is served, and the operating points to choose from",
+        response_model=ModelAnswer,
+        responses={503: {"model": ErrorAnswer}},
+    )
+    async def model(request: Request) -> Response:
+        """503 until the engine is open, which decides on variant and provider."""
+        if not classifier.provider:
+            return _error(request, ServiceError("not_ready", NOT_READY, retry_after=1))
         return JSONResponse(_describe(classifier))
 
     @app.get("/metrics", summary="Figures for Prometheus", response_class=Response)

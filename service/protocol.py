@@ -230,9 +230,19 @@ class GuardedProtocol(HttpToolsProtocol):
         self._framing_bytes = self._body_bytes = 0
         super().on_message_begin()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A line of the head; trailers, which come behind a body in chunks, are no headers (RFC 9110, 6.5.1)."""
+        if self._phase == "head":
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         """The head is over; one that came in large pieces is measured only now."""
-        if self.parser.get_http_version() == "1.1" and [name for name, _ in self.headers].count(b"host") != 1:
+        version = self.parser.get_http_version()
+        if version == "1.0":
+            self.expect_100_continue = False  # such a client takes any answer for the last one
+        elif version != "1.1":
+            raise httptools.HttpParserError(f"it says that it is HTTP/{version}")
+        elif [name for name, _ in self.headers].count(b"host") != 1:
             raise httptools.HttpParserError("it must have one Host header")
         self._phase = "body"
         self._cancel_head_timer()

@@ -16,7 +16,7 @@ HOPS_LEFT: Final = {socket.AF_INET: (socket.IPPROTO_IP, 21), socket.AF_INET6: (s
 ALL_HOPS: Final = 255
 
 # Classic BPF over a segment that begins with its TCP header: drop it if it is a SYN, let all else through.
-SO_ATTACH_FILTER: Final = 26
+SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27
 NO_SYN: Final = b"".join(
     struct.pack("HBBI", *instruction)
     for instruction in (
@@ -39,11 +39,15 @@ def open_sockets(host: str, port: int, copies: int = 1) -> list[list[socket.sock
         One list for each copy, with a socket for each address.
 
     Raises:
-        OSError: where no address is this machine's or another service has the port; the message names it.
+        OSError: where the host has no address, none is this machine's or another service has the port; the message
+            names it.
     """
     groups: list[list[socket.socket]] = [[] for _ in range(copies)]
     absent = None
-    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise OSError(getattr(error, "errno", None), f"{host!r} has no address: {error}; see RIDE_HOST") from None
     for family, _, _, _, found in dict.fromkeys(addresses):  # one that /etc/hosts has twice may come twice
         port = port or (groups[0][0].getsockname()[1] if groups[0] else 0)
         address = (found[0], port, *found[2:])
@@ -85,6 +89,13 @@ def refuse_connections(listening: socket.socket) -> None:
         listening.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", count, ctypes.addressof(program)))
     except OSError:
         _limit_hops(listening, ALL_HOPS)
+
+
+def let_connections_in(listening: socket.socket) -> None:
+    """Undo `refuse_connections`, which outlives the process that called it where another one holds the socket too."""
+    with suppress(OSError):  # there was no filter
+        listening.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
+    _limit_hops(listening, 0)
 
 
 def admit(connection: socket.socket) -> None:

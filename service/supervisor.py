@@ -21,6 +21,7 @@ from typing import Final
 
 from service.counters import BEAT, DEAD_CPU_S, PID, READY, RESTARTS, WAITING, WAS_READY, Counters
 from service.logs import log, set_worker
+from service.sockets import let_connections_in
 
 START_FAILED: Final = 3  # a worker's exit code: it cannot start, and its successor could not either
 SHORT_LIFE_S: Final = 60.0  # a worker that dies sooner makes its successor wait ...
@@ -99,13 +100,14 @@ class Supervisor:
 
     def run(self) -> int:
         """Until the last worker has ended. Returns 0 if all did what they should, else 1."""
-        signals = self._watch_signals()
+        signals, poll = self._watch_signals(), select.poll()  # poll takes any descriptor, select the first 1024
+        poll.register(signals, select.POLLIN)
         self._counters.take(self._counters.supervisor)
         gc.collect()
         gc.freeze()  # what is there now is not looked at again, or it would be copied
         while not self._stopping or any(worker.pid for worker in self._workers):
             self._start_those_due()
-            if select.select([signals], [], [], self._time_to_wait())[0]:
+            if poll.poll(math.ceil(1000 * self._time_to_wait())):
                 for sig in os.read(signals, 1024):
                     if sig in STOP_SIGNALS:
                         self._stop(sig)
@@ -216,6 +218,8 @@ class Supervisor:
         if code == START_FAILED and not row[WAS_READY]:
             self._give_up("a worker cannot start; its log line start_failed says why")
             return
+        for listening in worker.sockets:  # a worker that is told to stop, by whomever, shuts them
+            let_connections_in(listening)
         pause, age = self._plan_successor(worker, _cause(code)), time.monotonic() - worker.started
         if pause is not None:
             row[RESTARTS] += 1

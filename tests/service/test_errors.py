@@ -372,6 +372,21 @@ def test_upload_memory_is_taken_to_its_last_byte_and_given_back_once():
     assert memory.held == 6
 
 
+async def test_what_is_served_is_not_said_before_it_is_known(tiny_bundle):
+    """The engine chooses the precision when it opens."""
+    go_on = threading.Event()
+
+    def open_late(*arguments, **options):
+        go_on.wait()
+        return open_engine(*arguments, **options)
+
+    async with start(tiny_bundle, ready=False, opened=open_late) as service:
+        refused(await service.client.get("/model"), "not_ready")
+        go_on.set()
+        await until(lambda: service.classifier.state == "ready")
+        assert (await service.client.get("/model")).json()["provider"] == "cpu"
+
+
 async def test_before_the_warm_up_ends_work_is_refused_with_503(tiny_bundle):
     """/readyz says so too; /healthz, /model and /metrics answer already."""
     gates = []

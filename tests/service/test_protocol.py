@@ -290,9 +290,10 @@ async def test_what_cannot_be_a_request_is_refused(connect, request_head, status
         (b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n", "this is no proxy"),
         (b"GET http://[::1 HTTP/1.1\r\nHost: a\r\n\r\n", "invalid url b'http://[::1'"),
         (b"GET / HTTP/1.1\r\n\r\n", "it must have one Host header"),
+        (b"GET / HTTP/2.0\r\nHost: a\r\n\r\n", "it says that it is HTTP/2.0"),
         (b"POST /short HTTP/1.1\r\nHost: a\r\nHost: b\r\nContent-Length: 1\r\n\r\na", "it must have one Host header"),
     ],
-    ids=["TLS", "two lengths", "chunk", "tunnel", "url", "no host", "two hosts"],
+    ids=["TLS", "two lengths", "chunk", "tunnel", "url", "no host", "version", "two hosts"],
 )
 async def test_what_is_no_http_is_told_why(connect, request_bytes, words):
     """In our shape, with a fresh request id."""
@@ -301,11 +302,29 @@ async def test_what_is_no_http_is_told_why(connect, request_bytes, words):
         refused(await reader.read(), 400, "request_invalid", words)
 
 
-async def test_http_1_0_needs_no_host(connect):
-    """As some load balancers' probes have none."""
+async def test_http_1_0_needs_no_host_and_is_not_told_to_go_on(connect):
+    """As some load balancers' probes; 100 would be taken for the answer."""
     async with connect() as (reader, writer):
-        writer.write(b"GET / HTTP/1.0\r\n\r\n")
+        writer.write(b"POST / HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\nab")
         assert (await reader.read()).startswith(ANSWER)
+
+
+async def echo_headers(scope, receive, send):
+    """Answer, once the body is here, with the names of the headers."""
+    while (await receive())["more_body"]:
+        pass
+    body = b" ".join(name for name, _ in scope["headers"])
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+    await send({"type": "http.response.body", "body": body})
+
+
+@pytest.mark.parametrize("path", [b"/", b"/short"])
+async def test_trailers_are_no_headers(connect, path):
+    """However the request is cut."""
+    head = b"POST %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n" % path
+    async with connect(echo_headers) as (reader, writer):
+        writer.write(head + b"1\r\na\r\n0\r\nX-Request-Id: mine\r\nContent-Type: text/plain\r\n\r\n")
+        assert (await reader.read()).endswith(b"\r\n\r\nhost connection transfer-encoding")
 
 
 async def test_a_refusal_has_the_request_id_of_its_own_request(connect):

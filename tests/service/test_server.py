@@ -1,6 +1,7 @@
 """ride-serve as a process of its own under load and under abuse: nobody is lost, nothing is left behind."""
 
 import json
+import os
 import resource
 import signal
 import socket
@@ -275,7 +276,9 @@ def test_a_host_that_is_no_name_is_exit_code_1(tiny_bundle):
         capture_output=True, text=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip
     assert run.returncode == 1
-    assert json.loads(run.stderr.splitlines()[-1])["event"] == "cannot_listen"
+    last = json.loads(run.stderr.splitlines()[-1])
+    assert last["event"] == "cannot_listen"
+    assert last["reason"].startswith("'..' has no address")
     assert "Traceback" not in run.stderr
 
 
@@ -351,6 +354,46 @@ def test_a_log_that_nobody_reads_stops_neither_service_nor_signals(tiny_bundle, 
         process.kill()
         process.wait()
         process.stderr.close()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("closed", ["<&- >&-", ">&- 2>&-", "<&- 2>&-", "<&- >&- 2>&-"])
+def test_it_runs_and_ends_without_standard_streams(tiny_bundle, workers, closed):
+    """As some daemons start theirs."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    command = [*COMMAND, "--bundle", str(tiny_bundle), "--port", str(port), "--workers", workers]
+    process = subprocess.Popen(["sh", "-c", f'exec "$@" {closed}', "sh", *command])
+    try:
+        wait(lambda: is_ready(port))
+    finally:
+        process.terminate()
+    assert process.wait(PATIENCE_S) == 0
+
+
+def is_ready(port):
+    """Whether there is a service at this port that says so."""
+    with suppress(httpx.TransportError):
+        return httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
+
+
+def test_it_runs_with_more_open_files_than_select_takes(tiny_bundle):
+    """A careless parent hands its own on; so do hundreds of workers on several addresses."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as open_files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        open_files.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        files = [open_files.enter_context(open(os.devnull)) for _ in range(1100)]
+        process = subprocess.Popen(
+            [*COMMAND, "--bundle", str(tiny_bundle), "--port", "0", "--workers", "2"],
+            stderr=subprocess.PIPE, text=True, pass_fds=[file.fileno() for file in files],
+        )  # fmt: skip
+    assert process.stderr is not None
+    ready = any(json.loads(line)["event"] == "ready" for line in process.stderr)
+    process.terminate()
+    process.stderr.close()
+    assert ready
+    assert process.wait(PATIENCE_S) == 0
 
 
 def test_the_command_is_installed():

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from service import sockets
-from service.sockets import admit, open_sockets, refuse_connections
+from service.sockets import admit, let_connections_in, open_sockets, refuse_connections
 
 
 @pytest.fixture
@@ -158,6 +158,22 @@ def test_a_queue_can_be_emptied_and_closed_without_a_loss(opened, monkeypatch, h
     with late:
         assert select.select([], [late], [], 10)[1]
         assert late.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNREFUSED
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_socket_that_refused_connections_can_let_them_in_again(opened, monkeypatch, host, allowed):
+    """Those that came meanwhile, too, when they try again; a socket that never refused any is as before."""
+    if not allowed:
+        monkeypatch.setattr(sockets, "SO_ATTACH_FILTER", 9999)
+    listening = opened(host, 0)[0][0]
+    refuse_connections(listening)
+    with socket.socket(listening.family) as early:
+        early.setblocking(False)
+        assert early.connect_ex(listening.getsockname()[:2]) == errno.EINPROGRESS
+        for _ in range(2):
+            let_connections_in(listening)
+        assert select.select([], [early], [], 10)[1]
+        assert early.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
 
 
 def test_a_connection_that_was_half_made_when_others_were_refused_is_heard(opened, monkeypatch, host):

@@ -122,6 +122,22 @@ def test_a_connection_waits_for_the_successor_of_a_dead_worker(serve):
     assert [asyncio.run(ask(server.port)) for _ in range(8)] == 8 * [200]
 
 
+@pytest.mark.parametrize("shared", ["off", "on"])
+def test_a_worker_that_is_told_to_stop_by_others_has_a_successor_that_listens(serve, shared):
+    """As when memory is short and somebody ends a process of many: every connection is answered afterwards."""
+    server = serve("--shared-engine", shared, workers=2)
+    server.client = PersistentClient(server.url)
+    workers = server.children()[shared == "on" :]  # the engine's process comes first
+    for restarts, worker in enumerate(workers, 1):
+        os.kill(worker, signal.SIGTERM)
+        wait(lambda: server.metric("ride_worker_restarts_total") == restarts)  # noqa: B023
+        wait(lambda: server.metric("ride_ready") == 2)
+
+    assert restarts == 2
+    assert [asyncio.run(ask(server.port)) for _ in range(20)] == 20 * [200]
+    assert server.end() == 0
+
+
 def test_sigterm_under_load_loses_nobody(serve):
     """64 clients: every request that got a connection gets an answer, 200 or 503, and the exit code is 0."""
     server = serve()
