@@ -29,10 +29,10 @@ from training.recipe import IMAGENET_MEAN, IMAGENET_STD, Recipe, RecipeError
 EXPERTS = range(2, 7)
 SETTABLE = (
     "data", "profile", "imbalance", "n_max", "subset_order", "subset_seed", "holdout_per_class", "holdout_share",
-    "test_share", "image_size", "test_fit", "mean", "std", "cosine_scale",
+    "image_size", "test_fit", "mean", "std", "cosine_scale",
 )  # fmt: skip
 _ONLY_THINNED = {"imbalance", "n_max", "subset_order", "holdout_per_class"}
-_ONLY_NATURAL = {"holdout_share", "test_share"}
+_ONLY_NATURAL = {"holdout_share"}
 
 _IMAGENET = Recipe(
     name="published", method="ride", data="", profile="natural", image_size=224, test_fit="inner_crop",

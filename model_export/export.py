@@ -42,9 +42,9 @@ from training.checkpoint import Checkpoint, CheckpointError
 from training.data.images import INTERPOLATION
 from training.data.longtail import FEW_BELOW, MANY_ABOVE
 from training.data.sets import Data, load_data
+from training.data.sources import open_set
 from training.evaluate import Costs, Predictions, count_unusable, macs_of, predict, summarise
 from training.methods.method import Model
-from training.recipe import Recipe
 from training.thresholds import fill_scores
 from training.train import PUBLISHED_THRESHOLD, refuse_other_images, trained_model
 
@@ -175,7 +175,7 @@ def _write(
         macs=Macs(macs.trunk, tuple(macs.experts), tuple(macs.routers)),
         variants=variants, default_variant="fp32", rule=rule, thresholds=thresholds, calibration=calibration,
         provenance={
-            "recipe": _without_directories(recipe), "seed": recipe.seed, "commit": checkpoint.commit,
+            "recipe": _without_directories(recipe.to_dict()), "seed": recipe.seed, "commit": checkpoint.commit,
             "torch": torch.__version__,
             "router_temperature": model.routers.temperature if model.routers is not None else None,
             "data": {"name": Path(recipe.data).name, "train": len(images.train), "test": len(images.test)},
@@ -202,14 +202,13 @@ def _leave_out_unusable(written: dict[Precision, Graphs], found: dict[Precision,
                 (directory / file).unlink()
 
 
-def _without_directories(recipe: Recipe) -> dict[str, Any]:
-    """The recipe, but of paths on the machine that trained only the last part: a service shows this to whoever asks."""
+def _without_directories(fields: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's fields, but of paths on this machine only the last part: a service shows them to whoever asks."""
 
     def last(value: str) -> str:
         return ",".join(Path(part).name for part in value.split(","))
 
-    fields = recipe.to_dict()
-    return fields | {field: last(fields[field]) for field in PATH_FIELDS if fields[field]}
+    return fields | {field: last(fields[field]) for field in PATH_FIELDS if fields.get(field)}
 
 
 def _finished(run: Path, data: str | None, settings: Mapping[str, str]) -> _Subject:
@@ -223,7 +222,13 @@ def _finished(run: Path, data: str | None, settings: Mapping[str, str]) -> _Subj
 def _published(file: Path, data: str | None, settings: Mapping[str, str], wish: Wish) -> _Subject:
     """The model of one of the authors' files, with the classes and their counts of the images that are given."""
     published = read_published(file, {**settings, **({} if data is None else {"data": data})})
-    recipe, images = published.recipe, load_data(published.recipe)
+    recipe = published.recipe
+    if recipe.profile == "natural" and open_set(recipe).test is None:
+        raise BundleError(
+            f"{recipe.data}: has no test images of its own, and all others may be what {file} was trained on; put the "
+            "test images of its data set into test/"
+        )
+    images = load_data(recipe)
     if recipe.profile == "natural" and "training images" in images.heldout_note:
         if wish.max_risk is not None:
             raise BundleError(
@@ -248,7 +253,7 @@ def _published(file: Path, data: str | None, settings: Mapping[str, str], wish: 
         "recipe": network, "seed": None,
         "published": {
             "file": file.name, "sha256": sha256_of(file), "arch": published.arch, "epoch": published.epoch,
-            "assumed": published.assumed,
+            "assumed": _without_directories(published.assumed),
         },
     }  # fmt: skip
     return checkpoint, published.model, images, origin

@@ -29,7 +29,7 @@ SMOKE = {
     "m2m_from": "0.5",
     "cycles": "1",
 }
-SMOKE_OF_ALL_SPLITS = {"n_max": "120"}  # of lfme, which has a teacher for classes of more than 100 images
+SMOKE_OF_ALL_SPLITS = {"n_max": "150"}  # of lfme, which has a teacher for classes of more than 100 images
 BIAS_VARIANCE_RECIPES = ["ce-cifar100", "crt-cifar100", "tau-norm-cifar100", "ldam-drw-cifar100", "ride-cifar100"]
 
 
@@ -86,24 +86,29 @@ def _train(options: argparse.Namespace) -> int:
 def _sweep(options: argparse.Namespace) -> int:
     recipes = [_recipe(name, options) for name in dict.fromkeys(options.recipes)]
     seeds = _whole_numbers("--seeds", options.seeds)
+    _refuse_settings(options, {"seed": "a sweep takes its seeds from --seeds"})
     if not recipes and not options.also:
         raise RecipeError("sweep: name recipes to train, or finished runs with --also")
     from training.sweep import sweep
 
     text, failures = sweep(recipes, seeds, options.out, _settings_record(options), options.also)
-    print(text)
+    print(_printable(text))
     return _report_failures(failures, options.out)
 
 
 def _bias_variance(options: argparse.Namespace) -> int:
     recipes = [_recipe(name, options) for name in dict.fromkeys(options.recipes)]
+    _refuse_settings(options, {
+        "n_max": "the size of a draw is --n-max", "subset_order": "draws are random subsets",
+        "router_epochs": "all experts are run, so that there are no routers to train",
+    })  # fmt: skip
     from training.bias_variance import DRAWS, N_MAX, SMOKE_DRAWS, SMOKE_N_MAX, bias_variance
 
     draws = options.draws or (SMOKE_DRAWS if options.smoke else DRAWS)
     n_max = options.n_max or (SMOKE_N_MAX if options.smoke else N_MAX)
     settings = _settings_record(options)
     text, failures = bias_variance(recipes, draws, options.out, settings, n_max=n_max, splits_n_max=options.split_n_max)
-    print(text)
+    print(_printable(text))
     return _report_failures(failures, options.out)
 
 
@@ -173,7 +178,8 @@ def _small(recipe: Recipe, settings: dict[str, str]) -> dict[str, str]:
     method, profile = settings.get("method", recipe.method), settings.get("profile", recipe.profile)
     without = {
         "imbalance": profile == "natural", "retrain_epochs": not recipe.retrain_epochs,
-        "router_epochs": settings.get("n_experts", str(recipe.n_experts)) == "1", "oltr_epochs": method != "oltr",
+        "router_epochs": not recipe.router_epochs or settings.get("n_experts", str(recipe.n_experts)) == "1",
+        "oltr_epochs": method != "oltr",
         "lfme_epochs": method != "lfme", "m2m_from": method != "m2m", "cycles": recipe.cycles == 1,
     }  # fmt: skip
     small = SMOKE | (SMOKE_OF_ALL_SPLITS if method == "lfme" else {})
@@ -186,6 +192,16 @@ def _settings_record(options: argparse.Namespace) -> dict[str, Any]:
     return {"data": options.data, "smoke": options.smoke, "set": settings}
 
 
+def _refuse_settings(options: argparse.Namespace, reasons: dict[str, str]) -> None:
+    """
+    Raises:
+        RecipeError: for a field in --set that the command itself decides on.
+    """
+    for field, text in parse_settings(options.set).items():
+        if field in reasons:
+            raise RecipeError(f"--set {field}={text}: {reasons[field]}; leave it out")
+
+
 def _whole_numbers(option: str, text: str) -> list[int]:
     try:
         return sorted({int(part) for part in text.split(",")})
@@ -195,7 +211,7 @@ def _whole_numbers(option: str, text: str) -> list[int]:
 
 def _report_failures(failures: dict[str, str], out: Path) -> int:
     for name, reason in failures.items():
-        print(f"ride-train: {out / name}: failed: {reason}", file=sys.stderr)
+        print(_printable(f"ride-train: {out / name}: failed: {reason}"), file=sys.stderr)
     if failures:
         print("ride-train: the same command again goes on with the runs that failed", file=sys.stderr)
     return 1 if failures else 0

@@ -247,9 +247,9 @@ def _load(file: Path) -> dict[str, Tensor]:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """The file has either its old content or all of `text`."""
+    r"""The file has either its old content or all of `text`; what is not UTF-8 in a file's name becomes \udcXX."""
     partial = file.with_name(file.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
+    with partial.open("w", encoding="utf-8", errors="backslashreplace") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())

@@ -43,7 +43,7 @@ class Log:
     """
     Where a run says how it goes: metrics.jsonl, TensorBoard, and a progress bar.
 
-    Lines of epochs that the newest checkpoint does not hold are dropped at the start: a resumed run makes them again.
+    Epochs that the newest checkpoint does not hold are dropped at the start, from both: a resumed run makes them again.
     """
 
     file: Path
@@ -58,7 +58,11 @@ class Log:
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         kept = [line for line in lines if _is_done(line, done)]
         write_atomically(file, "".join(line + "\n" for line in kept))
-        return cls(file, SummaryWriter(run / "tensorboard"))
+        shutil.rmtree(run / "tensorboard", ignore_errors=True)
+        log = cls(file, SummaryWriter(run / "tensorboard"))
+        for line in kept:
+            log._show(json.loads(line))
+        return log
 
     def write(self, values: dict[str, Any]) -> None:
         """One epoch: {"stage", "epoch" (from 1), numbers, nested numbers}."""
@@ -66,6 +70,10 @@ class Log:
             return
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+        self._show(values)
+
+    def _show(self, values: dict[str, Any]) -> None:
+        assert self.board is not None
         for name, number in _numbers(values):
             self.board.add_scalar(f"{values['stage']}/{name}", number, values["epoch"])
         self.board.flush()

@@ -370,6 +370,8 @@ class Recipe:
             raise RecipeError(
                 f"warmup_start={self.warmup_start:g}: only schedule='step' has it, not SHIKE's own; take none"
             )
+        if self.nesterov and not self.momentum:
+            raise RecipeError("momentum=0: Nesterov's momentum must be above 0; or take nesterov=false")
         if self.lr_min > self.lr:
             raise RecipeError(f"lr_min={self.lr_min:g}: must be lr={self.lr:g} at most")
         if self.lr_min and (self.schedule != "cosine" or self.method == "shike"):

@@ -24,7 +24,7 @@ from training.evaluate import mean_logits, predict, route
 from training.recipe import RecipeError
 from training.recipes import RECIPES
 
-SMALL = ["--set", "profile=natural", "--set", "image_size=16", "--set", "holdout_share=0.3", "--set", "test_share=0.2"]
+SMALL = ["--set", "profile=natural", "--set", "image_size=16", "--set", "holdout_share=0.3"]
 
 
 def noise(count, size, seed=0):
@@ -451,14 +451,23 @@ def routed_file(tmp_path_factory):
     return save(tmp_path_factory.mktemp("published") / "ride2.pth", "ResNet32EAModel", state), state
 
 
-def test_a_published_model_with_routers_becomes_a_bundle(routed_file, image_folder, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def image_set(image_folder, tmp_path_factory):
+    """A natural set with test images of its own."""
+    root = tmp_path_factory.mktemp("sets") / "natural"
+    for part in ("train", "test"):
+        shutil.copytree(image_folder, root / part)
+    return root
+
+
+def test_a_published_model_with_routers_becomes_a_bundle(routed_file, image_set, tmp_path, capsys):
     """
     Its graphs give the authors' logits and use as many experts; the published threshold is the default. Of a natural
     set the authors held nothing back: the counts are those of the training, and held-out figures said to be too good.
     """
     file, state = routed_file
     target = tmp_path / "bundle"
-    assert main([str(file), "-o", str(target), "--data", str(image_folder), "--variants", "fp32", *SMALL]) == 0
+    assert main([str(file), "-o", str(target), "--data", str(image_set), "--variants", "fp32", *SMALL]) == 0
     manifest, printed = read_bundle(target).manifest, capsys.readouterr().out
 
     images = noise(40, 16)
@@ -478,37 +487,38 @@ def test_a_published_model_with_routers_becomes_a_bundle(routed_file, image_fold
     assert "ride2.pth: ResNet32EAModel after epoch 200; it does not say:" in printed
     assert "cosine_scale=30.0" in printed
     assert "mean=0.4914,0.4822,0.4465" in printed
-    assert manifest.class_counts == (24, 10, 6)  # of 30, 12 and 8, less a fifth for the test
+    assert manifest.class_counts == (30, 12, 8)
+    assert published["assumed"]["data"] == "natural"  # and not where it lies: the service shows it
     assert manifest.calibration.data.endswith("which the published model was trained on: accuracies are too high")
 
 
 def test_no_risk_is_certified_on_images_that_the_published_model_was_trained_on(
-    routed_file, image_folder, tmp_path, capsys
+    routed_file, image_set, tmp_path, capsys
 ):
     """A share of a natural set's training images; on validation images of the set's own it is."""
     file, target = routed_file[0], tmp_path / "bundle"
     risk = ["--max-risk", "60", "--risk-confidence", "0.8", "--variants", "fp32"]
-    assert main([str(file), "-o", str(target), "--data", str(image_folder), *SMALL, *risk]) == 2
+    assert main([str(file), "-o", str(target), "--data", str(image_set), *SMALL, *risk]) == 2
     assert (
-        f"--max-risk 60: the held-out images are a share of the training images of {image_folder}, with which {file} "
+        f"--max-risk 60: the held-out images are a share of the training images of {image_set}, with which {file} "
         "was trained, so that nothing is certified for others; take --max-accuracy-loss, or --data that has validation "
         "and test images of its own"
     ) in capsys.readouterr().err
     assert not target.exists()
 
     for part in ("train", "val", "test"):
-        shutil.copytree(image_folder, tmp_path / "parted" / part)
+        shutil.copytree(image_set / "train", tmp_path / "parted" / part)
     parted = ["--data", str(tmp_path / "parted"), "--set", "profile=natural", "--set", "image_size=16"]
     assert main([str(file), "-o", str(target), *parted, *risk]) == 0
     calibration = read_bundle(target).manifest.calibration
     assert (calibration.data, calibration.risk.max_risk) == ("the set's own validation images", 60)
 
 
-def test_a_stage_1_model_becomes_a_bundle_without_routers(image_folder, tmp_path, capsys):
+def test_a_stage_1_model_becomes_a_bundle_without_routers(image_set, tmp_path, capsys):
     """It exits by confidence, or another rule that needs no router; asking for the router's is refused."""
     state = state_dict("ResNet32Model", 2, 3)
     file = save(tmp_path / "stage1.pth", "ResNet32Model", state)
-    usual = [str(file), "-o", str(tmp_path / "bundle"), "--data", str(image_folder), "--variants", "fp32", *SMALL]
+    usual = [str(file), "-o", str(tmp_path / "bundle"), "--data", str(image_set), "--variants", "fp32", *SMALL]
     assert main([*usual, "--rule", "router"]) == 2
     assert "has no routers; the other rules need none" in capsys.readouterr().err
     assert not (tmp_path / "bundle").exists()
@@ -527,14 +537,16 @@ def test_a_stage_1_model_becomes_a_bundle_without_routers(image_folder, tmp_path
 def test_the_command_refuses_what_cannot_be(routed_file, run, image_folder, tmp_path, capsys):
     """No data, data of other classes, settings of a run, settings that are none: exit status 2 and a sentence."""
     file, out = str(routed_file[0]), ["-o", str(tmp_path / "bundle")]
-    (tmp_path / "two" / "a").mkdir(parents=True)
-    (tmp_path / "two" / "b").mkdir()
-    for label in "ab":
-        for index, source in enumerate(sorted((image_folder / "class 0").iterdir())):
-            (tmp_path / "two" / label / f"{index}.png").write_bytes(source.read_bytes())
+    for part in ("train", "test"):
+        for label in "ab":
+            shutil.copytree(image_folder / "class 0", tmp_path / "two" / part / label)
     for arguments, words in (
         ([file, *out], "no data named; give --data cifar100"),
         ([file, *out, "--data", str(tmp_path / "two"), *SMALL], f"has 2 classes, the classifiers in {file} 3"),
+        (
+            [file, *out, "--data", str(image_folder), *SMALL],
+            "has no test images of its own, and all others may be",
+        ),
         ([file, *out, "--set", "mean"], "--set mean: must be field=value"),
         ([file, *out, "--set", "lr=1"], "lr: cannot be set for a published checkpoint"),
         ([str(run), *out, "--set", "imbalance=50"], "--set imbalance: the recipe of a run is fixed"),

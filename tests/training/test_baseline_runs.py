@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from training import loop
 from training.__main__ import main
 from training.checkpoint import CheckpointError, checkpoints_of
-from training.data.longtail import class_counts
+from training.data.longtail import MANY_ABOVE, class_counts
 from training.methods.lfme import classes_of_splits
 from training.recipes import RECIPES
 from training.train import METHODS, train, trained_model
@@ -205,6 +205,7 @@ def test_a_smoke_run_is_possible_of_every_recipe(name, tmp_path, capsys):
         ("ride-retrained-cifar100", ["epochs=4"], {"epochs": 4, "cycles": 1, "warmup_epochs": 1}),
         ("ride-cifar100", ["n_experts=1", "diversity_weight=0"], {"epochs": 2, "router_epochs": 5}),
         ("ride-cifar100", ["profile=natural", "n_max=7"], {"n_max": 7, "imbalance": 100}),
+        ("ride-swin-t", [], {"epochs": 2, "router_epochs": 0}),
     ],
 )
 def test_a_smoke_run_takes_what_is_set_besides(name, settings, expected, monkeypatch, tmp_path):
@@ -225,3 +226,4 @@ def test_a_smoke_run_of_lfme_has_classes_in_every_split(monkeypatch, tmp_path):
 
     counts = class_counts(recipes[0].n_max, recipes[0].imbalance, 100, recipes[0].profile)
     assert all(classes_of_splits(counts).values())
+    assert 0.9 * 0.9 * recipes[0].n_max > MANY_ABOVE  # where a set's test and held-out images are drawn from it

@@ -7,6 +7,7 @@ import resource
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from training.data.sets import Images
@@ -78,6 +79,18 @@ def test_a_full_disk_costs_no_line_of_the_log(tmp_path):
 
     Log.open(tmp_path, {"experts": 2}).close()
     assert file.read_text(encoding="utf-8").splitlines() == lines.splitlines()[:2]
+
+
+def test_tensorboard_shows_an_epoch_that_is_trained_again_once(tmp_path):
+    """As metrics.jsonl does: what no checkpoint has is dropped from both when the run goes on."""
+    for done, epochs in ((0, (1, 2)), (1, (2, 3))):
+        log = Log.open(tmp_path, {"experts": done})
+        for epoch in epochs:
+            log.write({"stage": "experts", "epoch": epoch, "loss": 10 * done + epoch})
+        log.close()
+
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(point.step, point.value) for point in board.Scalars("experts/loss")] == [(1, 1), (2, 12), (3, 13)]
 
 
 @pytest.mark.parametrize("name", ["crt", "lfme", "oltr", "ride"])

@@ -57,6 +57,7 @@ def test_overrides_take_the_type_of_the_field():
         ({"std": "0,1,1"}, "must be positive"),
         ({"method": "single"}, "method 'single' trains one expert"),
         ({"warmup_start": "0.5", "schedule": "cosine"}, "warmup_start=0.5: only schedule='step' has it"),
+        ({"momentum": "0"}, "momentum=0: Nesterov's momentum must be above 0; or take nesterov=false"),
         ({"lr_min": "0.01"}, "lr_min=0.01: only schedule='cosine' ends there"),
         ({"n_experts": "1"}, "diversity_weight=-0.45: one expert cannot disagree; take 0"),
         ({"method": "single", "n_experts": "1"}, "only for method 'ride', this is 'single'; take 0 and false"),

@@ -121,7 +121,7 @@ def test_one_failing_run_stops_no_other(swept, sweep_arguments, monkeypatch, cap
     def fake(recipe, run):
         if (run.name, len(attempts := tried.setdefault(run.name, []))) == ("ride-own-seed1", 0):
             attempts.append(run)
-            raise RuntimeError("out of memory")
+            raise RuntimeError("bad\udcff.png: out of memory")  # with a file's name that is not UTF-8
         shutil.copy(swept / run.name / "results.json", run)
 
     tried = {}
@@ -129,8 +129,9 @@ def test_one_failing_run_stops_no_other(swept, sweep_arguments, monkeypatch, cap
 
     assert main([*sweep_arguments, "--out", str(out)]) == 1
     printed = capsys.readouterr()
-    assert "ride-own-seed1: failed: RuntimeError: out of memory" in printed.err
-    assert "- ride-own-seed1: RuntimeError: out of memory" in (out / "table.md").read_text()
+    assert "ride-own-seed1: failed: RuntimeError: bad" in printed.err
+    assert r"- ride-own-seed1: RuntimeError: bad\udcff.png: out of memory" in printed.out
+    assert r"- ride-own-seed1: RuntimeError: bad\udcff.png: out of memory" in (out / "table.md").read_text()
     assert set(results_of(out)) == {*NAMES} - {"ride-own-seed1"}
     assert "in fake" in (out / "ride-own-seed1" / "error.txt").read_text()
 
@@ -293,6 +294,9 @@ def test_published_figures_belong_to_recipes(capsys):
         (["sweep", "magic"], "magic: no such recipe"),
         (["sweep", "ride-own", "--seeds", "0,x"], "--seeds 0,x: must be whole numbers, separated by commas"),
         (["sweep", "ride-own", "--set", "epochs=0"], "epochs=0: must be from 1"),
+        (["sweep", "ride-own", "--set", "seed=7"], "--set seed=7: a sweep takes its seeds from --seeds; leave it out"),
+        (["bias-variance", "--set", "n_max=10"], "--set n_max=10: the size of a draw is --n-max; leave it out"),
+        (["bias-variance", "--set", "subset_order=first"], "subset_order=first: draws are random subsets; leave it"),
         (["sweep", "ride-own", "ce-cifar100", "--set", "n_experts=2"], "n_experts=2: method 'single' trains one"),
     ],
 )
