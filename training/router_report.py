@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from training.checkpoint import write_atomically
 from training.data.longtail import SCOPES, split_of
 from training.data.sets import load_data
 from training.distributed import best_device
@@ -27,6 +26,7 @@ from training.evaluate import (
     route,
     rows_by_split,
 )
+from training.files import write_atomically
 from training.plots import plot_curve, plot_experts, plot_shares
 from training.tables import Cell, markdown, number, write_csv
 from training.thresholds import fill_scores, frontier

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from training.checkpoint import CheckpointError, checkpoints_of, write_atomically
+from training.checkpoint import CheckpointError, checkpoints_of
 from training.claim import claimed
 from training.errors import TrainingError
+from training.files import write_atomically
 from training.first_stage import OF_LATER_STAGES
 from training.recipe import DECIDE_NOTHING, Recipe
 from training.train import train

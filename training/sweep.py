@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.checkpoint import write_atomically
 from training.data.longtail import SCOPES
+from training.files import write_atomically
 from training.plots import plot_accuracy, plot_cost, plot_experts
 from training.recipe import DECIDE_NOTHING, PLACES, Recipe
 from training.recipes import RECIPES

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from training.checkpoint import Checkpoint, CheckpointError, checkpoints_of, current_commit, write_atomically
+from training.checkpoint import Checkpoint, CheckpointError, checkpoints_of, current_commit
 from training.claim import ClaimedError, claimed
 from training.data.sets import AnyImages, Data, channel_statistics, load_data
 from training.distributed import from_first, joined, rank, world_size
 from training.evaluate import count_unusable, macs_of, predict, summarise
+from training.files import write_atomically
 from training.first_stage import take_over
 from training.loop import DivergedError, Log, autocast_dtype, fit_stage, rates_of, refuse_without_compiler, run_stage
 from training.methods import ace, bbn, lfme, m2m, oltr, ride, sade, shike, single
