@@ -45,7 +45,7 @@ from training.data.sets import Data, load_data
 from training.evaluate import Costs, Predictions, count_unusable, macs_of, predict, summarise
 from training.methods.method import Model
 from training.recipe import Recipe
-from training.thresholds import fill_scores
+from training.thresholds import fit_temperature
 from training.train import PUBLISHED_THRESHOLD, refuse_other_images, trained_model
 
 _Subject = tuple[Checkpoint, Model, Data, dict[str, Any]]  # the last: of its provenance, what a run does not have
@@ -145,7 +145,7 @@ def _write(
     recipe, rule = checkpoint.recipe, _rule_of(run, wish, model)
     macs = macs_of(model, recipe.image_size)
     if model.routers is not None:
-        fill_scores(model, images.heldout)
+        fit_temperature(model, images.heldout)
     heldout = predict(model, images.heldout)
     if unusable := count_unusable(heldout):
         raise CheckpointError(

@@ -577,10 +577,9 @@ def parse_settings(texts: Sequence[str]) -> dict[str, str]:
     return {field: value for field, _, value in pairs}
 
 
-_INFINITE = float("inf")
 _RANGES = (
-    ("imbalance", 1, _INFINITE), ("n_max", 1, _INFINITE), ("subset_seed", 0, 2**32 - 1),
-    ("holdout_per_class", 1, _INFINITE),
+    ("imbalance", 1, math.inf), ("n_max", 1, math.inf), ("subset_seed", 0, 2**32 - 1),
+    ("holdout_per_class", 1, math.inf),
     ("holdout_share", 0.01, 0.5), ("test_share", 0.01, 0.5), ("image_size", 8, 1024),
     ("drop_path", 0, 0.99), ("lr_min", 0, 100), ("cycles", 1, 100), ("clip_norm", 1e-6, 1e6), ("colour_jitter", 0, 1),
     ("random_erasing", 0, 1), ("mixup", 0, 100), ("cutmix", 0, 100), ("label_smoothing", 0, 0.99),
