@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import partial
 from socket import socket
 from types import FrameType
-from typing import Any, NoReturn, cast
+from typing import Any, Final, NoReturn, cast
 
 import uvicorn
 from prometheus_client import CollectorRegistry
@@ -34,10 +34,10 @@ from service.shares import choose_shared_engine, choose_workers, engine_share_of
 from service.sockets import BACKLOG, admit, open_sockets, refuse_connections
 from service.supervisor import HANGUP, START_FAILED, STOP_SIGNALS, Supervisor, let_signals_in
 
-KEEP_ALIVE_S = 30
-QUEUE_EMPTY_S = 0.2  # by then, whoever was connecting when the service stopped listening has been let in
-LAST_WORDS_S = 2.0  # for whoever has connected, but not asked yet
-LARGE_BYTES = 4 << 20
+KEEP_ALIVE_S: Final = 30
+QUEUE_EMPTY_S: Final = 0.2  # by then, whoever was connecting when the service stopped listening has been let in
+LAST_WORDS_S: Final = 2.0  # for whoever has connected, but not asked yet
+LARGE_BYTES: Final = 4 << 20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 

@@ -27,7 +27,7 @@ from service.metrics import Metrics
 from service.operating_point import choose_operation
 from service.remote import RemoteBatcher
 from service.schedule import Profile, Schedule
-from service.settings import Settings, SettingsError
+from service.settings import GPU_PROVIDERS, Settings, SettingsError
 from service.uploads import Upload, UploadMemory
 
 State = Literal["starting", "ready", "draining", "failed"]
@@ -229,7 +229,7 @@ class Classifier:
             self._batcher.release(len(tasks) - begun)
             raise
 
-    def submit(self, job: Job) -> "asyncio.Future[Outcome]":
+    def submit(self, job: Job) -> asyncio.Future[Outcome]:
         """Queue the image of a process that keeps the limits by itself. Cancel the future, and it is dropped."""
         self._batcher.reserve(1)
         return self._batcher.submit(job)
@@ -275,7 +275,7 @@ class Classifier:
             asyncio.get_running_loop().call_soon(reset)
         self._decoded_s += seconds
 
-    def begin(self, data: bytes, choice: Choice) -> tuple[Job, "asyncio.Future[Outcome]", float] | None:
+    def begin(self, data: bytes, choice: Choice) -> tuple[Job, asyncio.Future[Outcome], float] | None:
         """
         Decode and queue one image that is quickly decoded, here and now.
 
@@ -376,7 +376,7 @@ class Classifier:
 
     @property
     def _on_gpu(self) -> bool:
-        return self.provider in ("cuda", "tensorrt")
+        return self.provider in GPU_PROVIDERS
 
     def _cascade(self, engine: Engine, schedule: Schedule, observer: Observer) -> Cascade:
         manifest = self.bundle.manifest

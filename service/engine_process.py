@@ -161,7 +161,7 @@ class _ToFront(Connection):
         self._jobs[slot] = (job, future)
         future.add_done_callback(partial(self._answer, slot))
 
-    def _answer(self, slot: int, future: "asyncio.Future[Outcome]") -> None:
+    def _answer(self, slot: int, future: asyncio.Future[Outcome]) -> None:
         del self._jobs[slot]
         error = asyncio.CancelledError() if future.cancelled() else future.exception()
         if self.transport.is_closing():
@@ -172,6 +172,6 @@ class _ToFront(Connection):
             self.send((slot, *self._process.explain(error)))
 
     @staticmethod
-    def _abandon(job: Job, future: "asyncio.Future[Outcome]") -> None:
+    def _abandon(job: Job, future: asyncio.Future[Outcome]) -> None:
         job.abandoned = True
         future.cancel()

@@ -85,6 +85,8 @@ class GuardedProtocol(HttpToolsProtocol):
     Trailers and chunk extensions count as well: whatever is not body.
     """
 
+    cycle: Any  # uvicorn's, or an Exchange: of the request that came last
+
     def __init__(
         self, *arguments: Any, short_path: bytes = b"", short_way: Handler | None = None, **named: Any
     ) -> None:
@@ -96,20 +98,18 @@ class GuardedProtocol(HttpToolsProtocol):
         self._short_path = short_path
         self._short_way = short_way
         self._held_back: list[bytes] | None = None  # the body of a request of which uvicorn knows nothing yet
-
-    cycle: Any  # uvicorn's, or an Exchange: of the request that came last
-    _running: Any = None  # likewise: of the one that is being answered, or was last
-    _passed_over = False  # whether the present head offers another protocol, so that it comes again without
-    _messages = 0  # requests begun on this connection
-    _phase: Literal["between", "head", "body"] = "between"
-    _framing_bytes = 0  # of the present request, what is not body
-    _body_bytes = 0
-    _head_timer: asyncio.TimerHandle | None = None
-    _idle_since = 0.0
-    _idle_timer: asyncio.TimerHandle | None = None
-    _send_timer: asyncio.TimerHandle | None = None
-    _linger_timer: asyncio.TimerHandle | None = None  # where a request was refused, and no other is looked at
-    _ignored_bytes = 0
+        self._running: Any = None  # as `cycle`: of the request that is being answered, or was last
+        self._passed_over = False  # whether the present head offers another protocol, so that it comes again without
+        self._messages = 0  # requests begun on this connection
+        self._phase: Literal["between", "head", "body"] = "between"
+        self._framing_bytes = 0  # of the present request, what is not body
+        self._body_bytes = 0
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._idle_since = 0.0
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._send_timer: asyncio.TimerHandle | None = None
+        self._linger_timer: asyncio.TimerHandle | None = None  # where a request was refused, and no other is looked at
+        self._ignored_bytes = 0
 
     @property
     def expecting(self) -> bool:

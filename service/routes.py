@@ -20,14 +20,13 @@ from service.headers import Headers, common_headers, request_id_of
 from service.logs import log
 from service.metrics import CLIENT_GONE, image_macs
 from service.operating_point import MODES, Mode
-from service.protocol import Exchange
+from service.protocol import LINGER_S, Exchange
 from service.uploads import Body, MemoryLease, Upload, read_uploads
 from service.watch import Watch
 
 MAX_PARAMETERS: Final = 16
 NUMBER: Final = re.compile(r"[0-9]{1,20}(\.[0-9]{0,40})?(e-?[0-9]{1,3})?|\.[0-9]{1,40}", re.ASCII | re.IGNORECASE)
 ARRIVING_S: Final = 0.1  # for the rest of a refused body: when it comes, the connection can be kept
-LINGER_S: Final = 3.0  # after which a refused client that is still sending is cut off
 PARAMETERS: Final = ("top_k", "max_experts", "threshold", "min_confidence", "mode")
 
 
@@ -244,7 +243,7 @@ class _ShortRequest:
         started: float,
         lease: MemoryLease,
         job: Job,
-        outcome: "asyncio.Future[Outcome]",
+        outcome: asyncio.Future[Outcome],
         decode_s: float,
     ) -> None:
         self.began = time.monotonic()
@@ -274,7 +273,7 @@ class _ShortRequest:
         self._outcome.cancel()
         self._job.abandoned = True
 
-    def _answer(self, future: "asyncio.Future[Outcome]") -> None:
+    def _answer(self, future: asyncio.Future[Outcome]) -> None:
         if self._left:  # too late: given up while this call was waiting for its turn
             return
         if self._exchange.gone:
