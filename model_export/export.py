@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,18 @@ from training.recipe import Recipe
 from training.thresholds import fit_temperature
 from training.train import PUBLISHED_THRESHOLD, refuse_other_images, trained_model
 
-_Subject = tuple[Checkpoint, Model, Data, dict[str, Any]]  # the last: of its provenance, what a run does not have
-
 PATH_FIELDS = ("data", "image_root", "train_list", "val_list", "test_list", "pretrained", "teacher", "first_stage")
 DEFAULT_ACCURACY_LOSS = 0.3
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is exported: a run's model, or one that the authors published, which adds to the provenance."""
+
+    checkpoint: Checkpoint
+    model: Model
+    images: Data
+    origin: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -138,10 +146,8 @@ def _write(
     data: str | None, settings: Mapping[str, str],
 ) -> Manifest:  # fmt: skip
     """The whole bundle, in an empty directory."""
-    if run.is_file():
-        checkpoint, model, images, origin = _published(run, data, settings, wish)
-    else:
-        checkpoint, model, images, origin = _finished(run, data, settings)
+    subject = _published(run, data, settings, wish) if run.is_file() else _finished(run, data, settings)
+    checkpoint, model, images, origin = subject.checkpoint, subject.model, subject.images, subject.origin
     recipe, rule = checkpoint.recipe, _rule_of(run, wish, model)
     macs = macs_of(model, recipe.image_size)
     if model.routers is not None:
@@ -217,7 +223,7 @@ def _finished(run: Path, data: str | None, settings: Mapping[str, str]) -> _Subj
     checkpoint, model = trained_model(run)
     images = load_data(checkpoint.recipe.with_images_at(data, dict(settings)))
     refuse_other_images(checkpoint, images)
-    return checkpoint, model, images, {}
+    return _Subject(checkpoint, model, images)
 
 
 def _published(file: Path, data: str | None, settings: Mapping[str, str], wish: Wish) -> _Subject:
@@ -251,7 +257,7 @@ def _published(file: Path, data: str | None, settings: Mapping[str, str], wish: 
             "assumed": published.assumed,
         },
     }  # fmt: skip
-    return checkpoint, published.model, images, origin
+    return _Subject(checkpoint, published.model, images, origin)
 
 
 def _as_trained_on(images: Data) -> Data:

@@ -63,7 +63,7 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Classified:
+class ClassifiedImage:
     """One image's outcome, and the seconds its decoding took."""
 
     outcome: Outcome
@@ -197,7 +197,7 @@ class Classifier:
         except QueueFullError as error:
             raise self._overloaded(error, "") from None
 
-    async def classify(self, uploads: Sequence[Upload], choice: Choice) -> list[Classified | ServiceError]:
+    async def classify(self, uploads: Sequence[Upload], choice: Choice) -> list[ClassifiedImage | ServiceError]:
         """
         Answer images, in order; one that cannot be decoded, or for which a graph gives NaN, gets its ServiceError.
 
@@ -212,7 +212,7 @@ class Classifier:
             return [await self._classify_one(uploads[0], choice)]
         begun = 0
 
-        async def one(upload: Upload) -> Classified | ServiceError:
+        async def one(upload: Upload) -> ClassifiedImage | ServiceError:
             nonlocal begun
             while self._decoded_s > DECODING_S:  # noqa: ASYNC110, the next turn of the loop is the event
                 await asyncio.sleep(0)
@@ -234,7 +234,7 @@ class Classifier:
         self._batcher.reserve(1)
         return self._batcher.submit(job)
 
-    async def _classify_one(self, upload: Upload, choice: Choice) -> Classified | ServiceError:
+    async def _classify_one(self, upload: Upload, choice: Choice) -> ClassifiedImage | ServiceError:
         """Decode, queue and answer one image, on a place that is already reserved."""
         try:
             if is_small(upload.data):
@@ -250,7 +250,7 @@ class Classifier:
             raise
         job = self._job(pixels, choice, seconds)
         try:
-            return Classified(await self._batcher.submit(job), seconds)
+            return ClassifiedImage(await self._batcher.submit(job), seconds)
         except asyncio.CancelledError:
             job.abandoned = True
             raise

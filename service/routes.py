@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.batcher import BatcherStoppedError
 from service.cascade import Job, NotFiniteError, Outcome
-from service.classifier import Choice, Classified, Classifier, not_finite
+from service.classifier import Choice, ClassifiedImage, Classifier, not_finite
 from service.errors import STATUS, ClientGoneError, ServiceError
 from service.headers import Headers, common_headers, request_id_of
 from service.logs import log
@@ -128,7 +128,7 @@ class ClassifyRoute:
     def _status_and_body(
         self,
         uploads: Sequence[Upload],
-        outcomes: Sequence[Classified | ServiceError],
+        outcomes: Sequence[ClassifiedImage | ServiceError],
         choice: Choice,
         request_id: str,
         started: float,
@@ -136,7 +136,7 @@ class ClassifyRoute:
         """The status and body of an answer in which every image was looked at."""
         results = [
             self._result(upload, outcome, choice, started)
-            if isinstance(outcome, Classified)
+            if isinstance(outcome, ClassifiedImage)
             else self._failure(upload, outcome, request_id)
             for upload, outcome in zip(uploads, outcomes, strict=True)
         ]
@@ -174,7 +174,7 @@ class ClassifyRoute:
             thresholds = operation.modes[cast(Mode, given["mode"])]
         return Choice(thresholds, max_experts, min_confidence, top_k)
 
-    def _result(self, upload: Upload, classified: Classified, choice: Choice, started: float) -> dict[str, Any]:
+    def _result(self, upload: Upload, classified: ClassifiedImage, choice: Choice, started: float) -> dict[str, Any]:
         """One answered image, as JSON, counted."""
         outcome = classified.outcome
         self._classifier.metrics.image_answered(outcome)
@@ -281,7 +281,7 @@ class _ShortRequest:
             self._hung_up()
             return
         try:
-            outcome: Classified | ServiceError = Classified(future.result(), self._decode_s)
+            outcome: ClassifiedImage | ServiceError = ClassifiedImage(future.result(), self._decode_s)
         except NotFiniteError as error:
             outcome = not_finite(error)
         except Exception as error:

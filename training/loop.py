@@ -35,7 +35,7 @@ from training.optimiser import optimiser_of
 from training.recipe import Recipe, RecipeError
 
 
-class DivergedError(TrainingError, RuntimeError):
+class DivergedError(TrainingError):
     """The loss, or what the network says of test images, is no longer a finite number."""
 
 
