@@ -85,7 +85,7 @@ class BareModel:
             )
         graphs = bundle.manifest.variants[variant]
         self._n_classes = len(bundle.manifest.classes)
-        self._thresholds = np.float32(bundle.manifest.thresholds)
+        self._thresholds = np.array(bundle.manifest.thresholds, np.float32)
         opened = [open_graph(bundle.graph_path(graph), provider, graphs.precision, threads) for graph in graphs.graphs]
         n_experts = len(graphs.experts)
         self._trunk, self._experts, self._routers = opened[0], opened[1 : n_experts + 1], opened[n_experts + 1 :]
@@ -175,7 +175,7 @@ def _work(loop: Loop, threads: int, number: int, barrier: Barrier, results: Conn
 
 
 def _one_image_ms(answer: Any, jpegs: list[bytes], seconds: float) -> float:
-    times = []
+    times: list[float] = []
     ends = time.perf_counter() + seconds
     while (began := time.perf_counter()) < ends:
         answer([jpegs[len(times) % len(jpegs)]])

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -193,7 +193,8 @@ def run(bench: Bench) -> dict[str, Any]:
     present = prepare(bench)
     floors(bench)
     for round_number in range(bench.plan.rounds):
-        turns = [ours, ours_fp32, *([ours_chosen] if bench.chosen else []), *present]
+        turns: list[Callable[[Bench, int], None] | Contestant] = [ours, ours_fp32]
+        turns += [*([ours_chosen] if bench.chosen else []), *present]
         first = round_number * len(turns) // bench.plan.rounds
         for turn in turns[first:] + turns[:first]:
             if isinstance(turn, Contestant):
