@@ -23,14 +23,15 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.floor import DEFAULT_BUNDLE, MAX_PIXELS
-from benchmarks.images import make_images
+from benchmarks.floor import MAX_PIXELS
+from benchmarks.images import SMALL, make_images
 from benchmarks.machine import describe
 from model_export.bundle import Bundle, Manifest, read_bundle
 from service.cascade import BatchReport, Cascade, Engine, Job, Outcome
 from service.engine import open_engine
 from service.images import decode
 from service.schedule import Profile, Schedule
+from service.settings import DEFAULT_BUNDLE
 
 BATCHES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 REPEATS: Final = 5  # of each stage at each size, the median counts
@@ -169,7 +170,7 @@ def measure_engine(
         NotFiniteError: where a graph gives NaN or infinity for one of the images.
     """
     manifest = bundle.manifest
-    jpegs = make_images("32x32", count=512, seed=seed).jpegs
+    jpegs = make_images(SMALL, count=512, seed=seed).jpegs
     images = [decode(jpeg, manifest.input, MAX_PIXELS) for jpeg in jpegs]
     engine = open_engine(bundle, variant, provider=provider, threads=threads)
     bench = _Bench(bundle, engine, images)
@@ -222,7 +223,7 @@ def random_bundle(recipe_name: str, directory: Path, seed: int) -> Path:
     from training.train import METHODS
 
     folder, run, target = directory / "images", directory / "run", directory / "bundle"
-    jpegs = make_images("32x32", count=4 * RANDOM_CLASSES, seed=seed).jpegs
+    jpegs = make_images(SMALL, count=4 * RANDOM_CLASSES, seed=seed).jpegs
     for number, jpeg in enumerate(jpegs):
         home = folder / f"class {number % RANDOM_CLASSES:03}"
         home.mkdir(parents=True, exist_ok=True)
