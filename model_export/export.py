@@ -42,7 +42,7 @@ from training.checkpoint import Checkpoint, CheckpointError
 from training.data.images import INTERPOLATION
 from training.data.longtail import FEW_BELOW, MANY_ABOVE
 from training.data.sets import Data, load_data
-from training.evaluate import Costs, Predictions, count_unusable, macs_of, predict, summarise
+from training.evaluate import Costs, Predictions, count_not_finite, macs_of, predict, summarise
 from training.methods.method import Model
 from training.recipe import Recipe
 from training.thresholds import fit_temperature
@@ -153,7 +153,7 @@ def _write(
     if model.routers is not None:
         fit_temperature(model, images.heldout)
     heldout = predict(model, images.heldout)
-    if unusable := count_unusable(heldout):
+    if unusable := count_not_finite(heldout):
         raise CheckpointError(
             f"{checkpoint.path}: NaN or infinity for {unusable} of {len(heldout.labels)} held-out images; its weights, "
             "or the mean and std of its recipe, are damaged"
@@ -196,7 +196,7 @@ def _write(
 def _leave_out_unusable(written: dict[Precision, Graphs], found: dict[Precision, Predictions], directory: Path) -> None:
     """Where numbers of the model leave the range of a precision, drop it and its files, and say so; never fp32."""
     for precision in [name for name in written if name != "fp32"]:
-        if unusable := count_unusable(found[precision]):
+        if unusable := count_not_finite(found[precision]):
             n_images = found.pop(precision).expert_logits.shape[1]
             print(
                 f"variant {precision} is left out: NaN or infinity for {unusable} of {n_images} held-out images; "

@@ -15,7 +15,7 @@ from model_export.bundle import BundleError, Graphs, GraphSpec, Parity, Precisio
 from model_export.calibrate import accuracy_of, rule_scores
 from model_export.half import rounding
 from model_export.openvino_core import openvino_core
-from training.evaluate import Predictions, count_unusable, mean_logits, route
+from training.evaluate import Predictions, count_not_finite, mean_logits, route
 
 MAX_LOGIT_DIFFERENCE = 1e-3
 MAX_RELATIVE_DIFFERENCE = 1e-5  # of the largest logit; fp32 rounds what is above 16,384 by more than 1e-3
@@ -75,7 +75,7 @@ def compare(
     Raises:
         BundleError: where a graph gives NaN or infinity.
     """
-    if unusable := count_unusable(graphs):
+    if unusable := count_not_finite(graphs):
         raise BundleError(
             f"variant {name}: NaN or infinity for {unusable} of {graphs.expert_logits.shape[1]} images; "
             "nothing was written"

@@ -19,7 +19,7 @@ from service.health import end_if_broken
 from service.logs import log
 from service.remote import JOBS, OUTCOMES
 from service.slots import Slots
-from service.supervisor import START_FAILED, STOP_SIGNALS, let_signals_in
+from service.supervisor import START_FAILED, STOP_SIGNALS, unblock_signals
 from service.wire import Connection, pack
 
 BEAT_EVERY_S: Final = 1.0
@@ -63,7 +63,7 @@ class EngineProcess:
         loop = asyncio.get_running_loop()
         for sig in STOP_SIGNALS:
             loop.add_signal_handler(sig, self._handle, sig)
-        let_signals_in()
+        unblock_signals()
         return await self.serve()
 
     def _handle(self, sig: signal.Signals) -> None:

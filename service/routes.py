@@ -74,7 +74,7 @@ class ClassifyRoute:
             await body.discard(most_bytes, LINGER_S)
             await send({"type": "http.response.body"})
 
-    def short_way(self, query: bytes, headers: Headers, data: bytes, exchange: Exchange) -> bool:
+    def fast_path(self, query: bytes, headers: Headers, data: bytes, exchange: Exchange) -> bool:
         """
         Answer, without a task, a request whose body is one image that is quickly decoded.
 
@@ -90,12 +90,12 @@ class ClassifyRoute:
             choice = self._choice(query)
             lease.grow(len(data))
             begun = classifier.begin(data, choice) if len(data) <= self._settings.max_bytes else None
-        except Exception:  # it will happen again on the long way, which says so
+        except Exception:  # it will happen again on the normal path, which says so
             begun = None
         if begun is None:
             lease.release()
             return False
-        _ShortRequest(self, exchange, request_id_of(headers), Upload(None, data), choice, started, lease, *begun)
+        _FastRequest(self, exchange, request_id_of(headers), Upload(None, data), choice, started, lease, *begun)
         return True
 
     async def _answer(self, query: bytes, body: Body, request_id: str, started: float) -> tuple[int, dict[str, Any]]:
@@ -230,7 +230,7 @@ class ClassifyRoute:
         await send({"type": "http.response.body", "body": content, "more_body": not last})
 
 
-class _ShortRequest:
+class _FastRequest:
     """A request that is answered without a task, from the moment when its image is queued."""
 
     def __init__(

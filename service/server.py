@@ -18,7 +18,7 @@ from service.classifier import Classifier
 from service.health import end_if_broken
 from service.protocol import GuardedProtocol
 from service.sockets import BACKLOG, admit, refuse_connections
-from service.supervisor import HANGUP, START_FAILED, let_signals_in
+from service.supervisor import HANGUP, START_FAILED, unblock_signals
 
 KEEP_ALIVE_S: Final = 30
 QUEUE_EMPTY_S: Final = 0.2  # by then, whoever was connecting when the service stopped listening has been let in
@@ -40,7 +40,7 @@ class DrainingServer(uvicorn.Server):
             listen_at_once: whether to do so before the classifier is ready.
         """
         app = create_app(classifier, listen_at_once=listen_at_once)
-        protocol = partial(GuardedProtocol, short_path=b"/classify", short_way=app.classify.short_way)
+        protocol = partial(GuardedProtocol, fast_url_path=b"/classify", fast_path=app.classify.fast_path)
         config = uvicorn.Config(
             app, log_config=None, access_log=False, loop="uvloop",
             http=cast(Any, protocol), ws="none", server_header=False, proxy_headers=False, backlog=BACKLOG,
@@ -66,7 +66,7 @@ class DrainingServer(uvicorn.Server):
         """From here on signals are handled."""
         for sig in HANGUP:  # uvicorn knows the others
             signal.signal(sig, self.handle_exit)
-        let_signals_in()
+        unblock_signals()
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

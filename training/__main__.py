@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import TrainingError
-from training.recipe import DECIDE_NOTHING, Recipe, RecipeError, parse_settings
+from training.recipe import NO_EFFECT_FIELDS, Recipe, RecipeError, parse_settings
 from training.recipes import RECIPES
 from training.tables import markdown, number
 
@@ -185,7 +185,7 @@ def _small(recipe: Recipe, settings: dict[str, str]) -> dict[str, str]:
 
 def _settings_record(options: argparse.Namespace) -> dict[str, Any]:
     """What several runs of one directory have in common, less what changes no result."""
-    settings = {key: value for key, value in sorted(parse_settings(options.set).items()) if key not in DECIDE_NOTHING}
+    settings = {key: value for key, value in sorted(parse_settings(options.set).items()) if key not in NO_EFFECT_FIELDS}
     return {"data": options.data, "smoke": options.smoke, "set": settings}
 
 

@@ -134,7 +134,7 @@ def rows_by_split(labels: np.ndarray, class_counts: Sequence[int]) -> dict[str, 
     return {"all": np.ones(len(labels), bool)} | {name: split == name for name in SPLITS}
 
 
-def count_unusable(predictions: Predictions) -> int:
+def count_not_finite(predictions: Predictions) -> int:
     """Images for which a logit or a score is NaN or infinite."""
     usable = np.isfinite(predictions.expert_logits).all(axis=(0, 2))
     usable &= np.isfinite(predictions.router_scores).all(axis=0)

@@ -25,10 +25,11 @@ class RecipeError(TrainingError, ValueError):
     """A recipe field that does not exist, or a value that it cannot take."""
 
 
-DECIDE_NOTHING = ("evaluate_every", "workers", "decoding")  # `decoding`: what "auto" chose at first stays
-PLACES = ("data", "image_root")  # where images lie, which may change where a digest tells that they are the same
+NO_EFFECT_FIELDS = ("evaluate_every", "workers", "decoding")  # `decoding`: what "auto" chose at first stays
+# Where images lie, which may change where a digest tells that they are the same.
+PLACE_FIELDS = ("data", "image_root")
 # Methods whose step does more with a batch than pass it through one network once.
-ONE_PROCESS = ("bbn", "oltr", "lfme", "m2m")
+SINGLE_PROCESS_METHODS = ("bbn", "oltr", "lfme", "m2m")
 
 
 @dataclass(frozen=True)
@@ -387,7 +388,7 @@ class Recipe:
 
     def _refuse_experts(self) -> None:
         """What a method does not do with its experts."""
-        if self.method in ("single", *ONE_PROCESS) and self.n_experts != 1:
+        if self.method in ("single", *SINGLE_PROCESS_METHODS) and self.n_experts != 1:
             raise RecipeError(f"n_experts={self.n_experts}: method {self.method!r} trains one expert")
         if self.method in ("shike", "ace") and self.n_experts < 2:
             raise RecipeError(f"n_experts={self.n_experts}: method {self.method!r} needs two experts or more")
@@ -441,9 +442,9 @@ class Recipe:
         for field in ("mixup", "cutmix", "label_smoothing"):
             if getattr(self, field) and self.method not in ("ride", "single"):
                 raise RecipeError(f"{field}={getattr(self, field):g}: only methods 'ride' and 'single' can; take 0")
-        if self.method in ONE_PROCESS and self.accumulate > 1:
+        if self.method in SINGLE_PROCESS_METHODS and self.accumulate > 1:
             raise RecipeError(f"accumulate={self.accumulate}: method {self.method!r} needs its batches whole; take 1")
-        if self.method in ONE_PROCESS and (self.optimiser != "sgd" or self.clip_norm is not None):
+        if self.method in SINGLE_PROCESS_METHODS and (self.optimiser != "sgd" or self.clip_norm is not None):
             raise RecipeError(
                 f"optimiser={self.optimiser!r}, clip_norm={self.clip_norm}: method {self.method!r} needs 'sgd' and none"
             )
@@ -466,7 +467,7 @@ class Recipe:
     def _refuse_stages(self) -> None:
         """What the stages besides the experts' cannot do."""
         if self.retrain_epochs:
-            if self.method in ONE_PROCESS:
+            if self.method in SINGLE_PROCESS_METHODS:
                 raise RecipeError(
                     f"retrain_epochs={self.retrain_epochs}: method {self.method!r} has no such stage; take 0"
                 )

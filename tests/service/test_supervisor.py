@@ -238,7 +238,7 @@ supervisor.RESTART_PAUSES_S, supervisor.STUCK_S, supervisor.LOOK_EVERY_S = (0.0,
 set_up("info")
 counters = Counters(2, OWN_CELLS)
 def work(number, sockets):
-    supervisor.let_signals_in()
+    supervisor.unblock_signals()
     counters.own[WAS_READY] = 1
     {life}
     time.sleep(60)
