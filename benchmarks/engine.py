@@ -16,20 +16,22 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.floor import DEFAULT_BUNDLE, MAX_PIXELS
-from benchmarks.images import make_images
+from benchmarks.floor import MAX_PIXELS
+from benchmarks.images import SMALL, make_images
 from benchmarks.machine import describe
-from model_export.bundle import Bundle, read_bundle
+from model_export.bundle import Bundle, Manifest, read_bundle
 from service.cascade import BatchReport, Cascade, Engine, Job, Outcome
 from service.engine import open_engine
 from service.images import decode
 from service.schedule import Profile, Schedule
+from service.settings import DEFAULT_BUNDLE
 
 BATCHES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 REPEATS: Final = 5  # of each stage at each size, the median counts
@@ -124,11 +126,11 @@ class _Bench:
             pixels = np.stack([self.images[row % len(self.images)] for row in range(size)])
             logits_sum = np.zeros((size, len(self.manifest.classes)), np.float32)
             features = self.engine.trunk(pixels)
-            times.setdefault("trunk", {})[size] = _median(lambda pixels=pixels: self.engine.trunk(pixels))
+            times.setdefault("trunk", {})[size] = _median(partial(self.engine.trunk, pixels))
             for index in range(self.manifest.n_experts):
                 if reach[index]:
-                    given = (index, features, logits_sum)
-                    times.setdefault(f"expert_{index}", {})[size] = _median(lambda given=given: self._expert(*given))
+                    run = partial(self._expert, index, features, logits_sum)
+                    times.setdefault(f"expert_{index}", {})[size] = _median(run)
         return times
 
     def _expert(self, index: int, features: Any, logits_sum: NDArray[np.float32]) -> None:
@@ -168,7 +170,7 @@ def measure_engine(
         NotFiniteError: where a graph gives NaN or infinity for one of the images.
     """
     manifest = bundle.manifest
-    jpegs = make_images("32x32", count=512, seed=seed).jpegs
+    jpegs = make_images(SMALL, count=512, seed=seed).jpegs
     images = [decode(jpeg, manifest.input, MAX_PIXELS) for jpeg in jpegs]
     engine = open_engine(bundle, variant, provider=provider, threads=threads)
     bench = _Bench(bundle, engine, images)
@@ -196,7 +198,7 @@ def measure_engine(
             for size in batches if all(reach)
         },
         all_experts={size: bench.rate(Schedule(size), seconds, routed=False) for size in batches},
-        one_image_ms=1000 * statistics.median(_timed(lambda job=job: one.run([job])) for job in jobs[:200]),
+        one_image_ms=1000 * statistics.median(_timed(partial(one.run, [job])) for job in jobs[:200]),
         agreement=agreement,
     )  # fmt: skip
 
@@ -221,7 +223,7 @@ def random_bundle(recipe_name: str, directory: Path, seed: int) -> Path:
     from training.train import METHODS
 
     folder, run, target = directory / "images", directory / "run", directory / "bundle"
-    jpegs = make_images("32x32", count=4 * RANDOM_CLASSES, seed=seed).jpegs
+    jpegs = make_images(SMALL, count=4 * RANDOM_CLASSES, seed=seed).jpegs
     for number, jpeg in enumerate(jpegs):
         home = folder / f"class {number % RANDOM_CLASSES:03}"
         home.mkdir(parents=True, exist_ok=True)
@@ -244,9 +246,21 @@ def random_bundle(recipe_name: str, directory: Path, seed: int) -> Path:
     return target
 
 
-def _reach(bundle: Bundle) -> list[float]:
-    """Shares of held-out images that reach expert 0, 1, ... by the bundle's own thresholds."""
-    share = bundle.manifest.default_point.experts_share
+def default_share(manifest: Manifest) -> tuple[float, ...]:
+    """
+    Shares of held-out images that use 1, 2, ... experts by the bundle's own thresholds.
+
+    Raises:
+        ValueError: where calibration did not measure these.
+    """
+    point = manifest.default_point
+    if point is None:
+        raise ValueError(f"{manifest.name}: its calibration table has no point of its own thresholds")
+    return point.experts_share
+
+
+def reach_of(share: Sequence[float]) -> list[float]:
+    """Shares of the images that reach expert 0, 1, ..., of those that use 1, 2, ... experts."""
     return [sum(share[expert:]) for expert in range(len(share))]
 
 
@@ -320,7 +334,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         path, like = options.bundle, None
         if options.random:
-            path, like = random_bundle(options.random, Path(scratch), options.seed), _reach(read_bundle(DEFAULT_BUNDLE))
+            path = random_bundle(options.random, Path(scratch), options.seed)
+            like = reach_of(default_share(read_bundle(DEFAULT_BUNDLE).manifest))
         result = measure_engine(
             read_bundle(path), provider=options.provider, variant=options.variant, threads=options.threads,
             batches=options.batches, seconds=options.seconds, seed=options.seed, like=like,

@@ -25,15 +25,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 import service.images
-from benchmarks.images import SIZES, make_images
+from benchmarks.images import SIZES, SMALL, make_images
 from benchmarks.machine import describe
 from benchmarks.runtimes import PROVIDERS, open_graph
 from model_export.bundle import Bundle, read_bundle
 from service.cores import available_cores
+from service.settings import DEFAULT_BUNDLE
 
 BATCH: Final = 32
 MAX_PIXELS: Final = 10**7
-DEFAULT_BUNDLE: Final = Path(__file__).parents[1] / "service" / "default_bundle"
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class BareModel:
             )
         graphs = bundle.manifest.variants[variant]
         self._n_classes = len(bundle.manifest.classes)
-        self._thresholds = np.float32(bundle.manifest.thresholds)
+        self._thresholds = np.array(bundle.manifest.thresholds, np.float32)
         opened = [open_graph(bundle.graph_path(graph), provider, graphs.precision, threads) for graph in graphs.graphs]
         n_experts = len(graphs.experts)
         self._trunk, self._experts, self._routers = opened[0], opened[1 : n_experts + 1], opened[n_experts + 1 :]
@@ -175,7 +175,7 @@ def _work(loop: Loop, threads: int, number: int, barrier: Barrier, results: Conn
 
 
 def _one_image_ms(answer: Any, jpegs: list[bytes], seconds: float) -> float:
-    times = []
+    times: list[float] = []
     ends = time.perf_counter() + seconds
     while (began := time.perf_counter()) < ends:
         answer([jpegs[len(times) % len(jpegs)]])
@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--variant", metavar="NAME", help="[default: the bundle's default]")
     parser.add_argument("--provider", choices=PROVIDERS, default="cpu", help="[default: %(default)s]")
     parser.add_argument("--draft", action="store_true", help="let libjpeg shrink large images while it decodes")
-    parser.add_argument("--size", choices=SIZES, default="32x32", help="of the JPEGs [default: %(default)s]")
+    parser.add_argument("--size", choices=SIZES, default=SMALL, help="of the JPEGs [default: %(default)s]")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each loop [default: %(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of the images [default: 0]")
     options = parser.parse_args()

@@ -11,7 +11,8 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
-SIZES: Final = {"32x32": (32, 32), "640x480": (640, 480)}
+SMALL, LARGE = "32x32", "640x480"
+SIZES: Final = {SMALL: (32, 32), LARGE: (640, 480)}
 QUALITY: Final = 90
 
 

@@ -25,9 +25,10 @@ from typing import Final
 import numpy as np
 import uvloop
 
-from benchmarks.images import SIZES, make_images
+from benchmarks.images import SIZES, SMALL, make_images
 from benchmarks.messages import Target, multipart_requests, raw_requests
 
+CONCURRENCIES: Final = (1, 8, 64)  # clients of the closed loops that are compared
 GRACE_S: Final = 10.0  # after the last request was due: how long its answer may take
 EARLY_S: Final = 0.002  # by which a timer of the event loop may ring too early
 UNANSWERED: Final = "unanswered"  # not within the grace
@@ -396,7 +397,7 @@ def main() -> None:
     parser.add_argument(
         "--synthetic", action="store_true", help="made images are textures, even where RIDE_DATA has real ones"
     )
-    parser.add_argument("--size", choices=SIZES, default="32x32", help="of made images [default: %(default)s]")
+    parser.add_argument("--size", choices=SIZES, default=SMALL, help="of made images [default: %(default)s]")
     parser.add_argument("--connections", type=int, default=64, help="requests at once [default: %(default)s]")
     parser.add_argument("--seconds", type=float, default=10.0, help="that are measured [default: %(default)s]")
     parser.add_argument("--warm-up", type=float, default=0.5, help="seconds before that [default: %(default)s]")

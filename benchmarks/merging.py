@@ -12,13 +12,15 @@ import argparse
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
-from benchmarks.engine import Nobody
+from benchmarks.engine import Nobody, default_share, reach_of
 from model_export.bundle import Bundle, read_bundle
-from service.cascade import Cascade, Job
+from service.cascade import Cascade, Floats, Job, Rows
 from service.classifier import Classifier
 from service.engine import open_engine
 from service.schedule import Profile, Schedule
@@ -36,21 +38,21 @@ class SimulatedEngine:
     now: float = 0.0
     images_run: dict[str, list[int]] = field(default_factory=dict)
 
-    def trunk(self, images):
+    def trunk(self, images: NDArray[np.uint8]) -> Any:
         self._pass("trunk", len(images))
         return images[:, 0, 0, 0]
 
-    def expert(self, index, features, logits_sum):
+    def expert(self, index: int, features: Any, logits_sum: Floats) -> tuple[Floats, Any]:
         self._pass(f"expert_{index}", len(features))
         return logits_sum, features
 
-    def router(self, index, expert_feature, logits_sum):
-        return (expert_feature > index + 1).astype(np.float32)
+    def router(self, index: int, expert_feature: Any, logits_sum: Floats) -> Floats:
+        return np.asarray(expert_feature > index + 1, np.float32)
 
-    def take(self, features, rows):
+    def take(self, features: Any, rows: Rows) -> Any:
         return features[rows]
 
-    def join(self, features):
+    def join(self, features: Sequence[Any]) -> Any:
         return np.concatenate(features)
 
     def _pass(self, stage: str, images: int) -> None:
@@ -66,8 +68,7 @@ def simulate(
     arrivals = np.cumsum(random.exponential(1 / rate, int(rate * seconds)))
     needs = random.choice(len(share), len(arrivals), p=np.array(share) / sum(share)) + 1
     engine = SimulatedEngine(profile)
-    reach = [sum(share[expert:]) for expert in range(len(share))]
-    schedule = Schedule(max_batch, merges=merges, profile=profile, reach=reach)
+    schedule = Schedule(max_batch, merges=merges, profile=profile, reach=reach_of(share))
     cascade = Cascade(
         engine, n_experts=len(share), n_classes=2, rule="router", schedule=schedule, observer=Nobody()
     )  # fmt: skip
@@ -113,7 +114,7 @@ def main() -> None:
     options = parser.parse_args()
     bundle = read_bundle(DEFAULT_BUNDLE)
     manifest = bundle.manifest
-    share = manifest.default_point.experts_share
+    share = default_share(manifest)
     stages = ["trunk", *(f"expert_{index}" for index in range(manifest.n_experts))]
     print(f"experts' shares {', '.join(f'{one:.3f}' for one in share)}; seed {options.seed}")
     print(
@@ -123,7 +124,7 @@ def main() -> None:
     for name, profile, max_batch in (
         ("this processor, 16", measure_profile(bundle), 16), ("imagined GPU, 64", imagined_gpu(stages), 64),
     ):  # fmt: skip
-        reach = [sum(share[expert:]) for expert in range(len(share))]
+        reach = reach_of(share)
         full = profile.seconds("trunk", max_batch) + sum(
             profile.seconds(f"expert_{index}", reach[index] * max_batch) for index in range(len(share))
         )

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import service.images
 from benchmarks.messages import Target
 from benchmarks.processes import Server
 
@@ -46,11 +45,6 @@ def ride_serve(bundle: Path, options: Sequence[str] = ()) -> Iterator[Running]:
         with urllib.request.urlopen(f"{listening['url']}/model", timeout=5) as answer:
             model = json.load(answer)
         yield Running(server, listening["url"], start_s, model["variant"], model["provider"])
-
-
-def service_decoder() -> str:
-    """What the service decodes JPEGs with; the bare loop and the contestants get the same."""
-    return "simplejpeg" if hasattr(service.images, "simplejpeg") else "pillow"
 
 
 def _logged(server: Server, event: str) -> dict[str, Any] | None:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.contestants.catalogue import CONTESTANTS
+from benchmarks.images import LARGE, SMALL
+from benchmarks.load import CONCURRENCIES
 
-SMALL, LARGE = "32x32", "640x480"
 FP32: Final = "all experts, fp32, CPU provider"
 ROUTED_FP32: Final = "routed, fp32, CPU provider"
 MB: Final = 250
@@ -151,7 +152,7 @@ def _against_contestants(figures: Figures, routed: Spread) -> list[Aim]:
         (figures.row("routed", "p99_ms", clients=clients).median,
          min(figures.row(title, "p99_ms", clients=clients).median for title in THEIRS
              if figures.has(title, clients=clients)))
-        for clients in (1, 8, 64)
+        for clients in CONCURRENCIES
     ]  # fmt: skip
     pairs = "; ".join(f"{our:.1f} against {their:.1f} ms" for our, their in p99s)
     p99 = Aim(
@@ -297,7 +298,7 @@ def plot(figures: Figures, path: Path) -> None:
             continue
         points = [
             (figures.row(system, "rate", clients=clients).median, figures.row(system, "p50_ms", clients=clients).median)
-            for clients in (1, 8, 64)
+            for clients in CONCURRENCIES
         ]
         closed.plot(*zip(*points, strict=True), marker="o", markersize=4, label=system,
                     linestyle="--" if system in THEIRS else "-")  # fmt: skip

@@ -22,17 +22,20 @@ def open_graph(path: Path, provider: str, precision: str, threads: int) -> Graph
         provider: one of PROVIDERS.
         precision: of the variant; bf16 has the files of fp32, and OpenVINO rounds.
     """
-    return _openvino(path, precision, threads) if provider == "openvino" else _onnxruntime(path, threads)
+    if provider == "openvino":
+        return _openvino(path, precision, threads)
+    session = open_session(path, threads)
+    return lambda inputs: session.run(None, inputs)
 
 
-def _onnxruntime(path: Path, threads: int) -> Graph:
+def open_session(path: Path, threads: int) -> ort.InferenceSession:
+    """A session on the CPU, with so many threads that do not spin."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda inputs: session.run(None, inputs)
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def _openvino(path: Path, precision: str, threads: int) -> Graph:

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,20 +32,19 @@ from benchmarks.contestants.run import (
     running,
     tune,
 )
-from benchmarks.floor import DEFAULT_BUNDLE, FloorResult, Loop, measure_floor
-from benchmarks.images import make_images
-from benchmarks.load import LoadResult, closed_loop
+from benchmarks.floor import FloorResult, Loop, measure_floor
+from benchmarks.images import LARGE, SMALL, make_images
+from benchmarks.load import CONCURRENCIES, LoadResult, closed_loop
 from benchmarks.machine import describe
 from benchmarks.messages import multipart_requests, raw_requests
-from benchmarks.ours import Running, ride_serve, service_decoder
+from benchmarks.ours import Running, ride_serve
 from benchmarks.processes import end_like_an_error
 from benchmarks.report import FP32, ROUTED_FP32, write_report
 from benchmarks.runtimes import PROVIDERS
 from model_export.bundle import read_bundle
+from service.settings import DEFAULT_BUNDLE
 
 RESULTS: Final = Path(__file__).parent / "results"
-SMALL, LARGE = "32x32", "640x480"
-CONCURRENCIES: Final = (1, 8, 64)
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ def other(bench: Bench, contestant: Contestant, round_number: int) -> None:
     """A contestant, with its best setting; one that failed in an earlier round is not tried again."""
     if contestant.title in bench.absent:
         return
-    work = Work(bench.graph, service_decoder())
+    work = Work(bench.graph)
     try:
         with running(contestant, best_setting(contestant), work) as target:
             for size in (SMALL, LARGE):
@@ -179,7 +178,7 @@ def prepare(bench: Bench) -> list[Contestant]:
         try:
             install(contestant)
             if bench.plan.full:
-                note_tuned(contestant, tune(contestant, Work(bench.graph, service_decoder()), bench.plan.load_s))
+                note_tuned(contestant, tune(contestant, Work(bench.graph), bench.plan.load_s))
             present.append(contestant)
         except ContestantError as error:
             bench.absent[contestant.title] = str(error)
@@ -193,7 +192,8 @@ def run(bench: Bench) -> dict[str, Any]:
     present = prepare(bench)
     floors(bench)
     for round_number in range(bench.plan.rounds):
-        turns = [ours, ours_fp32, *([ours_chosen] if bench.chosen else []), *present]
+        turns: list[Callable[[Bench, int], None] | Contestant] = [ours, ours_fp32]
+        turns += [*([ours_chosen] if bench.chosen else []), *present]
         first = round_number * len(turns) // bench.plan.rounds
         for turn in turns[first:] + turns[:first]:
             if isinstance(turn, Contestant):
@@ -219,7 +219,7 @@ def run(bench: Bench) -> dict[str, Any]:
     }
     settings = {contestant.title: str(best_setting(contestant)) for contestant in present}
     more = {
-        "plan": asdict(bench.plan), "served": bench.served, "decoder": service_decoder(), "settings": settings,
+        "plan": asdict(bench.plan), "served": bench.served, "decoder": "simplejpeg", "settings": settings,
         "images": make_images(SMALL, seed=bench.seed).source, "model": _model(bench.bundle),
         "requirements": _requirements(), "minutes": round((time.monotonic() - began) / 60, 1),
         "load_average": os.getloadavg(),

@@ -15,6 +15,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -24,7 +25,7 @@ from training.loop import forward_of, train_step
 from training.methods import ride
 from training.methods.method import Stage
 from training.models.multi_expert import Outputs, Trunk
-from training.recipe import Recipe
+from training.recipe import CIFAR_MEAN, CIFAR_STD, Recipe
 from training.recipes import RECIPES
 
 BATCH = 128
@@ -39,15 +40,19 @@ class PlainTrunk(Trunk):
         return self.layers((pixels - self.mean) / self.std)
 
 
-def contestant(precision: str, compiled: bool, plain: bool) -> tuple[Recipe, Stage, Callable[[torch.Tensor], Outputs]]:
+def contestant(
+    precision: Literal["fp32", "bf16"], compiled: bool, plain: bool
+) -> tuple[Recipe, Stage, Callable[[torch.Tensor], Outputs]]:
     """A fresh model of the same seed, its first stage, and its forward pass."""
     recipe = dataclasses.replace(RECIPES["ride-cifar100"], precision=precision, compile=compiled)
     torch.manual_seed(0)
-    model, stages = ride.build(recipe, class_counts(500, 100, 100), recipe.mean, recipe.std)
+    mean, std = recipe.mean or CIFAR_MEAN, recipe.std or CIFAR_STD
+    model, (stage, *_) = ride.build(recipe, class_counts(500, 100, 100), mean, std)
+    assert isinstance(stage, Stage)
     if plain:
-        model.net.trunk = PlainTrunk(model.net.trunk.layers, recipe.mean, recipe.std)
-        return recipe, stages[0], model.net
-    return recipe, stages[0], forward_of(model, stages[0], recipe)
+        model.net.trunk = PlainTrunk(model.net.trunk.layers, mean, std)
+        return recipe, stage, model.net
+    return recipe, stage, forward_of(model, stage, recipe)
 
 
 class Turns:

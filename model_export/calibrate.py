@@ -12,8 +12,8 @@ from training.evaluate import (
     Costs,
     Predictions,
     accuracy_by_split,
+    answers_right,
     experts_share,
-    mean_logits,
     mean_macs,
     route,
 )
@@ -136,16 +136,21 @@ def choose(
     return point
 
 
+def accuracy_of(predictions: Predictions, experts_used: np.ndarray, class_counts: Sequence[int]) -> Accuracy:
+    """Of the mean logits of the first `experts_used` (N,) experts of each image."""
+    right = answers_right(predictions, experts_used)
+    return Accuracy(**cast(dict[str, Any], accuracy_by_split(right, predictions.labels, class_counts)))
+
+
 def _point(
     predictions: Predictions, rule: Rule, thresholds: tuple[float, ...], class_counts: Sequence[int], macs: Costs
 ) -> OperatingPoint:
     used = route(predictions.router_scores, thresholds)
-    correct = mean_logits(predictions.expert_logits, used).argmax(axis=1) == predictions.labels
     shares = experts_share(used, len(predictions.expert_logits))
     return OperatingPoint(
         rule=rule,
         thresholds=thresholds,
-        accuracy=Accuracy(**cast(dict[str, Any], accuracy_by_split(correct, predictions.labels, class_counts))),
+        accuracy=accuracy_of(predictions, used, class_counts),
         mean_experts=round(float(used.mean()), 5),
         mean_macs=round(mean_macs(macs, shares), 1),
         experts_share=tuple(round(share, 6) for share in shares),

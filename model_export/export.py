@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +43,23 @@ from training.data.images import INTERPOLATION
 from training.data.longtail import FEW_BELOW, MANY_ABOVE
 from training.data.sets import Data, load_data
 from training.data.sources import open_set
-from training.evaluate import Costs, Predictions, count_unusable, macs_of, predict, summarise
+from training.evaluate import Costs, Predictions, count_not_finite, macs_of, predict, summarise
 from training.methods.method import Model
-from training.thresholds import fill_scores
+from training.thresholds import fit_temperature
 from training.train import PUBLISHED_THRESHOLD, refuse_other_images, trained_model
-
-_Subject = tuple[Checkpoint, Model, Data, dict[str, Any]]  # the last: of its provenance, what a run does not have
 
 PATH_FIELDS = ("data", "image_root", "train_list", "val_list", "test_list", "pretrained", "teacher", "first_stage")
 DEFAULT_ACCURACY_LOSS = 0.3
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is exported: a run's model, or one that the authors published, which adds to the provenance."""
+
+    checkpoint: Checkpoint
+    model: Model
+    images: Data
+    origin: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -138,16 +146,14 @@ def _write(
     data: str | None, settings: Mapping[str, str],
 ) -> Manifest:  # fmt: skip
     """The whole bundle, in an empty directory."""
-    if run.is_file():
-        checkpoint, model, images, origin = _published(run, data, settings, wish)
-    else:
-        checkpoint, model, images, origin = _finished(run, data, settings)
+    subject = _published(run, data, settings, wish) if run.is_file() else _finished(run, data, settings)
+    checkpoint, model, images, origin = subject.checkpoint, subject.model, subject.images, subject.origin
     recipe, rule = checkpoint.recipe, _rule_of(run, wish, model)
     macs = macs_of(model, recipe.image_size)
     if model.routers is not None:
-        fill_scores(model, images.heldout)
+        fit_temperature(model, images.heldout)
     heldout = predict(model, images.heldout)
-    if unusable := count_unusable(heldout):
+    if unusable := count_not_finite(heldout):
         raise CheckpointError(
             f"{checkpoint.path}: NaN or infinity for {unusable} of {len(heldout.labels)} held-out images; its weights, "
             "or the mean and std of its recipe, are damaged"
@@ -190,7 +196,7 @@ def _write(
 def _leave_out_unusable(written: dict[Precision, Graphs], found: dict[Precision, Predictions], directory: Path) -> None:
     """Where numbers of the model leave the range of a precision, drop it and its files, and say so; never fp32."""
     for precision in [name for name in written if name != "fp32"]:
-        if unusable := count_unusable(found[precision]):
+        if unusable := count_not_finite(found[precision]):
             n_images = found.pop(precision).expert_logits.shape[1]
             print(
                 f"variant {precision} is left out: NaN or infinity for {unusable} of {n_images} held-out images; "
@@ -216,7 +222,7 @@ def _finished(run: Path, data: str | None, settings: Mapping[str, str]) -> _Subj
     checkpoint, model = trained_model(run)
     images = load_data(checkpoint.recipe.with_images_at(data, dict(settings)))
     refuse_other_images(checkpoint, images)
-    return checkpoint, model, images, {}
+    return _Subject(checkpoint, model, images)
 
 
 def _published(file: Path, data: str | None, settings: Mapping[str, str], wish: Wish) -> _Subject:
@@ -256,7 +262,7 @@ def _published(file: Path, data: str | None, settings: Mapping[str, str], wish: 
             "assumed": _without_directories(published.assumed),
         },
     }  # fmt: skip
-    return checkpoint, published.model, images, origin
+    return _Subject(checkpoint, published.model, images, origin)
 
 
 def _as_trained_on(images: Data) -> Data:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import onnx
 import onnxruntime
 
-from model_export.bundle import Accuracy, BundleError, Graphs, GraphSpec, Parity, Precision, Rule
-from model_export.calibrate import rule_scores
+from model_export.bundle import BundleError, Graphs, GraphSpec, Parity, Precision, Rule
+from model_export.calibrate import accuracy_of, rule_scores
 from model_export.half import rounding
 from model_export.openvino_core import openvino_core
-from training.evaluate import Predictions, accuracy_by_split, count_unusable, mean_logits, route
+from training.evaluate import Predictions, count_not_finite, mean_logits, route
 
 MAX_LOGIT_DIFFERENCE = 1e-3
 MAX_RELATIVE_DIFFERENCE = 1e-5  # of the largest logit; fp32 rounds what is above 16,384 by more than 1e-3
@@ -74,7 +75,7 @@ def compare(
     Raises:
         BundleError: where a graph gives NaN or infinity.
     """
-    if unusable := count_unusable(graphs):
+    if unusable := count_not_finite(graphs):
         raise BundleError(
             f"variant {name}: NaN or infinity for {unusable} of {graphs.expert_logits.shape[1]} images; "
             "nothing was written"
@@ -88,22 +89,24 @@ def compare(
 
     sides = (checkpoint, graphs)
     scores = [rule_scores(rule, side.expert_logits, side.router_scores) for side in sides]
-    theirs, ours = (route(values, thresholds) for values in scores)
+    by_checkpoint, by_graphs = (route(values, thresholds) for values in scores)  # (N,), experts used
     near, tie = _parted_by_a_hair(scores[0], scores[1], thresholds), tolerance(checkpoint)
     if rule == "agreement":  # whose scores jump where the best class of one expert or of several changes
         sums = np.cumsum(checkpoint.expert_logits, axis=0)
         near |= (_lead(checkpoint.expert_logits) < tie).any(axis=0) | (_lead(sums) < tie).any(axis=0)
 
-    expected, found = (mean_logits(side.expert_logits, theirs) for side in sides)
+    expected, found = (mean_logits(side.expert_logits, by_checkpoint) for side in sides)
     same_top1 = (expected.argmax(axis=1) == found.argmax(axis=1)) | (_lead(expected) < tie)
     before, after = (
-        _accuracy(side, used, checkpoint.labels, class_counts) for side, used in zip(sides, (theirs, ours), strict=True)
+        accuracy_of(replace(side, labels=checkpoint.labels), used, class_counts)
+        for side, used in zip(sides, (by_checkpoint, by_graphs), strict=True)
     )
+    same_experts = (by_checkpoint == by_graphs) | near
     return Parity(
         images=n_images, max_abs_logit_difference=float(f"{difference:.3g}"),
-        top1_agreement=float(same_top1.mean()), experts_used_agreement=float(((theirs == ours) | near).mean()),
+        top1_agreement=float(same_top1.mean()), experts_used_agreement=float(same_experts.mean()),
         accuracy=after, checkpoint_accuracy=before,
-        mean_experts=round(float(ours.mean()), 5), checkpoint_mean_experts=round(float(theirs.mean()), 5),
+        mean_experts=round(float(by_graphs.mean()), 5), checkpoint_mean_experts=round(float(by_checkpoint.mean()), 5),
     )  # fmt: skip
 
 
@@ -130,11 +133,6 @@ def _lead(logits: np.ndarray) -> np.ndarray:
     """How far the best class lies before the second: (..., C) -> (...)."""
     best_two = np.sort(logits, axis=-1)[..., -2:]
     return cast(np.ndarray, best_two[..., 1] - best_two[..., 0])
-
-
-def _accuracy(predictions: Predictions, used: np.ndarray, labels: np.ndarray, class_counts: Sequence[int]) -> Accuracy:
-    right = mean_logits(predictions.expert_logits, used).argmax(axis=1) == labels
-    return Accuracy(**cast(dict[str, Any], accuracy_by_split(right, labels, class_counts)))
 
 
 def require(parity: Parity, name: str, limit: float = MAX_LOGIT_DIFFERENCE) -> None:

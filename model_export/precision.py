@@ -20,8 +20,7 @@ from model_export.bundle import BundleError, Graphs, GraphSpec, Precision
 from model_export.graphs import save_graph, write_graph
 from model_export.openvino_core import openvino_core
 from model_export.split import split
-from training.data.sets import Images
-from training.data.streamed import StreamedImages
+from training.data.sets import AnyImages
 from training.methods.method import Model
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -59,9 +58,7 @@ def obstacle(precision: Precision) -> str | None:
     return None
 
 
-def write_graphs(
-    model: Model, images: Images | StreamedImages, precisions: Sequence[Precision], directory: Path
-) -> list[Graphs]:
+def write_graphs(model: Model, images: AnyImages, precisions: Sequence[Precision], directory: Path) -> list[Graphs]:
     """
     The graphs of each precision, fp32 first, which the others take files from.
 

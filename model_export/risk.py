@@ -11,7 +11,7 @@ import numpy as np
 from model_export.bundle import SPLITS, BundleError, Risk, Rule
 from model_export.calibrate import by_rule
 from training.data.longtail import split_of
-from training.evaluate import Costs, Predictions, experts_share, mean_logits, mean_macs, route
+from training.evaluate import Costs, Predictions, answers_right, experts_share, mean_macs, route
 from training.thresholds import frontier, right_below
 
 SEED = 0
@@ -180,5 +180,4 @@ def _from_safest(predictions: Predictions, class_counts: Sequence[int], macs: Co
 
 def _right(predictions: Predictions, thresholds: tuple[float, ...]) -> np.ndarray:
     """(N,), bool: whether the answer with early exit is right."""
-    used = route(predictions.router_scores, thresholds)
-    return np.asarray(mean_logits(predictions.expert_logits, used).argmax(axis=1) == predictions.labels)
+    return answers_right(predictions, route(predictions.router_scores, thresholds))

@@ -1,136 +1,36 @@
 """The command line: ride-serve."""
 
-import asyncio
 import ctypes
 import logging
 import os
 import resource
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from socket import socket
 from types import FrameType
-from typing import Any, NoReturn, cast
+from typing import Final, NoReturn
 
-import uvicorn
 from prometheus_client import CollectorRegistry
 
 from model_export.bundle import Bundle, BundleError, read_bundle
-from service.app import create_app
 from service.classifier import GPU_BATCH, Classifier
 from service.counters import PID, READY, Counters
 from service.engine import open_engine
 from service.engine_process import EngineProcess
-from service.health import end_if_broken
 from service.logs import log, set_up
 from service.metrics import shared_counters
-from service.protocol import GuardedProtocol
 from service.remote import EngineLink, open_link
+from service.server import DrainingServer
 from service.settings import Settings, SettingsError, read_settings, unknown_variables
 from service.shares import choose_shared_engine, choose_workers, engine_share_of, share_of
-from service.sockets import BACKLOG, admit, open_sockets, refuse_connections
-from service.supervisor import HANGUP, START_FAILED, STOP_SIGNALS, Supervisor, let_signals_in
+from service.sockets import open_sockets
+from service.supervisor import STOP_SIGNALS, Supervisor
 
-KEEP_ALIVE_S = 30
-QUEUE_EMPTY_S = 0.2  # by then, whoever was connecting when the service stopped listening has been let in
-LAST_WORDS_S = 2.0  # for whoever has connected, but not asked yet
-LAST_STANDARD_STREAM = 2
-LARGE_BYTES = 4 << 20
+LAST_STANDARD_STREAM: Final = 2
+LARGE_BYTES: Final = 4 << 20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-
-
-class DrainingServer(uvicorn.Server):
-    """
-    On SIGTERM, SIGINT or SIGHUP it goes on listening, so that new work is refused politely, until what was accepted is
-    answered.
-
-    A second SIGINT, from an impatient person, ends it at once, and so does the end of the time for it: with status 1.
-    """
-
-    def __init__(self, classifier: Classifier, sockets: Sequence[socket], *, listen_at_once: bool = True) -> None:
-        """
-        Args:
-            sockets: to listen on.
-            listen_at_once: whether to do so before the classifier is ready.
-        """
-        app = create_app(classifier, listen_at_once=listen_at_once)
-        protocol = partial(GuardedProtocol, short_path=b"/classify", short_way=app.classify.short_way)
-        config = uvicorn.Config(
-            app, log_config=None, access_log=False, loop="uvloop",
-            http=cast(Any, protocol), ws="none", server_header=False, proxy_headers=False, backlog=BACKLOG,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=1,
-        )  # fmt: skip
-        super().__init__(config)
-        self._classifier = classifier
-        self._sockets = sockets
-        self._drain_s = classifier.settings.drain_s
-        self._told_to_stop = False
-        self._drain: asyncio.Task[None] | None = None
-
-    def serve_until_told(self) -> int:
-        """Returns the exit code, 0 or START_FAILED; where work is lost, the process ends at once, with 1."""
-        try:
-            self.run(sockets=list(self._sockets))
-        except SystemExit:  # uvicorn has logged why
-            return START_FAILED
-        return START_FAILED if self._classifier.state == "failed" else 0
-
-    async def startup(self, sockets: list[socket] | None = None) -> None:
-        """From here on signals are handled."""
-        for sig in HANGUP:  # uvicorn knows the others
-            signal.signal(sig, self.handle_exit)
-        let_signals_in()
-        await super().startup(sockets)
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """
-        Note it for the next tick: a signal may come in the midst of anything, even of itself.
-
-        While the graphs are still warming up, which may take minutes, nothing has been accepted: end at once.
-        """
-        if self._classifier.state == "starting":
-            os._exit(0)
-        if sig == signal.SIGINT and self._told_to_stop:
-            os._exit(1)
-        self._told_to_stop = True
-
-    async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: begin to drain if told so, stop if the engine could not start."""
-        self._classifier.metrics.publish()
-        end_if_broken(self._classifier.engine_watch)
-        if self._classifier.state == "failed":  # also where told to stop just then: it stays a failure
-            self.should_exit = True
-        elif self._told_to_stop and self._drain is None:
-            self._drain = asyncio.create_task(self._drain_then_exit())
-        return await super().on_tick(counter)
-
-    async def _drain_then_exit(self) -> None:
-        end = time.monotonic() + self._drain_s
-        if not await self._classifier.drain(self._drain_s):
-            logging.shutdown()
-            os._exit(1)  # a batch that does not end cannot be stopped, and an orderly exit would wait for it
-        for listening in self._sockets:
-            refuse_connections(listening)
-        await asyncio.sleep(QUEUE_EMPTY_S)
-        connections: set[Any] = self.server_state.connections
-        for connection in connections:
-            admit(connection.transport.get_extra_info("socket"))
-        for server in self.servers:
-            server.close()
-        await self._wait_for_requests(min(end, time.monotonic() + LAST_WORDS_S))
-        left = round(end - time.monotonic())
-        self.config.timeout_graceful_shutdown = max(1, left)  # for clients that read their answer slowly
-        self.should_exit = True
-
-    async def _wait_for_requests(self, end: float) -> None:
-        """Until every request that is on its way has come, and its answer has begun; at most until `end`."""
-        connections: set[Any] = self.server_state.connections
-        while any(one.expecting for one in connections) and time.monotonic() < end:  # noqa: ASYNC110, no event tells
-            await asyncio.sleep(0.01)
 
 
 def main(arguments: list[str] | None = None) -> int:

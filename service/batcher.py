@@ -6,12 +6,12 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-MAX_RETRY_S = 30
+MAX_RETRY_S: Final = 30
 
 
 class QueueFullError(Exception):
@@ -128,7 +128,7 @@ class Batcher(Generic[Item, Result]):
         """Give back places that were reserved and will not be used."""
         self._reserved -= count
 
-    def submit(self, item: Item) -> "asyncio.Future[Result]":
+    def submit(self, item: Item) -> asyncio.Future[Result]:
         """Queue an item on a reserved place. Cancel the future, and the item is dropped if it has not begun."""
         future: asyncio.Future[Result] = self._loop.create_future()
         self._reserved -= 1

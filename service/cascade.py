@@ -6,7 +6,7 @@ early, or is carried along, because of the company it happens to be in.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeAlias
 
@@ -154,10 +154,6 @@ class Cascade:
         self._n_classes = n_classes
         self._rule = rule
         self._schedule = schedule
-        self._score: Callable[[_Group, Any, NDArray[np.float64] | None], Floats] = {
-            "router": self._router_score, "confidence": _confidence_score, "margin": _margin_score,
-            "agreement": _agreement_score, "depth": _depth_score,
-        }[rule]  # fmt: skip
         self._under_way: list[_Group] = []  # those that came furthest last; of equals, the one that came first first
         self._catching_up = False  # a batch was let pass; whoever came furthest waits until it has come as far
         self.observer = observer
@@ -338,32 +334,33 @@ class Cascade:
             for row, job, best, values, scores, seconds in columns
         ]
 
-    def _router_score(self, group: _Group, expert_feature: Any, _: NDArray[np.float64] | None) -> Floats:
-        return self._engine.router(group.expert, expert_feature, group.logits_sum)
+    def _score(self, group: _Group, expert_feature: Any, probabilities: NDArray[np.float64] | None) -> Floats:
+        """(B,), by the exit rule: the next expert runs where it reaches the threshold. OperatingPoint defines each."""
+        if self._rule == "router":
+            return self._engine.router(group.expert, expert_feature, group.logits_sum)
+        if self._rule == "agreement":
+            return _disagreement(group)
+        if self._rule == "depth":
+            return np.full(len(group.jobs), 0.5, np.float32)
+        assert probabilities is not None
+        certainty = probabilities.max(axis=1) if self._rule == "confidence" else _margins(probabilities)
+        return np.asarray(1 - certainty, np.float32)
 
 
-def _confidence_score(_: _Group, __: Any, probabilities: NDArray[np.float64] | None) -> Floats:
-    assert probabilities is not None
-    return np.asarray(1 - probabilities.max(axis=1), np.float32)
-
-
-def _margin_score(_: _Group, __: Any, probabilities: NDArray[np.float64] | None) -> Floats:
-    assert probabilities is not None
+def _margins(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(B, C) to (B,): how far the highest lies above the second; 1 where there is but one class."""
     if probabilities.shape[1] == 1:
-        return np.zeros(len(probabilities), np.float32)
+        return np.ones(len(probabilities))
     best_two = np.partition(probabilities, -2, axis=1)[:, -2:]
-    return np.asarray(1 - (best_two[:, 1] - best_two[:, 0]), np.float32)
+    return best_two[:, 1] - best_two[:, 0]
 
 
-def _agreement_score(group: _Group, _: Any, __: NDArray[np.float64] | None) -> Floats:
+def _disagreement(group: _Group) -> Floats:
+    """(B,): share of the experts so far whose own best class is not that of their mean; 1 after the first."""
     if group.expert == 0:
         return np.ones(len(group.jobs), np.float32)
     dissent = group.best[:, : group.expert + 1] != group.logits_sum.argmax(axis=1)[:, None]
     return np.asarray(dissent.mean(axis=1), np.float32)
-
-
-def _depth_score(group: _Group, _: Any, __: NDArray[np.float64] | None) -> Floats:
-    return np.full(len(group.jobs), 0.5, np.float32)
 
 
 def softmax(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:

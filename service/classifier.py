@@ -15,10 +15,10 @@ from prometheus_client import CollectorRegistry
 
 from model_export.bundle import Bundle, BundleError
 from service.batcher import Batcher, QueueFullError
-from service.cascade import BatchReport, Cascade, Engine, Job, NotFiniteError, Observer, Outcome
+from service.cascade import Cascade, Job, NotFiniteError, Outcome
 from service.cores import available_cores
 from service.counters import Counters
-from service.engine import RUNTIME_VERSION, EngineError, batch_size_for
+from service.engine import RUNTIME_VERSION, EngineError
 from service.errors import ServiceError
 from service.health import LONGEST_STEP_S, EngineWatch
 from service.images import decode, is_small
@@ -27,23 +27,16 @@ from service.metrics import Metrics
 from service.operating_point import choose_operation
 from service.remote import RemoteBatcher
 from service.schedule import Profile, Schedule
-from service.settings import Settings, SettingsError
+from service.settings import GPU_PROVIDERS, Settings, SettingsError
 from service.uploads import Upload, UploadMemory
+from service.warm_up import RunningEngine, measure_profile
 
 State = Literal["starting", "ready", "draining", "failed"]
 NOT_READY: Final = "graphs are being loaded and run for the first time; retry in 1 s"
 LONG_STEP_S: Final = 0.025  # for which the event loop shall not stand still
-PROFILE_RUNS: Final = 5
 CPU_BATCH: Final = 16  # its features still fit into the cache
 GPU_BATCH: Final = 64
 DECODING_S: Final = 0.005  # of one request after the other in the event loop, before it looks at others
-
-
-class RunningEngine(Engine, Protocol):
-    """An engine that says what it runs, and on what."""
-
-    provider: str
-    variant: str
 
 
 class OpenEngine(Protocol):
@@ -63,7 +56,7 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Classified:
+class ClassifiedImage:
     """One image's outcome, and the seconds its decoding took."""
 
     outcome: Outcome
@@ -197,7 +190,7 @@ class Classifier:
         except QueueFullError as error:
             raise self._overloaded(error, "") from None
 
-    async def classify(self, uploads: Sequence[Upload], choice: Choice) -> list[Classified | ServiceError]:
+    async def classify(self, uploads: Sequence[Upload], choice: Choice) -> list[ClassifiedImage | ServiceError]:
         """
         Answer images, in order; one that cannot be decoded, or for which a graph gives NaN, gets its ServiceError.
 
@@ -212,7 +205,7 @@ class Classifier:
             return [await self._classify_one(uploads[0], choice)]
         begun = 0
 
-        async def one(upload: Upload) -> Classified | ServiceError:
+        async def one(upload: Upload) -> ClassifiedImage | ServiceError:
             nonlocal begun
             while self._decoded_s > DECODING_S:  # noqa: ASYNC110, the next turn of the loop is the event
                 await asyncio.sleep(0)
@@ -229,12 +222,12 @@ class Classifier:
             self._batcher.release(len(tasks) - begun)
             raise
 
-    def submit(self, job: Job) -> "asyncio.Future[Outcome]":
+    def submit(self, job: Job) -> asyncio.Future[Outcome]:
         """Queue the image of a process that keeps the limits by itself. Cancel the future, and it is dropped."""
         self._batcher.reserve(1)
         return self._batcher.submit(job)
 
-    async def _classify_one(self, upload: Upload, choice: Choice) -> Classified | ServiceError:
+    async def _classify_one(self, upload: Upload, choice: Choice) -> ClassifiedImage | ServiceError:
         """Decode, queue and answer one image, on a place that is already reserved."""
         try:
             if is_small(upload.data):
@@ -250,7 +243,7 @@ class Classifier:
             raise
         job = self._job(pixels, choice, seconds)
         try:
-            return Classified(await self._batcher.submit(job), seconds)
+            return ClassifiedImage(await self._batcher.submit(job), seconds)
         except asyncio.CancelledError:
             job.abandoned = True
             raise
@@ -275,7 +268,7 @@ class Classifier:
             asyncio.get_running_loop().call_soon(reset)
         self._decoded_s += seconds
 
-    def begin(self, data: bytes, choice: Choice) -> tuple[Job, "asyncio.Future[Outcome]", float] | None:
+    def begin(self, data: bytes, choice: Choice) -> tuple[Job, asyncio.Future[Outcome], float] | None:
         """
         Decode and queue one image that is quickly decoded, here and now.
 
@@ -362,9 +355,11 @@ class Classifier:
             reach=[sum(share[expert:]) for expert in range(manifest.n_experts)],
         )
         threaded = on_gpu or profile.longest_step(max_batch) > LONG_STEP_S
-        return self._cascade(engine, schedule, self.metrics), (
-            threaded if settings.engine_thread == "auto" else settings.engine_thread == "on"
-        )
+        cascade = Cascade(
+            engine, n_experts=manifest.n_experts, n_classes=len(manifest.classes), rule=self.operation.rule,
+            schedule=schedule, observer=self.metrics,
+        )  # fmt: skip
+        return cascade, threaded if settings.engine_thread == "auto" else settings.engine_thread == "on"
 
     def _open_and_profile(self) -> tuple[RunningEngine, Profile, int]:
         """The engine, its times, and the largest batch."""
@@ -372,78 +367,14 @@ class Classifier:
         engine = self._open_engine(self.bundle, settings.variant, provider=settings.provider, threads=self.threads)
         self.provider, self.variant = engine.provider, engine.variant
         max_batch = settings.max_batch or (GPU_BATCH if self._on_gpu else CPU_BATCH)
-        return engine, self._profile(engine, max_batch), max_batch
+        rule, on_gpu = self.operation.rule, self._on_gpu
+        return engine, measure_profile(engine, self.bundle.manifest, rule, max_batch, on_gpu=on_gpu), max_batch
 
     @property
     def _on_gpu(self) -> bool:
-        return self.provider in ("cuda", "tensorrt")
-
-    def _cascade(self, engine: Engine, schedule: Schedule, observer: Observer) -> Cascade:
-        manifest = self.bundle.manifest
-        return Cascade(
-            engine, n_experts=manifest.n_experts, n_classes=len(manifest.classes), rule=self.operation.rule,
-            schedule=schedule, observer=observer,
-        )  # fmt: skip
-
-    def _profile(self, engine: Engine, max_batch: int) -> Profile:
-        """
-        Send blank images of several batch sizes through every graph, which also warms them up; keep the shortest times.
-
-        Raises:
-            EngineError: where a graph fails, as for want of memory.
-            NotFiniteError: where a graph gives NaN or infinity even for a blank image.
-        """
-        manifest, watch = self.bundle.manifest, _Stopwatch()
-        cascade = self._cascade(engine, Schedule(max_batch), watch)
-        blank = np.zeros((manifest.input.height, manifest.input.width, 3), np.uint8)
-        thresholds = (0.0,) * (manifest.n_experts - 1)
-
-        def run(limits: Sequence[int]) -> None:
-            """A batch of images that may have so many experts each."""
-            for outcome in cascade.run([Job(blank, thresholds, limit, 0.0, 1, 0.0) for limit in limits]):
-                if isinstance(outcome, NotFiniteError):
-                    raise outcome
-                if isinstance(outcome, Exception):
-                    log(logging.ERROR, "warm_up_failed", error=outcome)
-                    raise EngineError(
-                        f"a batch of {len(limits)} images fails on {self.provider}: {outcome}; where memory is short, "
-                        "lower RIDE_MAX_BATCH"
-                    ) from outcome
-
-        for size in warm_up_sizes(max_batch, on_gpu=self._on_gpu):
-            for _ in range(PROFILE_RUNS):
-                run([manifest.n_experts] * size)
-        if max_batch > 1:  # half of them stop after one expert, so that a batch is compacted as well
-            run([1 + row % 2 for row in range(max_batch)])
-        return Profile(watch.shortest)
+        return self.provider in GPU_PROVIDERS
 
 
 def not_finite(error: NotFiniteError) -> ServiceError:
     """What is said to the client."""
     return ServiceError("internal", f"{error} for this image; please report it with the request id")
-
-
-class _Stopwatch:
-    """Watches the warm-up, which is no work and shall not be counted: stage -> batch size -> shortest seconds."""
-
-    def __init__(self) -> None:
-        self.shortest: dict[str, dict[int, float]] = {}
-
-    def batch_done(self, report: BatchReport) -> None:
-        for stage, images, seconds in report.stages:
-            times = self.shortest.setdefault(stage, {})
-            times[images] = min(seconds, times.get(images, seconds))
-
-
-def warm_up_sizes(max_batch: int, *, on_gpu: bool) -> list[int]:
-    """
-    Powers of two, and the largest batch; on a GPU all that are filled up to different sizes.
-
-    There the largest comes first: TensorRT, by the source of its provider, builds a graph's engine for the range of
-    sizes that it has seen, anew for each that lies outside, which takes minutes.
-    """
-    if on_gpu:
-        *others, largest = sorted({min(batch_size_for(rows), max_batch) for rows in range(1, max_batch + 1)})
-        return [largest, *others]
-    sizes = [2**power for power in range(max_batch.bit_length()) if 2**power < max_batch]
-    return [*sizes, max_batch]

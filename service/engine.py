@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from model_export.bundle import Bundle, BundleError, GraphSpec, Manifest, Precision, TensorSpec
 from service.cascade import Floats, Rows
 from service.logs import log
+from service.settings import GPU_PROVIDERS
 
 RUNTIME_VERSION: Final = str(ort.__version__)
 PROVIDERS: Final = {
@@ -260,7 +261,7 @@ def _providers(provider: str, graph: bytes) -> list[Any]:
     options: dict[str, dict[str, Any]] = {}
     if provider == "tensorrt":
         options[PROVIDERS["tensorrt"]] = _tensorrt_options(graph)
-    if provider in ("cuda", "tensorrt"):
+    if provider in GPU_PROVIDERS:
         options[PROVIDERS["cuda"]] = CUDA_OPTIONS
     return [*options.items(), PROVIDERS["cpu"]]
 
@@ -289,7 +290,7 @@ def open_engine(bundle: Bundle, variant: str | None, *, provider: str, threads: 
 
         return OpenVinoEngine(bundle, variant or choose_variant(bundle.manifest, provider), threads=threads)
     available = set(ort.get_available_providers())
-    if provider in ("cuda", "tensorrt") and PROVIDERS[provider] not in available:
+    if provider in GPU_PROVIDERS and PROVIDERS[provider] not in available:
         raise EngineError(
             f"RIDE_PROVIDER is {provider}, this onnxruntime {RUNTIME_VERSION} was built without; pip uninstall it and "
             "install the extra serve-gpu in place of serve, or set RIDE_PROVIDER=cpu"

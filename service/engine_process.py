@@ -19,7 +19,7 @@ from service.health import end_if_broken
 from service.logs import log
 from service.remote import JOBS, OUTCOMES
 from service.slots import Slots
-from service.supervisor import START_FAILED, STOP_SIGNALS, let_signals_in
+from service.supervisor import START_FAILED, STOP_SIGNALS, unblock_signals
 from service.wire import Connection, pack
 
 BEAT_EVERY_S: Final = 1.0
@@ -63,7 +63,7 @@ class EngineProcess:
         loop = asyncio.get_running_loop()
         for sig in STOP_SIGNALS:
             loop.add_signal_handler(sig, self._handle, sig)
-        let_signals_in()
+        unblock_signals()
         return await self.serve()
 
     def _handle(self, sig: signal.Signals) -> None:
@@ -161,7 +161,7 @@ class _ToFront(Connection):
         self._jobs[slot] = (job, future)
         future.add_done_callback(partial(self._answer, slot))
 
-    def _answer(self, slot: int, future: "asyncio.Future[Outcome]") -> None:
+    def _answer(self, slot: int, future: asyncio.Future[Outcome]) -> None:
         del self._jobs[slot]
         error = asyncio.CancelledError() if future.cancelled() else future.exception()
         if self.transport.is_closing():
@@ -172,6 +172,6 @@ class _ToFront(Connection):
             self.send((slot, *self._process.explain(error)))
 
     @staticmethod
-    def _abandon(job: Job, future: "asyncio.Future[Outcome]") -> None:
+    def _abandon(job: Job, future: asyncio.Future[Outcome]) -> None:
         job.abandoned = True
         future.cancel()

@@ -13,7 +13,7 @@ try:
     import openvino
 except ImportError as error:
     raise EngineError(
-        "RIDE_PROVIDER is openvino, which is not installed; pip install 'ride-serving[openvino]', or set "
+        "RIDE_PROVIDER is openvino, which is not installed; install the extra openvino, as README.md says, or set "
         "RIDE_PROVIDER=cpu"
     ) from error
 

@@ -2,7 +2,7 @@
 HTTP as uvicorn speaks it, with the limits it lacks: on the size of a request's head, and on the time it takes.
 
 An offer to go on in another protocol (Java's client makes one for HTTP/2) is passed over; uvicorn would lose the body.
-And with a short way: a small request that came whole is first offered to a handler that needs no task for it.
+And with a fast path: a small request that came whole is first offered to a handler that needs no task for it.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ SEND_S: Final = 30.0  # for which a client that does not read its answers is wai
 LINGER_S: Final = 3.0  # for which a refused client may go on sending
 MAX_IGNORED_BYTES: Final = 16 * 1024**2  # of what it sends then
 FRAMING_PER_BODY_BYTE: Final = 8  # chunks of one byte each cost five more
-SHORT_BYTES: Final = 64 * 1024  # of body; larger ones hardly ever come in one piece
+FAST_BYTES: Final = 64 * 1024  # of body; larger ones hardly ever come in one piece
 TOO_LARGE: Final = ServiceError(
     "head_too_large",
     f"request line, headers and trailers of more than {MAX_HEAD_BYTES:,} bytes, the limit; send shorter ones",
@@ -85,31 +85,31 @@ class GuardedProtocol(HttpToolsProtocol):
     Trailers and chunk extensions count as well: whatever is not body.
     """
 
+    cycle: Any  # uvicorn's, or an Exchange: of the request that came last
+
     def __init__(
-        self, *arguments: Any, short_path: bytes = b"", short_way: Handler | None = None, **named: Any
+        self, *arguments: Any, fast_url_path: bytes = b"", fast_path: Handler | None = None, **named: Any
     ) -> None:
         """
         Args:
-            short_path: whose POST requests are offered to `short_way`.
+            fast_url_path: whose POST requests are offered to `fast_path`.
         """
         super().__init__(*arguments, **named)
-        self._short_path = short_path
-        self._short_way = short_way
+        self._fast_url_path = fast_url_path
+        self._fast_path = fast_path
         self._held_back: list[bytes] | None = None  # the body of a request of which uvicorn knows nothing yet
-
-    cycle: Any  # uvicorn's, or an Exchange: of the request that came last
-    _running: Any = None  # likewise: of the one that is being answered, or was last
-    _passed_over = False  # whether the present head offers another protocol, so that it comes again without
-    _messages = 0  # requests begun on this connection
-    _phase: Literal["between", "head", "body"] = "between"
-    _framing_bytes = 0  # of the present request, what is not body
-    _body_bytes = 0
-    _head_timer: asyncio.TimerHandle | None = None
-    _idle_since = 0.0
-    _idle_timer: asyncio.TimerHandle | None = None
-    _send_timer: asyncio.TimerHandle | None = None
-    _linger_timer: asyncio.TimerHandle | None = None  # where a request was refused, and no other is looked at
-    _ignored_bytes = 0
+        self._running: Any = None  # as `cycle`: of the request that is being answered, or was last
+        self._passed_over = False  # whether the present head offers another protocol, so that it comes again without
+        self._messages = 0  # requests begun on this connection
+        self._phase: Literal["between", "head", "body"] = "between"
+        self._framing_bytes = 0  # of the present request, what is not body
+        self._body_bytes = 0
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._idle_since = 0.0
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._send_timer: asyncio.TimerHandle | None = None
+        self._linger_timer: asyncio.TimerHandle | None = None  # where a request was refused, and no other is looked at
+        self._ignored_bytes = 0
 
     @property
     def expecting(self) -> bool:
@@ -252,7 +252,7 @@ class GuardedProtocol(HttpToolsProtocol):
             raise httptools.HttpParserError("the connection is closed")
         if self.parser.should_upgrade():
             self._passed_over = True
-        elif self._may_be_short():
+        elif self._may_be_fast():
             self._held_back = []
         else:
             super().on_headers_complete()
@@ -271,36 +271,36 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._passed_over:
             return
         if self._held_back is not None:
-            if self._take_short_way(self._held_back):
+            if self._take_fast_path(self._held_back):
                 self._held_back = None
                 return
             self._hand_on()
         super().on_message_complete()
 
-    def _may_be_short(self) -> bool:
+    def _may_be_fast(self) -> bool:
         """Whether to hold the request back from uvicorn until it is seen whether all of it is here."""
         length = 0
-        if self._short_way is None:
+        if self._fast_path is None:
             return False
         if self.parser.get_method() != b"POST" or self.parser.get_http_version() != "1.1":
             return False
-        if self.url.partition(b"?")[0] != self._short_path or self._answering() or self.pipeline:
+        if self.url.partition(b"?")[0] != self._fast_url_path or self._answering() or self.pipeline:
             return False
-        if self.flow.write_paused:  # the client does not read; on the long way it is waited for
+        if self.flow.write_paused:  # the client does not read; on the normal path it is waited for
             return False
         for name, value in self.headers:
             if name == b"content-length":
                 length = int(value)  # the parser lets nothing else pass
             elif name in (b"transfer-encoding", b"expect", b"upgrade"):
                 return False
-        return 0 < length <= SHORT_BYTES
+        return 0 < length <= FAST_BYTES
 
-    def _take_short_way(self, body: list[bytes]) -> bool:
-        assert self._short_way is not None
+    def _take_fast_path(self, body: list[bytes]) -> bool:
+        assert self._fast_path is not None
         exchange = Exchange(self, keep_alive=self.parser.should_keep_alive())
         before = self.cycle, self._running
         self.cycle = self._running = exchange
-        taken = self._short_way(self.url.partition(b"?")[2], self.headers, b"".join(body), exchange)
+        taken = self._fast_path(self.url.partition(b"?")[2], self.headers, b"".join(body), exchange)
         if not taken:
             self.cycle, self._running = before
         return taken

@@ -103,7 +103,7 @@ class RemoteBatcher(Batcher[Job, Outcome]):
         self._check_connected()
         super().reserve(count)
 
-    def submit(self, item: Job) -> "asyncio.Future[Outcome]":
+    def submit(self, item: Job) -> asyncio.Future[Outcome]:
         """As the batcher's."""
         future: asyncio.Future[Outcome] = self._loop.create_future()
         self._reserved -= 1
@@ -125,7 +125,7 @@ class RemoteBatcher(Batcher[Job, Outcome]):
         if self._engine is None:
             raise engine_gone()
 
-    def _pass_on(self, slot: int, future: "asyncio.Future[Outcome]") -> None:
+    def _pass_on(self, slot: int, future: asyncio.Future[Outcome]) -> None:
         """Where nobody waits any more, tell the engine's process; the slot stays taken until that has answered."""
         pending = self._pending.get(slot)
         if future.cancelled() and self._engine is not None and pending is not None and pending[0] is future:

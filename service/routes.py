@@ -14,20 +14,19 @@ from starlette.types import Receive, Scope, Send
 
 from service.batcher import BatcherStoppedError
 from service.cascade import Job, NotFiniteError, Outcome
-from service.classifier import Choice, Classified, Classifier, not_finite
+from service.classifier import Choice, ClassifiedImage, Classifier, not_finite
 from service.errors import STATUS, ClientGoneError, ServiceError
 from service.headers import Headers, common_headers, request_id_of
 from service.logs import log
 from service.metrics import CLIENT_GONE, image_macs
 from service.operating_point import MODES, Mode
-from service.protocol import Exchange
+from service.protocol import LINGER_S, Exchange
 from service.uploads import Body, MemoryLease, Upload, read_uploads
 from service.watch import Watch
 
 MAX_PARAMETERS: Final = 16
 NUMBER: Final = re.compile(r"[0-9]{1,20}(\.[0-9]{0,40})?(e-?[0-9]{1,3})?|\.[0-9]{1,40}", re.ASCII | re.IGNORECASE)
 ARRIVING_S: Final = 0.1  # for the rest of a refused body: when it comes, the connection can be kept
-LINGER_S: Final = 3.0  # after which a refused client that is still sending is cut off
 PARAMETERS: Final = ("top_k", "max_experts", "threshold", "min_confidence", "mode")
 
 
@@ -75,7 +74,7 @@ class ClassifyRoute:
             await body.discard(most_bytes, LINGER_S)
             await send({"type": "http.response.body"})
 
-    def short_way(self, query: bytes, headers: Headers, data: bytes, exchange: Exchange) -> bool:
+    def fast_path(self, query: bytes, headers: Headers, data: bytes, exchange: Exchange) -> bool:
         """
         Answer, without a task, a request whose body is one image that is quickly decoded.
 
@@ -91,12 +90,12 @@ class ClassifyRoute:
             choice = self._choice(query)
             lease.grow(len(data))
             begun = classifier.begin(data, choice) if len(data) <= self._settings.max_bytes else None
-        except Exception:  # it will happen again on the long way, which says so
+        except Exception:  # it will happen again on the normal path, which says so
             begun = None
         if begun is None:
             lease.release()
             return False
-        _ShortRequest(self, exchange, request_id_of(headers), Upload(None, data), choice, started, lease, *begun)
+        _FastRequest(self, exchange, request_id_of(headers), Upload(None, data), choice, started, lease, *begun)
         return True
 
     async def _answer(self, query: bytes, body: Body, request_id: str, started: float) -> tuple[int, dict[str, Any]]:
@@ -129,7 +128,7 @@ class ClassifyRoute:
     def _status_and_body(
         self,
         uploads: Sequence[Upload],
-        outcomes: Sequence[Classified | ServiceError],
+        outcomes: Sequence[ClassifiedImage | ServiceError],
         choice: Choice,
         request_id: str,
         started: float,
@@ -137,7 +136,7 @@ class ClassifyRoute:
         """The status and body of an answer in which every image was looked at."""
         results = [
             self._result(upload, outcome, choice, started)
-            if isinstance(outcome, Classified)
+            if isinstance(outcome, ClassifiedImage)
             else self._failure(upload, outcome, request_id)
             for upload, outcome in zip(uploads, outcomes, strict=True)
         ]
@@ -175,7 +174,7 @@ class ClassifyRoute:
             thresholds = operation.modes[cast(Mode, given["mode"])]
         return Choice(thresholds, max_experts, min_confidence, top_k)
 
-    def _result(self, upload: Upload, classified: Classified, choice: Choice, started: float) -> dict[str, Any]:
+    def _result(self, upload: Upload, classified: ClassifiedImage, choice: Choice, started: float) -> dict[str, Any]:
         """One answered image, as JSON, counted."""
         outcome = classified.outcome
         self._classifier.metrics.image_answered(outcome)
@@ -231,7 +230,7 @@ class ClassifyRoute:
         await send({"type": "http.response.body", "body": content, "more_body": not last})
 
 
-class _ShortRequest:
+class _FastRequest:
     """A request that is answered without a task, from the moment when its image is queued."""
 
     def __init__(
@@ -244,7 +243,7 @@ class _ShortRequest:
         started: float,
         lease: MemoryLease,
         job: Job,
-        outcome: "asyncio.Future[Outcome]",
+        outcome: asyncio.Future[Outcome],
         decode_s: float,
     ) -> None:
         self.began = time.monotonic()
@@ -274,7 +273,7 @@ class _ShortRequest:
         self._outcome.cancel()
         self._job.abandoned = True
 
-    def _answer(self, future: "asyncio.Future[Outcome]") -> None:
+    def _answer(self, future: asyncio.Future[Outcome]) -> None:
         if self._left:  # too late: given up while this call was waiting for its turn
             return
         if self._exchange.gone:
@@ -282,7 +281,7 @@ class _ShortRequest:
             self._hung_up()
             return
         try:
-            outcome: Classified | ServiceError = Classified(future.result(), self._decode_s)
+            outcome: ClassifiedImage | ServiceError = ClassifiedImage(future.result(), self._decode_s)
         except NotFiniteError as error:
             outcome = not_finite(error)
         except Exception as error:

@@ -7,19 +7,23 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Final, Literal, get_args, get_origin
 
 from pydantic import BeforeValidator, ByteSize, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from model_export.bundle import Rule
 from service import __version__
 
-PREFIX = "RIDE_"
-METAVARS = {
+PREFIX: Final = "RIDE_"
+METAVARS: Final = {
     "bundle": "DIR", "host": "ADDRESS", "variant": "NAME", "thresholds": "T,T", "scaled_decode": "true|false",
 }  # fmt: skip
-DEFAULT_BUNDLE = Path(__file__).parent / "default_bundle"
+DEFAULT_BUNDLE: Final = Path(__file__).parent / "default_bundle"
+
+Provider = Literal["auto", "cpu", "openvino", "cuda", "tensorrt"]
+GPU_PROVIDERS: Final = ("cuda", "tensorrt")
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Command:
     examples: tuple[str, ...]
 
 
-SERVE = Command(
+SERVE: Final = Command(
     "ride-serve",
     "Serve a bundle: POST /classify answers images, easy ones after one expert, hard ones after more.",
     ("ride-serve", "ride-serve --bundle my-bundle --host 0.0.0.0 --max-mean-experts 1.5"),
@@ -62,7 +66,7 @@ class Settings(BaseSettings):
         description="Address to listen on. 0.0.0.0 lets other machines in; there is no login, so put a proxy in front.",
     )
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on. 0 takes a free one and logs it.")
-    provider: Literal["auto", "cpu", "openvino", "cuda", "tensorrt"] = Field(
+    provider: Provider = Field(
         "auto",
         description="What runs the graphs. auto takes CUDA where it works, else the CPU provider of onnxruntime; the "
         "others refuse to start where they do not work.",
@@ -244,16 +248,15 @@ def unknown_variables() -> list[str]:
     return lines
 
 
-def _causes(problems: Sequence[Any]) -> list[Any]:
+def _causes(problems: Sequence[ErrorDetails]) -> list[ErrorDetails]:
     """Without those of a whole list of which an item cannot be: pydantic finds it too short then."""
     items = {problem["loc"][0] for problem in problems if len(problem["loc"]) > 1}
     return [problem for problem in problems if len(problem["loc"]) != 1 or problem["loc"][0] not in items]
 
 
-def _explain(problem: object, command: Command) -> str:
-    assert isinstance(problem, dict)
+def _explain(problem: ErrorDetails, command: Command) -> str:
     if not problem["loc"]:
-        return str(problem["msg"]).removeprefix("Value error, ")
+        return problem["msg"].removeprefix("Value error, ")
     name = str(problem["loc"][0])
     option = f"{PREFIX}{name.upper()} (--{name.replace('_', '-')})"
     return f"{option} is {problem['input']!r}: {problem['msg']}; see {command.name} --help"

@@ -1,13 +1,14 @@
 """How many workers there are, and what each of them gets of the service's cores and limits."""
 
 import sys
+from typing import Final
 
 from service.cores import available_cores, has_cuda
-from service.settings import Settings, SettingsError
+from service.settings import GPU_PROVIDERS, Settings, SettingsError
 
 # A limit of the whole service, what one request may take of it, which each worker must be able to grant, and for how
 # many such requests there should be room: beside a queue's largest one others need places.
-LIMITS = (("max_queue", "max_images", 2), ("max_inflight_bytes", "max_bytes", 1))
+LIMITS: Final = (("max_queue", "max_images", 2), ("max_inflight_bytes", "max_bytes", 1))
 
 
 def choose_workers(settings: Settings) -> int:
@@ -51,4 +52,4 @@ def engine_share_of(settings: Settings) -> Settings:
 
 
 def _on_gpu(settings: Settings) -> bool:
-    return settings.provider in ("cuda", "tensorrt") or (settings.provider == "auto" and has_cuda())
+    return settings.provider in GPU_PROVIDERS or (settings.provider == "auto" and has_cuda())

@@ -111,7 +111,7 @@ class Supervisor:
                 for sig in os.read(signals, 1024):
                     if sig in STOP_SIGNALS:
                         self._stop(sig)
-            self._bury()
+            self._reap()
             self._tell_when_ready()
             self._kill_the_stuck()
         return self._exit_code
@@ -149,7 +149,7 @@ class Supervisor:
         try:
             worker.pid = os.fork()
         except OSError as error:  # no memory, or no more processes: that may pass, and the others still serve
-            let_signals_in()
+            unblock_signals()
             cause = f"fork: {error.strerror}"
             pause = self._plan_successor(worker, cause)
             if pause is not None:
@@ -157,7 +157,7 @@ class Supervisor:
             return
         if not worker.pid:
             os._exit(self._live(worker, supervisor))  # nothing of the supervisor's own end is the worker's business
-        let_signals_in()
+        unblock_signals()
 
     def _live(self, worker: Worker, supervisor: int) -> int:
         """In the worker's process: all of its life."""
@@ -191,7 +191,7 @@ class Supervisor:
             if worker.pid:
                 os.kill(worker.pid, passed_on)
 
-    def _bury(self) -> None:
+    def _reap(self) -> None:
         """Note which workers have ended, and decide when, or whether, they get successors."""
         for worker in self._workers:
             if not worker.pid:
@@ -280,7 +280,7 @@ class Supervisor:
                 worker.killed = worker.pid
 
 
-def let_signals_in() -> None:
+def unblock_signals() -> None:
     """Take the signals that came while they were blocked, and those to come."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED_SIGNALS)
 

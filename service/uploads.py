@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Final
 
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
@@ -12,10 +13,10 @@ from starlette.types import Receive
 
 from service.errors import ClientGoneError, ServiceError
 
-MAX_FILENAME = 255  # characters of a client's file name that we repeat
-MAX_PART_HEADERS = 16
-MAX_PART_HEADER_BYTES = 4096
-MAX_EMPTY_PARTS = 16  # besides the images: those of file inputs that were left empty
+MAX_FILENAME: Final = 255  # characters of a client's file name that we repeat
+MAX_PART_HEADERS: Final = 16
+MAX_PART_HEADER_BYTES: Final = 4096
+MAX_EMPTY_PARTS: Final = 16  # besides the images: those of file inputs that were left empty
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,7 +129,7 @@ class _WatchedTask:
             self._listener.remove_done_callback(self._heard)
             self._listener.cancel()
 
-    def _heard(self, listener: "asyncio.Task[None]") -> None:
+    def _heard(self, listener: asyncio.Task[None]) -> None:
         if not listener.cancelled():
             self._stop(ClientGoneError())
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import TrainingError
-from training.recipe import DECIDE_NOTHING, Recipe, RecipeError, parse_settings
+from training.recipe import NO_EFFECT_FIELDS, Recipe, RecipeError, parse_settings
 from training.recipes import RECIPES
+from training.tables import markdown, number
 
 SMOKE = {
     "epochs": "2",
@@ -153,14 +154,16 @@ def _list(options: argparse.Namespace) -> int:
 
 def table(results: dict[str, Any]) -> str:
     """The figures on the test images, as Markdown."""
-    lines = ["| experts | all | many | medium | few | ECE | M MACs |", "| --- | --- | --- | --- | --- | --- | --- |"]
     rows = [(str(index + 1), row) for index, row in enumerate(results["experts"])]
     if "routed" in results:
         rows.append((f"routed: {results['routed']['mean_experts']['all']:.2f}", results["routed"]))
-    for name, row in rows:
-        cells = ["–" if row[key] is None else f"{row[key]:.2f}" for key in ("all", "many", "medium", "few", "ece")]
-        lines.append(f"| {name} | {' | '.join(cells)} | {row['macs'] / 1e6:.1f} |")
-    return "\n".join(lines)
+    return markdown(
+        ("experts", "all", "many", "medium", "few", "ECE", "M MACs"),
+        [
+            [name, *(number(row[key]) for key in ("all", "many", "medium", "few", "ece")), number(row["macs"] / 1e6, 1)]
+            for name, row in rows
+        ],
+    )
 
 
 def _recipe(name: str, options: argparse.Namespace) -> Recipe:
@@ -188,7 +191,7 @@ def _small(recipe: Recipe, settings: dict[str, str]) -> dict[str, str]:
 
 def _settings_record(options: argparse.Namespace) -> dict[str, Any]:
     """What several runs of one directory have in common, less what changes no result."""
-    settings = {key: value for key, value in sorted(parse_settings(options.set).items()) if key not in DECIDE_NOTHING}
+    settings = {key: value for key, value in sorted(parse_settings(options.set).items()) if key not in NO_EFFECT_FIELDS}
     return {"data": options.data, "smoke": options.smoke, "set": settings}
 
 

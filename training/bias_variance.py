@@ -18,12 +18,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from training.checkpoint import write_atomically
 from training.data.longtail import SCOPES, class_counts, split_of
 from training.data.sets import load_data
 from training.data.sources import open_set
 from training.distributed import best_device
 from training.evaluate import mean_by_class, mean_by_split, predict
+from training.files import write_atomically
 from training.plots import plot_bias_variance
 from training.recipe import Recipe, RecipeError
 from training.runs import RunsError, refuse_equal_names, train_all

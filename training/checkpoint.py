@@ -10,7 +10,6 @@ Checkpoints: a directory each, complete or not there at all.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from training.errors import TrainingError
+from training.files import flush
 from training.recipe import Decoding, Recipe
 
 FORMAT = 1
@@ -156,11 +156,11 @@ def save_checkpoint(
     text = json.dumps({"format": FORMAT, "stage": stage, "epochs_done": epochs_done, **info}, indent=1)
     (partial / "checkpoint.json").write_text(text + "\n", encoding="utf-8")
     for file in (*partial.iterdir(), partial):
-        _flush(file)
+        flush(file)
     if directory.exists():
         _remove(directory)
     partial.rename(directory)
-    _flush(directory.parent)
+    flush(directory.parent)
     for older in directory.parent.glob(f"{stage}-*"):
         if _epochs_of(older) < epochs_done:
             _remove(older)
@@ -244,21 +244,3 @@ def _load(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except Exception as error:  # safetensors raises its own class and OSErrors
         raise CheckpointError(f"{file}: cannot be read ({error})") from error
-
-
-def write_atomically(file: Path, text: str) -> None:
-    r"""The file has either its old content or all of `text`; what is not UTF-8 in a file's name becomes \udcXX."""
-    partial = file.with_name(file.name + ".partial")
-    with partial.open("w", encoding="utf-8", errors="backslashreplace") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

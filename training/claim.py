@@ -10,7 +10,7 @@ from pathlib import Path
 from training.errors import TrainingError
 
 
-class ClaimedError(TrainingError, RuntimeError):
+class ClaimedError(TrainingError):
     """Another process is at work in a directory."""
 
 

@@ -24,7 +24,7 @@ TIMEOUT = timedelta(hours=1)  # how long the others wait while the first checks 
 T = TypeVar("T")
 
 
-class LostProcessError(TrainingError, RuntimeError):
+class LostProcessError(TrainingError):
     """Another process of the same training ended."""
 
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from training.data.longtail import SPLITS, split_of
-from training.data.sets import Images
-from training.data.streamed import StreamedImages
+from training.data.sets import AnyImages
 from training.methods.method import Model
 from training.models.macs import count_macs
 
@@ -45,7 +44,7 @@ class Costs(NamedTuple):
     routers: Sequence[int]
 
 
-def predict(model: Model, images: Images | StreamedImages) -> Predictions:
+def predict(model: Model, images: AnyImages) -> Predictions:
     """All experts and all routers on all images, in fp32."""
     was_training = model.training
     model.eval()
@@ -80,6 +79,12 @@ def mean_logits(expert_logits: np.ndarray, experts_used: np.ndarray) -> np.ndarr
     """(N, C): the mean of the logits of the first `experts_used` (N,) experts of each image."""
     sums = np.cumsum(expert_logits, axis=0)
     return sums[experts_used - 1, np.arange(len(experts_used))] / experts_used[:, None]
+
+
+def answers_right(predictions: Predictions, experts_used: np.ndarray) -> np.ndarray:
+    """(N,), bool: whether the mean logits of the first `experts_used` (N,) experts are right."""
+    found = mean_logits(predictions.expert_logits, experts_used).argmax(axis=1)
+    return np.asarray(found == predictions.labels)
 
 
 def prefix_right(predictions: Predictions) -> np.ndarray:
@@ -129,7 +134,7 @@ def rows_by_split(labels: np.ndarray, class_counts: Sequence[int]) -> dict[str, 
     return {"all": np.ones(len(labels), bool)} | {name: split == name for name in SPLITS}
 
 
-def count_unusable(predictions: Predictions) -> int:
+def count_not_finite(predictions: Predictions) -> int:
     """Images for which a logit or a score is NaN or infinite."""
     usable = np.isfinite(predictions.expert_logits).all(axis=(0, 2))
     usable &= np.isfinite(predictions.router_scores).all(axis=0)
@@ -225,7 +230,7 @@ def by_class(predictions: Predictions, n_classes: int, thresholds: Sequence[floa
         return [None if math.isnan(value) else round(value, 4) for value in found]
 
     def accuracy(used: np.ndarray) -> list[float | None]:
-        return means(100.0 * (mean_logits(predictions.expert_logits, used).argmax(axis=1) == labels))
+        return means(100.0 * answers_right(predictions, used))
 
     result = {"accuracy": accuracy(np.full(n_images, n_experts))}
     if len(predictions.router_scores):

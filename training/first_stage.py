@@ -8,16 +8,16 @@ from typing import Any
 from training.checkpoint import CheckpointError, checkpoints_of, save_checkpoint
 from training.distributed import rank
 from training.methods.method import Model, Stage
-from training.recipe import DECIDE_NOTHING, PLACES
+from training.recipe import NO_EFFECT_FIELDS, PLACE_FIELDS
 
 STAGE = "experts"  # the only stage of such a run that counts
 # Fields, or beginnings of their names, that are without effect on the first stage of a training.
-OF_LATER_STAGES = (
-    "name", *DECIDE_NOTHING, "retrain", "tau", "ncm_", "first_stage", "router_epochs", "router_batch_size",
+LATER_STAGE_FIELDS = (
+    "name", *NO_EFFECT_FIELDS, "retrain", "tau", "ncm_", "first_stage", "router_epochs", "router_batch_size",
     "router_lr", "router_weight_decay", "router_positive_weight",
 )  # fmt: skip
 # And those of methods, or parts of a network, that the recipe of a first stage by itself does not have.
-OF_OTHERS = ("router_", "oltr_", "lfme_", "m2m_")
+OTHER_METHOD_FIELDS = ("router_", "oltr_", "lfme_", "m2m_")
 
 
 def take_over(source: Path, model: Model, stage: Stage, *, run: Path, info: dict[str, Any]) -> None:
@@ -35,7 +35,8 @@ def take_over(source: Path, model: Model, stage: Stage, *, run: Path, info: dict
     checkpoint = checkpoints_of(source).get(STAGE)
     if checkpoint is None:
         raise CheckpointError(f"first_stage={source}: no checkpoint of the stage {STAGE!r} there; ride-train makes it")
-    ignored = (*OF_LATER_STAGES, *OF_OTHERS, "compile", *(PLACES if checkpoint.images_digest else ()))
+    places = PLACE_FIELDS if checkpoint.images_digest else ()
+    ignored = (*LATER_STAGE_FIELDS, *OTHER_METHOD_FIELDS, "compile", *places)
     for key, (has, needs) in checkpoint.recipe.differences(stage.alone, ignored).items():
         raise CheckpointError(f"first_stage={source}: made with {key}={has}, this recipe needs {needs}")
     if checkpoint.epochs_done != stage.alone.epochs:

@@ -20,13 +20,14 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from training.average import WeightAverage
-from training.checkpoint import Checkpoint, save_checkpoint, write_atomically
+from training.checkpoint import Checkpoint, save_checkpoint
 from training.data.samplers import batch_sizes
 from training.data.sets import AnyImages
 from training.data.streamed import StreamedImages
 from training.data.views import train_views
 from training.distributed import gather_outputs, own_rows, rank, share_gradients, with_shared_norms, world_size
 from training.errors import TrainingError
+from training.files import write_atomically
 from training.in_parts import InParts
 from training.methods.method import FitStage, Model, Stage
 from training.models.multi_expert import MultiExpertNet
@@ -34,7 +35,7 @@ from training.optimiser import optimiser_of
 from training.recipe import Recipe, RecipeError
 
 
-class DivergedError(TrainingError, RuntimeError):
+class DivergedError(TrainingError):
     """The loss, or what the network says of test images, is no longer a finite number."""
 
 

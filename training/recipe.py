@@ -25,10 +25,11 @@ class RecipeError(TrainingError, ValueError):
     """A recipe field that does not exist, or a value that it cannot take."""
 
 
-DECIDE_NOTHING = ("evaluate_every", "workers", "decoding")  # `decoding`: what "auto" chose at first stays
-PLACES = ("data", "image_root")  # where images lie, which may change where a digest tells that they are the same
+NO_EFFECT_FIELDS = ("evaluate_every", "workers", "decoding")  # `decoding`: what "auto" chose at first stays
+# Where images lie, which may change where a digest tells that they are the same.
+PLACE_FIELDS = ("data", "image_root")
 # Methods whose step does more with a batch than pass it through one network once.
-ONE_PROCESS = ("bbn", "oltr", "lfme", "m2m")
+SINGLE_PROCESS_METHODS = ("bbn", "oltr", "lfme", "m2m")
 
 
 @dataclass(frozen=True)
@@ -389,7 +390,7 @@ class Recipe:
 
     def _refuse_experts(self) -> None:
         """What a method does not do with its experts."""
-        if self.method in ("single", *ONE_PROCESS) and self.n_experts != 1:
+        if self.method in ("single", *SINGLE_PROCESS_METHODS) and self.n_experts != 1:
             raise RecipeError(f"n_experts={self.n_experts}: method {self.method!r} trains one expert")
         if self.method in ("shike", "ace") and self.n_experts < 2:
             raise RecipeError(f"n_experts={self.n_experts}: method {self.method!r} needs two experts or more")
@@ -443,9 +444,9 @@ class Recipe:
         for field in ("mixup", "cutmix", "label_smoothing"):
             if getattr(self, field) and self.method not in ("ride", "single"):
                 raise RecipeError(f"{field}={getattr(self, field):g}: only methods 'ride' and 'single' can; take 0")
-        if self.method in ONE_PROCESS and self.accumulate > 1:
+        if self.method in SINGLE_PROCESS_METHODS and self.accumulate > 1:
             raise RecipeError(f"accumulate={self.accumulate}: method {self.method!r} needs its batches whole; take 1")
-        if self.method in ONE_PROCESS and (self.optimiser != "sgd" or self.clip_norm is not None):
+        if self.method in SINGLE_PROCESS_METHODS and (self.optimiser != "sgd" or self.clip_norm is not None):
             raise RecipeError(
                 f"optimiser={self.optimiser!r}, clip_norm={self.clip_norm}: method {self.method!r} needs 'sgd' and none"
             )
@@ -468,7 +469,7 @@ class Recipe:
     def _refuse_stages(self) -> None:
         """What the stages besides the experts' cannot do."""
         if self.retrain_epochs:
-            if self.method in ONE_PROCESS:
+            if self.method in SINGLE_PROCESS_METHODS:
                 raise RecipeError(
                     f"retrain_epochs={self.retrain_epochs}: method {self.method!r} has no such stage; take 0"
                 )
@@ -579,10 +580,9 @@ def parse_settings(texts: Sequence[str]) -> dict[str, str]:
     return {field: value for field, _, value in pairs}
 
 
-_INFINITE = float("inf")
 _RANGES = (
-    ("imbalance", 1, _INFINITE), ("n_max", 1, _INFINITE), ("subset_seed", 0, 2**32 - 1),
-    ("holdout_per_class", 1, _INFINITE),
+    ("imbalance", 1, math.inf), ("n_max", 1, math.inf), ("subset_seed", 0, 2**32 - 1),
+    ("holdout_per_class", 1, math.inf),
     ("holdout_share", 0.01, 0.5), ("test_share", 0.01, 0.5), ("image_size", 8, 1024),
     ("drop_path", 0, 0.99), ("lr_min", 0, 100), ("cycles", 1, 100), ("clip_norm", 1e-6, 1e6), ("colour_jitter", 0, 1),
     ("random_erasing", 0, 1), ("mixup", 0, 100), ("cutmix", 0, 100), ("label_smoothing", 0, 0.99),

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from training.checkpoint import write_atomically
 from training.data.longtail import SCOPES, split_of
 from training.data.sets import load_data
 from training.distributed import best_device
@@ -27,9 +26,10 @@ from training.evaluate import (
     route,
     rows_by_split,
 )
+from training.files import write_atomically
 from training.plots import plot_curve, plot_experts, plot_shares
 from training.tables import Cell, markdown, number, write_csv
-from training.thresholds import fill_scores, frontier
+from training.thresholds import fit_temperature, frontier
 from training.train import PUBLISHED_THRESHOLD, refuse_other_images, trained_model
 
 MOST_ROWS = 12  # of the curve in report.md; curve.csv has all
@@ -121,7 +121,7 @@ def report(
     device = best_device()
     model.to(device)
     macs = macs_of(model, recipe.image_size)
-    temperature = fill_scores(model, images.heldout)
+    temperature = fit_temperature(model, images.heldout)
     on_heldout, judge = (
         _Judge(predict(model, part.to(device)), images.counts, macs) for part in (images.heldout, images.test)
     )

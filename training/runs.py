@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from training.checkpoint import CheckpointError, checkpoints_of, write_atomically
+from training.checkpoint import CheckpointError, checkpoints_of
 from training.claim import claimed
 from training.errors import TrainingError
-from training.first_stage import OF_LATER_STAGES
-from training.recipe import DECIDE_NOTHING, Recipe
+from training.files import write_atomically
+from training.first_stage import LATER_STAGE_FIELDS
+from training.recipe import NO_EFFECT_FIELDS, Recipe
 from training.train import train
 
 
@@ -115,7 +116,7 @@ def _refuse_other_recipe(run: Path, recipe: Recipe) -> None:
             made_with = read_results(run)["recipe"]
         else:
             made_with = next((checkpoint.recipe for checkpoint in checkpoints_of(run).values()), recipe)
-    different = made_with.differences(recipe, DECIDE_NOTHING)
+    different = made_with.differences(recipe, NO_EFFECT_FIELDS)
     if different:
         listed = ", ".join(f"{name}={theirs} (now {ours})" for name, (theirs, ours) in different.items())
         raise RunsError(f"{run}: made with {listed}; take another --out")
@@ -129,7 +130,7 @@ def _borrow_first_stage(run: Path, recipe: Recipe, others: list[Path]) -> None:
     for other in others:
         with contextlib.suppress(CheckpointError):
             lent = checkpoints_of(other).get(stage) if (other / "results.json").exists() else None
-            if lent is None or lent.epochs_done != epochs or lent.recipe.differences(recipe, OF_LATER_STAGES):
+            if lent is None or lent.epochs_done != epochs or lent.recipe.differences(recipe, LATER_STAGE_FIELDS):
                 continue
             lines = (other / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if json.loads(line)["stage"] == stage]

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.checkpoint import write_atomically
 from training.data.longtail import SCOPES
+from training.files import write_atomically
 from training.plots import plot_accuracy, plot_cost, plot_experts
-from training.recipe import DECIDE_NOTHING, PLACES, Recipe
+from training.recipe import NO_EFFECT_FIELDS, PLACE_FIELDS, Recipe
 from training.recipes import RECIPES
 from training.recipes.published import PUBLISHED, Published
 from training.runs import RunsError, read_results, refuse_equal_names, train_all
@@ -22,8 +22,8 @@ from training.tables import MISSING, Cell, markdown, number, write_csv
 FIGURES = (*SCOPES, "ece", "mean_experts", "macs")
 LEGEND = """Percent on the test images after the last epoch, means of per-class accuracies; ± is the sample standard
 deviation over seeds. Routed: thresholds of 0.5, as published."""
-OF_THE_IMAGES = ("data", "profile", "imbalance", "n_max")
-NOT_A_SETTING = ("seed", "compile", *DECIDE_NOTHING)  # runs that differ in nothing else are seeds of one method
+DATA_FIELDS = ("data", "profile", "imbalance", "n_max")
+UNCOMPARED_FIELDS = ("seed", "compile", *NO_EFFECT_FIELDS)  # runs that differ in nothing else are seeds of one method
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,9 @@ def _difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
     for key, what in (("classes", "classes"), ("images_digest", "training images"), ("unseen_digest", "test images")):
         if one.get(key) and other.get(key) and one[key] != other[key]:
             return what
-    places = PLACES if one.get("images_digest") and other.get("images_digest") else ()  # they are the same images
-    different = one["recipe"].differences(other["recipe"], (*NOT_A_SETTING, *places))
+    same_images = one.get("images_digest") and other.get("images_digest")
+    places = PLACE_FIELDS if same_images else ()
+    different = one["recipe"].differences(other["recipe"], (*UNCOMPARED_FIELDS, *places))
     return ", ".join(f"{field} ({ours} and {theirs})" for field, (ours, theirs) in different.items()) or None
 
 
@@ -115,7 +116,7 @@ def label_of(recipe: Recipe) -> str:
     named = RECIPES.get(recipe.name)
     if named is None:
         return recipe.name
-    changed = recipe.differences(named, ("name", *NOT_A_SETTING))
+    changed = recipe.differences(named, ("name", *UNCOMPARED_FIELDS))
     return ", ".join([recipe.name, *(f"{field}={value}" for field, (value, _) in changed.items())])
 
 
@@ -224,7 +225,7 @@ def _row(label: str, results: tuple[dict[str, Any], ...], routed: bool) -> Row:
 def _published_of(recipe: Recipe) -> tuple[Published, ...]:
     """What the papers report for the recipe of this name, if the images are theirs."""
     named = RECIPES.get(recipe.name)
-    if named is None or any(getattr(recipe, field) != getattr(named, field) for field in OF_THE_IMAGES):
+    if named is None or any(getattr(recipe, field) != getattr(named, field) for field in DATA_FIELDS):
         return ()
     return tuple(PUBLISHED.get(recipe.name, ()))
 

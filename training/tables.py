@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.checkpoint import write_atomically
+from training.files import write_atomically
 
 MISSING = "–"
 Cell = str | int | float | None

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from training.data.sets import Images
-from training.data.streamed import StreamedImages
+from training.data.sets import AnyImages
 from training.evaluate import EVALUATION_BATCH, Costs, Predictions, mean_macs, prefix_right, route
 from training.methods.method import Model
 
@@ -20,7 +19,7 @@ PRICES = np.concatenate([[0.0], np.geomspace(0.003, 3, 60)])  # accuracy points 
 MOST_PASSES = 10
 
 
-def fill_scores(model: Model, heldout: Images | StreamedImages) -> float:
+def fit_temperature(model: Model, heldout: AnyImages) -> float:
     """
     Set the temperature of the model's routers to the standard deviation of their decisions on held-out images.
 

@@ -13,18 +13,19 @@ from typing import Any
 
 import torch
 
-from training.checkpoint import Checkpoint, CheckpointError, checkpoints_of, current_commit, write_atomically
+from training.checkpoint import Checkpoint, CheckpointError, checkpoints_of, current_commit
 from training.claim import ClaimedError, claimed
 from training.data.sets import AnyImages, Data, channel_statistics, load_data
 from training.distributed import from_first, joined, rank, world_size
-from training.evaluate import count_unusable, macs_of, predict, summarise
+from training.evaluate import count_not_finite, macs_of, predict, summarise
+from training.files import write_atomically
 from training.first_stage import take_over
 from training.loop import DivergedError, Log, autocast_dtype, fit_stage, rates_of, refuse_without_compiler, run_stage
 from training.methods import ace, bbn, lfme, m2m, oltr, ride, sade, shike, single
 from training.methods.method import FitStage, Method, Model, Stage
 from training.methods.teacher import refuse_other_teachers
 from training.pretrained import start_from
-from training.recipe import DECIDE_NOTHING, ONE_PROCESS, PLACES, Decoding, Recipe, RecipeError
+from training.recipe import NO_EFFECT_FIELDS, PLACE_FIELDS, SINGLE_PROCESS_METHODS, Decoding, Recipe, RecipeError
 
 METHODS: dict[str, Method] = {
     "ride": ride.build, "single": single.build, "shike": shike.build, "sade": sade.build, "ace": ace.build,
@@ -55,7 +56,7 @@ def train(recipe: Recipe, run: Path) -> dict[str, Any]:
 
 def _train(recipe: Recipe, run: Path, device: torch.device, held: ExitStack) -> dict[str, Any]:
     autocast_dtype(recipe, device)  # refuses before anything is read
-    if recipe.method in ONE_PROCESS and world_size() > 1:
+    if recipe.method in SINGLE_PROCESS_METHODS and world_size() > 1:
         raise RecipeError(f"method={recipe.method!r}: trains in one process, there are {world_size()}")
     done = checkpoints_of(run)
     for checkpoint in done.values():
@@ -123,7 +124,7 @@ def _evaluated(
     if stage.name != "routers":
         model = Model(model.net, None)
     predictions = predict(model, test)
-    if unusable := count_unusable(predictions):
+    if unusable := count_not_finite(predictions):
         raise DivergedError(
             f"{stage.name}: NaN or infinity for {unusable} of {len(test)} test images; lower {rates_of(stage, recipe)}"
         )
@@ -211,8 +212,8 @@ def refuse_other_images(checkpoint: Checkpoint, data: Data) -> None:
 
 def _refuse_other_recipe(checkpoint: Checkpoint, recipe: Recipe) -> None:
     """A run goes on only under the recipe that began it; what decides nothing may change, and where the images lie."""
-    places = PLACES if checkpoint.images_digest else ()  # else nothing would tell that they are others
-    different = checkpoint.recipe.differences(recipe, DECIDE_NOTHING + places)
+    places = PLACE_FIELDS if checkpoint.images_digest else ()  # else nothing would tell that they are others
+    different = checkpoint.recipe.differences(recipe, NO_EFFECT_FIELDS + places)
     if recipe.decoding not in ("auto", checkpoint.decoding):
         different["decoding"] = checkpoint.decoding, recipe.decoding
     if different:

@@ -16,8 +16,8 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from benchmarks.floor import DEFAULT_BUNDLE
 from model_export.bundle import Bundle, read_bundle
+from service.settings import DEFAULT_BUNDLE
 
 
 def merge(bundle: Bundle, variant: str) -> onnx.ModelProto:

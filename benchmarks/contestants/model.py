@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import onnxruntime as ort
 
-from benchmarks.decoding import DECODERS, decoder
+from benchmarks.decoding import decoder
+from benchmarks.runtimes import open_session
 from model_export.bundle import InputSpec
 
 TOP_K: Final = 5
@@ -20,7 +20,6 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--graph", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--decoder", choices=DECODERS, default="pillow")
     parser.add_argument("--draft", action="store_true")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
@@ -32,16 +31,11 @@ def options() -> argparse.Namespace:
 class Model:
     """A merged graph and the decoder in front of it."""
 
-    def __init__(self, graph: Path, threads: int, decoder_name: str, draft: bool) -> None:
-        session_options = ort.SessionOptions()
-        session_options.intra_op_num_threads = threads
-        session_options.inter_op_num_threads = 1
-        session_options.log_severity_level = 3
-        session_options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = ort.InferenceSession(str(graph), session_options, providers=["CPUExecutionProvider"])
+    def __init__(self, graph: Path, threads: int, draft: bool) -> None:
+        self._session = open_session(graph, threads)
         metadata = self._session.get_modelmeta().custom_metadata_map
         self.classes: list[str] = json.loads(metadata["classes"])
-        self.decode = decoder(decoder_name, InputSpec(**json.loads(metadata["input"])), draft=draft)
+        self.decode = decoder(InputSpec(**json.loads(metadata["input"])), draft=draft)
         self._decoders = ThreadPoolExecutor(threads) if threads > 1 else None
 
     def classify(self, jpegs: list[bytes]) -> list[list[dict[str, Any]]]:
@@ -59,4 +53,4 @@ class Model:
 
 def open_model(arguments: argparse.Namespace) -> Model:
     """The model that the command line asks for."""
-    return Model(arguments.graph, arguments.threads, arguments.decoder, arguments.draft)
+    return Model(arguments.graph, arguments.threads, arguments.draft)

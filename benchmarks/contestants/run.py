@@ -24,21 +24,19 @@ import onnx
 from benchmarks.contestants.catalogue import CONTESTANTS, CORES, FOLDER, Contestant, Setting
 from benchmarks.contestants.merge import merge
 from benchmarks.contestants.model import Model
-from benchmarks.floor import DEFAULT_BUNDLE
-from benchmarks.images import SIZES, make_images
-from benchmarks.load import LoadResult, closed_loop, fetch
+from benchmarks.images import SIZES, SMALL, make_images
+from benchmarks.load import CONCURRENCIES, LoadResult, closed_loop, fetch
 from benchmarks.machine import ROOT, describe
 from benchmarks.messages import Target, ask
-from benchmarks.ours import service_decoder
 from benchmarks.processes import Server, StartError, end_like_an_error, free_port
 from model_export.bundle import read_bundle
 from service.cores import available_cores
+from service.settings import DEFAULT_BUNDLE
 
 TUNED: Final = FOLDER / "tuned.json"
 CHECKED: Final = 100
 CHECK_CONNECTIONS: Final = 8
 CHECK_S: Final = 1.0
-CONCURRENCIES: Final = (1, 8, 64)
 
 
 class ContestantError(RuntimeError):
@@ -50,7 +48,6 @@ class Work:
     """What all contestants serve: a merged graph, and how it is fed."""
 
     graph: Path
-    decoder: str
     draft: bool = True
 
 
@@ -86,7 +83,7 @@ def running(contestant: Contestant, setting: Setting, work: Work) -> Iterator[Ta
     """
     port = free_port()
     target = Target("127.0.0.1", port, contestant.path)
-    jpegs = make_images("32x32").jpegs[:CHECKED]
+    jpegs = make_images(SMALL).jpegs[:CHECKED]
     requests = contestant.requests(target, jpegs)
 
     def answers() -> bool:
@@ -96,8 +93,8 @@ def running(contestant: Contestant, setting: Setting, work: Work) -> Iterator[Ta
             return False
 
     with Server(
-        contestant.command(setting, work.graph, port, work.decoder, work.draft),
-        contestant.environment(setting, work.graph, work.decoder, work.draft),
+        contestant.command(setting, work.graph, port, work.draft),
+        contestant.environment(setting, work.graph, work.draft),
     ) as server:
         try:
             server.wait_until(answers)
@@ -109,7 +106,7 @@ def running(contestant: Contestant, setting: Setting, work: Work) -> Iterator[Ta
 
 def first_labels(work: Work, jpegs: Sequence[bytes]) -> list[str]:
     """What onnxruntime says, one image at a time."""
-    model = Model(work.graph, available_cores(), work.decoder, work.draft)
+    model = Model(work.graph, available_cores(), work.draft)
     return [model.classify([jpeg])[0][0]["label"] for jpeg in jpegs]
 
 
@@ -137,7 +134,7 @@ def tune(contestant: Contestant, work: Work, seconds: float) -> dict[str, Any]:
         row: dict[str, Any] = {"setting": asdict(setting), "rate": 0.0}
         try:
             with running(contestant, setting, work) as target:
-                row["rate"] = measure(contestant, target, "32x32", max(CONCURRENCIES), seconds).rate
+                row["rate"] = measure(contestant, target, SMALL, max(CONCURRENCIES), seconds).rate
         except ContestantError as error:
             row["error"] = str(error).replace(f"{ROOT}/", "")
         print(f"{contestant.title}: {setting}: {row.get('error', row['rate'])}", file=sys.stderr)
@@ -186,14 +183,14 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)} [default: all]")
     parser.add_argument("--graph", type=Path, metavar="FILE", help="[default: fp32, merged from our bundle]")
     parser.add_argument("--tune", action="store_true", help="try all settings first, and note the best in tuned.json")
-    parser.add_argument("--size", choices=SIZES, default="32x32", help="of the JPEGs [default: %(default)s]")
+    parser.add_argument("--size", choices=SIZES, default=SMALL, help="of the JPEGs [default: %(default)s]")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each load [default: %(default)s]")
     options = parser.parse_args()
     if unknown := set(options.names) - set(names):
         parser.error(f"{min(unknown)!r} is no contestant; there are {', '.join(names)}")
     end_like_an_error()
     with merged_graph(DEFAULT_BUNDLE, "fp32") as graph:
-        work = Work((options.graph or graph).resolve(), service_decoder())
+        work = Work((options.graph or graph).resolve())
         results: dict[str, Any] = {}
         for contestant in CONTESTANTS:
             if options.names and contestant.name not in options.names:

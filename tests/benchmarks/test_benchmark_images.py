@@ -27,7 +27,7 @@ def test_images_are_distinct_and_the_same_for_a_seed(size):
 
 def test_scaled_decoding_changes_large_images_a_little_and_small_ones_not_at_all():
     """By some shades of 255 at most on average, and to the same shape."""
-    whole, scaled = (decoder("pillow", SPEC, draft=draft) for draft in (False, True))
+    whole, scaled = (decoder(SPEC, draft=draft) for draft in (False, True))
     for size, bound in (("32x32", 0.0), ("640x480", 3.0)):
         for jpeg in make_images(size, count=5, synthetic=True).jpegs:
             assert scaled(jpeg).shape == whole(jpeg).shape == (32, 32, 3)

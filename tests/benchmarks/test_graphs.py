@@ -6,8 +6,9 @@ import onnxruntime as ort
 import pytest
 
 from benchmarks.contestants.merge import merge
-from benchmarks.floor import DEFAULT_BUNDLE, BareModel
+from benchmarks.floor import BareModel
 from model_export.bundle import read_bundle
+from service.settings import DEFAULT_BUNDLE
 from tests.tiny import noise
 
 

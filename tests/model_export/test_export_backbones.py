@@ -84,7 +84,7 @@ def test_the_service_answers_as_the_checkpoint_does(run_and_bundle):
     answers = asyncio.run(ask())
 
     checkpoint, model = trained_model(run)
-    seen = np.stack([views.test_view(Image.fromarray(image), checkpoint.recipe) for image in images])
+    seen = np.stack([views.evaluation_view(Image.fromarray(image), checkpoint.recipe) for image in images])
     with torch.no_grad():
         expert_logits = model.net(torch.from_numpy(seen)).expert_logits
     for index, answer in enumerate(answers):

@@ -48,7 +48,7 @@ async def connect():
     config = uvicorn.Config(
         app,
         port=0,
-        http=partial(GuardedProtocol, short_path=b"/short", short_way=lambda *_: False),
+        http=partial(GuardedProtocol, fast_url_path=b"/short", fast_path=lambda *_: False),
         ws="none",
         lifespan="off",
         log_config=None,

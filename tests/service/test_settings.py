@@ -11,13 +11,14 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from model_export.bundle import read_bundle
-from service.classifier import Classifier, warm_up_sizes
+from service.classifier import Classifier
 from service.cores import available_cores
 from service.engine import batch_size_for, open_engine
 from service.logs import log, set_up
 from service.operating_point import choose_operation
 from service.profile import PROFILE
 from service.settings import DEFAULT_BUNDLE, Settings, SettingsError, read_settings, unknown_variables
+from service.warm_up import warm_up_sizes
 from tests.tiny import operating_points
 
 EXAMPLES = {

@@ -158,7 +158,7 @@ def test_a_report_is_of_test_images_at_thresholds_of_held_out_ones(untrained, tm
     heldout, test = (knowing(images.labels.numpy(), seed) for seed, images in enumerate((data.heldout, data.test)))
     made = {len(data.heldout): heldout, len(data.test): test}
     monkeypatch.setattr("training.router_report.predict", lambda model, images: made[len(images)])
-    monkeypatch.setattr("training.router_report.fill_scores", lambda model, images: len(images))
+    monkeypatch.setattr("training.router_report.fit_temperature", lambda model, images: len(images))
     text = router_report.report(run, tmp_path, max_mean_experts=2.2)
     rows = rows_of(tmp_path / "curve.csv")
 

@@ -11,7 +11,7 @@ from training.data.sets import Images, load_data
 from training.evaluate import Costs, Predictions, mean_macs, predict, prefix_right, route
 from training.methods.method import build_model
 from training.recipes import RECIPES
-from training.thresholds import BUDGETS, fill_scores, frontier
+from training.thresholds import BUDGETS, fit_temperature, frontier
 from training.train import trained_model
 
 
@@ -117,7 +117,7 @@ def test_scores_are_spread_without_moving_a_decision(swept):
     checkpoint, model = trained_model(swept / "ride-own-seed0")
     heldout = load_data(checkpoint.recipe).heldout
     before = predict(model, heldout).router_scores
-    temperature = fill_scores(model, heldout)
+    temperature = fit_temperature(model, heldout)
     after = predict(model, heldout).router_scores.astype(np.float64)
 
     assert temperature == model.routers.temperature
@@ -131,7 +131,7 @@ def test_routers_that_always_say_the_same_are_left_alone(swept):
     heldout = load_data(checkpoint.recipe).heldout
     for parameter in model.routers.parameters():
         parameter.data.zero_()
-    assert fill_scores(model, heldout) == 1.0
+    assert fit_temperature(model, heldout) == 1.0
 
 
 def test_a_single_decision_has_no_spread_and_is_left_alone():
@@ -139,5 +139,5 @@ def test_a_single_decision_has_no_spread_and_is_left_alone():
     recipe = dataclasses.replace(RECIPES["ride-own"], n_experts=2, image_size=16)
     model = build_model(recipe, 3, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
     heldout = Images(torch.zeros(1, 16, 16, 3, dtype=torch.uint8), torch.tensor([0]))
-    assert fill_scores(model.eval(), heldout) == 1.0
+    assert fit_temperature(model.eval(), heldout) == 1.0
     assert np.isfinite(predict(model, heldout).router_scores).all()

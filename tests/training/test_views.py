@@ -103,10 +103,10 @@ def test_the_inner_crop_is_resizing_to_256_and_cutting_out_224():
     recipe = dataclasses.replace(IMAGENET, image_size=28)
     expected = photograph().resize((48, 32), Image.Resampling.BILINEAR).crop((10, 2, 38, 30))
 
-    found = views.test_view(photograph(), recipe)
+    found = views.evaluation_view(photograph(), recipe)
 
     assert np.abs(found.astype(int) - np.asarray(expected)).max() <= 2
-    whole = views.test_view(photograph(), dataclasses.replace(recipe, test_fit="crop"))
+    whole = views.evaluation_view(photograph(), dataclasses.replace(recipe, test_fit="crop"))
     assert np.abs(whole.astype(int) - np.asarray(expected)).max() > 5
 
 

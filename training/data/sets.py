@@ -87,7 +87,7 @@ class Data:
 
     @property
     def decoding(self) -> Decoding:
-        """ "resident" or "streamed"."""
+        """How the images are decoded: "resident" or "streamed", never "auto"."""
         return "streamed" if isinstance(self.train, StreamedImages) else "resident"
 
 

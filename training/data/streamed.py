@@ -18,7 +18,7 @@ from training.data.limits import free_memory
 from training.data.report import MOST_SHOWN, UnreadableError
 from training.data.samplers import batch_sizes
 from training.data.sources import Source
-from training.data.views import test_view, train_view
+from training.data.views import evaluation_view, train_view
 from training.distributed import gather_rows, own_rows
 from training.recipe import Recipe
 
@@ -116,7 +116,7 @@ class _Views(Dataset[np.ndarray | str]):
         except (OSError, ValueError) as error:
             return f"{self.source.images.name(position)}: {error}"
         if self.seed is None:
-            return test_view(image, self.recipe)
+            return evaluation_view(image, self.recipe)
         drawn = np.random.SeedSequence([self.seed, place]).generate_state(1, np.uint64)[0]
         return train_view(image, self.recipe, torch.Generator().manual_seed(int(drawn >> np.uint64(1))))
 

@@ -43,7 +43,7 @@ def train_view(image: Image.Image, recipe: Recipe, generator: torch.Generator) -
         return np.array(_pipeline(recipe)(image))
 
 
-def test_view(image: Image.Image, recipe: Recipe) -> np.ndarray:
+def evaluation_view(image: Image.Image, recipe: Recipe) -> np.ndarray:
     """One image as evaluation and service see it: (S, S, 3), uint8."""
     return np.asarray(fit(image, recipe.image_size, recipe.image_size, recipe.test_fit))
 

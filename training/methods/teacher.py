@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from training.checkpoint import CheckpointError, checkpoints_of
 from training.models.multi_expert import MultiExpertNet
-from training.recipe import PLACES, Recipe
+from training.recipe import PLACE_FIELDS, Recipe
 
 # Of the recipe: which images there are. A teacher that has seen others hands on what it learnt from them.
-IMAGES = (
+IMAGE_FIELDS = (
     "image_size", "data", "train_list", "val_list", "image_root", "profile", "imbalance", "n_max", "subset_order",
     "subset_seed",
 )  # fmt: skip
@@ -74,9 +74,10 @@ def _network(run: str, recipe: Recipe, class_counts: Sequence[int]) -> MultiExpe
         checkpoint, model = trained_model(Path(run))
     except CheckpointError as error:
         raise CheckpointError(f"teacher: {error}") from None
-    places = PLACES if checkpoint.images_digest else ()  # `refuse_other_teachers` looks at the images themselves
+    # Where there is a digest, `refuse_other_teachers` looks at the images themselves.
+    places = PLACE_FIELDS if checkpoint.images_digest else ()
     compared = {
-        name: (getattr(checkpoint.recipe, name), getattr(recipe, name)) for name in IMAGES if name not in places
+        name: (getattr(checkpoint.recipe, name), getattr(recipe, name)) for name in IMAGE_FIELDS if name not in places
     }
     compared |= {
         "classes": (len(checkpoint.class_counts), len(class_counts)),

@@ -1,5 +1,8 @@
 """PyTriton: Triton's HTTP server and dynamic batching in front of Python; the JPEG is a binary tensor."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from pytriton.decorators import batch
@@ -9,11 +12,11 @@ from pytriton.triton import Triton, TritonConfig
 from benchmarks.contestants.model import TOP_K, Model, open_model, options
 
 
-def classifier(model: Model):
+def classifier(model: Model) -> Callable[..., dict[str, NDArray[Any]]]:
     """A function from a batch of JPEGs (B, 1) to labels and probabilities (B, TOP_K)."""
 
     @batch
-    def classify(image: NDArray[np.bytes_]) -> dict[str, NDArray]:
+    def classify(image: NDArray[np.bytes_]) -> dict[str, NDArray[Any]]:
         answers = model.classify([bytes(jpeg) for jpeg in image[:, 0]])
         labels = [[prediction["label"].encode() for prediction in predictions] for predictions in answers]
         values = [[prediction["probability"] for prediction in predictions] for predictions in answers]

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.anyio
 @asynccontextmanager
 async def listening(running, *, send_buffer=None, **options):
     """A socket in front of a service that runs here; connect to it. What is not read yet fits into `send_buffer`."""
-    guarded = partial(GuardedProtocol, short_path=b"/classify", short_way=running.app.classify.short_way)
+    guarded = partial(GuardedProtocol, fast_url_path=b"/classify", fast_path=running.app.classify.fast_path)
     config = uvicorn.Config(
         running.app, port=0, http=guarded, ws="none", lifespan="off", log_config=None, server_header=False, **options
     )
@@ -49,15 +49,15 @@ async def listening(running, *, send_buffer=None, **options):
 
 @pytest.fixture
 def taken(monkeypatch):
-    """What went the short way, of all requests that were offered to it."""
+    """What took the fast path, of all requests that were offered to it."""
     offered = []
-    short_way = routes.ClassifyRoute.short_way
+    fast_path = routes.ClassifyRoute.fast_path
 
     def note(*arguments):
-        offered.append(short_way(*arguments))
+        offered.append(fast_path(*arguments))
         return offered[-1]
 
-    monkeypatch.setattr(routes.ClassifyRoute, "short_way", note)
+    monkeypatch.setattr(routes.ClassifyRoute, "fast_path", note)
     return offered
 
 
@@ -100,7 +100,7 @@ async def ask(connect, *pieces):
 
 @pytest.mark.parametrize("query", [b"", b"?top_k=2&threshold=0", b"?max_experts=1&mode=full"])
 async def test_both_ways_give_the_same_answer(monkeypatch, service, query, taken):
-    """Status, headers and body, but for ids and times; in one piece it goes the short way, in two the long one."""
+    """Status, headers and body, but for ids and times; in one piece it takes the fast path, in two the normal one."""
     async with listening(service) as connect:
         whole = request(FILES[0], b"Content-Type: image/png", query=query)
         short = await ask(connect, whole)
@@ -138,7 +138,7 @@ async def test_what_is_refused_goes_the_long_way(served, taken, body, headers, q
 
 
 async def test_requests_on_one_connection_are_answered_in_order(served, taken):
-    """Three at once: the first goes the short way, those behind it wait for their turn."""
+    """Three at once: the first takes the fast path, those behind it wait for their turn."""
     _, connect = served
     async with connect() as (reader, writer):
         writer.write(b"".join(request(file, b"X-Request-Id: %d" % number) for number, file in enumerate(FILES[:3])))
@@ -183,13 +183,13 @@ async def test_a_client_that_hangs_up_is_not_worked_for(served, taken):
 async def test_whoever_hangs_up_while_the_answer_is_made_is_counted_as_gone(served, monkeypatch, taken):
     """Between the hang-up and the word of it the connection is closing: what is written to it reaches nobody."""
     service, connect = served
-    answer = routes._ShortRequest._answer
+    answer = routes._FastRequest._answer
 
     def hang_up_then_answer(self, outcome):
         self._exchange._protocol.transport.close()
         answer(self, outcome)
 
-    monkeypatch.setattr(routes._ShortRequest, "_answer", hang_up_then_answer)
+    monkeypatch.setattr(routes._FastRequest, "_answer", hang_up_then_answer)
     async with connect() as (reader, writer):
         writer.write(request(FILES[0]))
         assert await reader.read() == b""
@@ -291,7 +291,7 @@ async def test_a_body_above_the_limit_is_refused_on_either_way(tiny_bundle, take
 
 
 async def test_other_methods_are_refused_with_a_body_or_without(served, taken):
-    """As on the long way."""
+    """As on the normal path."""
     _, connect = served
     status, _, answer = await ask(connect, request(FILES[0]).replace(b"POST", b"GET", 1))
     assert (status, answer["error"]["code"]) == (405, "method_not_allowed")
@@ -379,7 +379,7 @@ async def test_a_client_that_does_not_read_its_answers_goes_the_long_way(service
         while len(taken) == sent and sent < 2000:
             await loop.sock_sendall(client, request(FILES[0]))
             sent += 1
-            for _ in range(500):  # the next one shall not go the long way for coming before this one's answer
+            for _ in range(500):  # the next one shall not take the normal path for coming before this one's answer
                 if service.metric("requests_total", code="200") < sent:
                     await asyncio.sleep(0.001)
         assert len(taken) == sent - 1

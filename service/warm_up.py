@@ -1,0 +1,84 @@
+"""Every graph is run at several batch sizes before the first image comes, and its times are noted."""
+
+import logging
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+import numpy as np
+
+from model_export.bundle import Manifest, Rule
+from service.cascade import BatchReport, Cascade, Engine, Job, NotFiniteError
+from service.engine import EngineError, batch_size_for
+from service.logs import log
+from service.schedule import Profile, Schedule
+
+PROFILE_RUNS: Final = 5
+
+
+class RunningEngine(Engine, Protocol):
+    """An engine that says what it runs, and on what."""
+
+    provider: str
+    variant: str
+
+
+class _Stopwatch:
+    """Watches the warm-up, which is no work and shall not be counted: stage -> batch size -> shortest seconds."""
+
+    def __init__(self) -> None:
+        self.shortest: dict[str, dict[int, float]] = {}
+
+    def batch_done(self, report: BatchReport) -> None:
+        for stage, images, seconds in report.stages:
+            times = self.shortest.setdefault(stage, {})
+            times[images] = min(seconds, times.get(images, seconds))
+
+
+def measure_profile(engine: RunningEngine, manifest: Manifest, rule: Rule, max_batch: int, *, on_gpu: bool) -> Profile:
+    """
+    Send blank images of several batch sizes through every graph, which also warms them up; keep the shortest times.
+
+    Raises:
+        EngineError: where a graph fails, as for want of memory.
+        NotFiniteError: where a graph gives NaN or infinity even for a blank image.
+    """
+    watch = _Stopwatch()
+    cascade = Cascade(
+        engine, n_experts=manifest.n_experts, n_classes=len(manifest.classes), rule=rule,
+        schedule=Schedule(max_batch), observer=watch,
+    )  # fmt: skip
+    blank = np.zeros((manifest.input.height, manifest.input.width, 3), np.uint8)
+    thresholds = (0.0,) * (manifest.n_experts - 1)
+
+    def run(limits: Sequence[int]) -> None:
+        """A batch of images that may have so many experts each."""
+        for outcome in cascade.run([Job(blank, thresholds, limit, 0.0, 1, 0.0) for limit in limits]):
+            if isinstance(outcome, NotFiniteError):
+                raise outcome
+            if isinstance(outcome, Exception):
+                log(logging.ERROR, "warm_up_failed", error=outcome)
+                raise EngineError(
+                    f"a batch of {len(limits)} images fails on {engine.provider}: {outcome}; where memory is short, "
+                    "lower RIDE_MAX_BATCH"
+                ) from outcome
+
+    for size in warm_up_sizes(max_batch, on_gpu=on_gpu):
+        for _ in range(PROFILE_RUNS):
+            run([manifest.n_experts] * size)
+    if max_batch > 1:  # half of them stop after one expert, so that a batch is compacted as well
+        run([1 + row % 2 for row in range(max_batch)])
+    return Profile(watch.shortest)
+
+
+def warm_up_sizes(max_batch: int, *, on_gpu: bool) -> list[int]:
+    """
+    Powers of two, and the largest batch; on a GPU all that are filled up to different sizes.
+
+    There the largest comes first: TensorRT, by the source of its provider, builds a graph's engine for the range of
+    sizes that it has seen, anew for each that lies outside, which takes minutes.
+    """
+    if on_gpu:
+        *others, largest = sorted({min(batch_size_for(rows), max_batch) for rows in range(1, max_batch + 1)})
+        return [largest, *others]
+    sizes = [2**power for power in range(max_batch.bit_length()) if 2**power < max_batch]
+    return [*sizes, max_batch]
