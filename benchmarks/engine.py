@@ -67,8 +67,8 @@ class EngineResult:
     agreement: Mapping[str, float]
 
 
-class Nobody:
-    """Watches without interest."""
+class NullObserver:
+    """Ignores every step."""
 
     def batch_done(self, report: BatchReport) -> None:
         """Nothing."""
@@ -100,7 +100,7 @@ class _Bench:
         manifest = self.manifest
         return Cascade(
             self.engine, n_experts=manifest.n_experts, n_classes=len(manifest.classes), rule=manifest.rule,
-            schedule=schedule, observer=Nobody(),
+            schedule=schedule, observer=NullObserver(),
         )  # fmt: skip
 
     def jobs(self, *, routed: bool = True) -> list[Job]:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
-from benchmarks.engine import Nobody, default_share, reach_of
+from benchmarks.engine import NullObserver, default_share, reach_of
 from model_export.bundle import Bundle, read_bundle
 from service.cascade import Cascade, Floats, Job, Rows
 from service.classifier import Classifier
@@ -70,7 +70,7 @@ def simulate(
     engine = SimulatedEngine(profile)
     schedule = Schedule(max_batch, merges=merges, profile=profile, reach=reach_of(share))
     cascade = Cascade(
-        engine, n_experts=len(share), n_classes=2, rule="router", schedule=schedule, observer=Nobody()
+        engine, n_experts=len(share), n_classes=2, rule="router", schedule=schedule, observer=NullObserver()
     )  # fmt: skip
     waiting: deque[Job] = deque()
     arrived: dict[Job, float] = {}

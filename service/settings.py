@@ -81,8 +81,8 @@ class Settings(BaseSettings):
         ge=0,
         le=1024,
         description="Processes that answer requests. 0 takes one for each core that there is (affinity and cgroup "
-        "quota), and one alone on a GPU. On the CPU as many as cores answer the most images per second; fewer need "
-        "less memory. The limits max-queue and max-inflight-bytes are for all of them together, a part for each.",
+        "quota), and one alone on a GPU. On the CPU, one per core answers the most images per second; fewer need "
+        "less memory. max-queue and max-inflight-bytes are totals, divided among the workers.",
     )
     shared_engine: Literal["auto", "on", "off"] = Field(
         "auto",
@@ -101,13 +101,13 @@ class Settings(BaseSettings):
         None,
         ge=1,
         le=4096,
-        description="Images that run together at most. Without it, 16 on a processor, where more gain nothing, and 64 "
+        description="Images that run together at most. Without it, 16 on the CPU, where more gain nothing, and 64 "
         "on a GPU, where a larger batch answers more images per second and makes each wait for the whole of it.",
     )
     merge: Literal["auto", "on", "off"] = Field(
         "auto",
         description="Whether images of one batch that need another expert may wait for those of the next batch and run "
-        "together. auto: on a GPU; a processor gains nothing by it.",
+        "together. auto: on a GPU; the CPU gains nothing by it.",
     )
     engine_thread: Literal["auto", "on", "off"] = Field(
         "auto",
@@ -161,8 +161,8 @@ class Settings(BaseSettings):
         30.0,
         gt=0,
         le=3600,
-        description="Seconds that SIGTERM leaves to accepted requests. Should exceed timeout-s, and stay below what "
-        "whoever runs the service grants before it kills (docker stop: 10 unless told otherwise).",
+        description="Seconds that accepted requests have to finish after SIGTERM. Should exceed timeout-s and stay "
+        "below the grace period of whatever stops the service (docker stop: 10 by default).",
     )
     top_k: int = Field(5, ge=1, description="Classes in an answer where the request does not say.")
     max_experts: int | None = Field(

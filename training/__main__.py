@@ -232,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"other commands, in place of the recipe:\n{usages}\n{_about_recipes()}",
     )
     parser.add_argument("recipe", help="name of the recipe")
-    parser.add_argument("--out", type=Path, help="run directory [default: runs/RECIPE]")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="run directory [default: runs/RECIPE]")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run directory")
     return _with_settings(parser)
 
@@ -241,7 +241,9 @@ def _sweep_parser() -> argparse.ArgumentParser:
     parser = _several("sweep", "Train several recipes with several seeds, one after another, and tabulate them.")
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="names of recipes; none: only tabulate --also")
     parser.add_argument("--seeds", default="0", metavar="N,N", help="seeds of every recipe [default: 0]")
-    parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="directory [default: %(default)s]")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/sweep"), metavar="DIR", help="directory [default: %(default)s]"
+    )
     parser.add_argument(
         "--also",
         type=Path,
@@ -271,7 +273,9 @@ def _bias_variance_parser() -> argparse.ArgumentParser:
         "--split-n-max", type=_from(1), default=500, metavar="N",
         help="classes are many, medium or few as if the largest had N images [default: %(default)s]",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("runs/bias-variance"), help="directory [default: %(default)s]")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/bias-variance"), metavar="DIR", help="directory [default: %(default)s]"
+    )
     return _with_settings(parser)
 
 
@@ -283,7 +287,7 @@ def _report_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--out", type=Path, metavar="DIR", help="directory of the report [default: RUN/report]")
-    parser.add_argument("--data", help="where the images lie now, if not where the recipe says")
+    parser.add_argument("--data", metavar="DIR", help="where the images lie now, if not where the recipe says")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="image_root=DIR, if it is not where it was"
     )

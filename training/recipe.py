@@ -180,6 +180,8 @@ class Recipe:
     name: str
     method: Literal["ride", "single", "shike", "sade", "ace", "bbn", "oltr", "lfme", "m2m"]
     loss: Literal["ce", "focal", "sigmoid_focal", "ldam", "balanced_softmax", "logit_adjusted"] = "ce"
+
+    # the images
     data: str = "cifar100"
     train_list: str | None = None
     val_list: str | None = None
@@ -198,6 +200,8 @@ class Recipe:
     image_size: int = 32
     mean: tuple[float, float, float] | None = CIFAR_MEAN
     std: tuple[float, float, float] | None = CIFAR_STD
+
+    # the network
     backbone: Literal[
         "resnet20_cifar", "resnet32_cifar", "resnet44_cifar", "resnet56_cifar",
         "resnet10", "resnet50", "resnet101", "resnet152", "resnext50", "resnext101", "swin_t", "swin_s",
@@ -209,6 +213,8 @@ class Recipe:
     reduced: bool = False
     classifier: Literal["cosine", "linear"] = "cosine"
     cosine_scale: float = 30.0
+
+    # the experts' stage: its length, and the optimiser
     epochs: int = 200
     batch_size: int = 128
     lr: float = 0.1
@@ -224,6 +230,8 @@ class Recipe:
     clip_norm: float | None = None
     lr_drops: tuple[float, ...] = (0.8, 0.9)
     lr_drop_factor: float = 0.01
+
+    # the views of an image
     crop: Literal["padded", "resized"] = "padded"
     crop_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     crop_padding: int = 4
@@ -238,11 +246,15 @@ class Recipe:
     label_smoothing: float = 0.0
     test_fit: Literal["crop", "inner_crop"] = "crop"
     cutout: int = 0
+
+    # losses of an expert
     max_margin: float = 0.5
     focal_gamma: float = 1.0
     logit_tau: float = 1.0
     deferred_from: float | None = None
     effective_beta: float = 0.9999
+
+    # what experts have to do with each other
     diversity_weight: float = 0.0
     diversity_form: Literal["mean", "pairwise"] = "mean"
     diversity_mean: bool = False
@@ -250,14 +262,20 @@ class Recipe:
     collaborative: bool = False
     expert_taus: tuple[float, ...] = ()
     reversed_tau: float = 2.0
+
+    # distillation from finished runs
     teacher: str = ""
     distill_each: bool = False
     distill_temperature: float = 1.5
     distill_weight: float = 1.0
     loss_times_experts: bool = False
+
+    # SHIKE
     depth_fusion: bool = False
     transfer_weight: float = 10.0
     mutual_weight: float = 1.0
+
+    # ACE
     group_shares: tuple[float, ...] = ()
     group_lr_scaling: bool = True
     group_stop_gradient: bool = True
@@ -266,6 +284,8 @@ class Recipe:
     group_norm_power: float = 1.0
     group_norm_rows: Literal["own", "all"] = "own"
     group_answer: Literal["group", "all"] = "group"
+
+    # classifiers that are trained once more
     retrain_epochs: int = 0
     retrain_loss: Literal["ce", "focal", "ldam", "balanced_softmax", "logit_adjusted"] = "balanced_softmax"
     retrain_lr: float = 0.1
@@ -277,6 +297,8 @@ class Recipe:
     retrain_weight_decay: float | None = None
     tau: float | None = None
     ncm_features: Literal["best", "un", "l2n", "cl2n"] = "best"
+
+    # OLTR
     oltr_epochs: int = 60
     oltr_lr: float = 0.01
     oltr_classifier_lr: float = 0.1
@@ -286,11 +308,15 @@ class Recipe:
     oltr_margin: float = 10.0
     oltr_reach: float = 10.0
     oltr_scale: float = 16.0
+
+    # LFME
     lfme_epochs: int = 120
     lfme_lr: float = 0.1
     lfme_weight_decay: float = 5e-4
     lfme_temperature: float = 2.0
     lfme_threshold: float = 0.3
+
+    # M2m
     m2m_from: float = 0.8
     m2m_beta: float = 0.999
     m2m_lambda: float = 0.5
@@ -298,6 +324,8 @@ class Recipe:
     m2m_steps: int = 10
     m2m_step_size: float = 0.1
     m2m_noise: float = 0.5
+
+    # the routers
     router_epochs: int = 5
     router_batch_size: int = 512
     router_lr: float = 0.01
@@ -306,6 +334,8 @@ class Recipe:
     router_hidden: int = 16
     router_shared: bool = True
     router_positive_weight: float = 100.0
+
+    # how it is run
     seed: int = 0
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     accumulate: int = 1

@@ -50,8 +50,8 @@ class TableEngineOfOneClass(TableEngine):
         return logits_sum + LOGITS[index, features, :1], features
 
 
-class Nobody:
-    """Watches without interest."""
+class NullObserver:
+    """Ignores every step."""
 
     def batch_done(self, report):
         pass
@@ -81,7 +81,7 @@ class AtWill(Schedule):
 def cascade(rule="router", schedule=None, engine=None, observer=None):
     return Cascade(
         engine or TableEngine(), n_experts=N_EXPERTS, n_classes=N_CLASSES, rule=rule,
-        schedule=schedule or Schedule(64), observer=observer or Nobody(),
+        schedule=schedule or Schedule(64), observer=observer or NullObserver(),
     )  # fmt: skip
 
 
@@ -262,7 +262,7 @@ def test_the_only_class_leads_by_all_there_is():
     """A model of one class has no second one; nothing goes on where the margin decides."""
     (outcome,) = Cascade(
         TableEngineOfOneClass(), n_experts=N_EXPERTS, n_classes=1, rule="margin", schedule=Schedule(1),
-        observer=Nobody(),
+        observer=NullObserver(),
     ).run([Job(np.zeros((1, 1, 3), np.uint8), (0.5,) * (N_EXPERTS - 1), N_EXPERTS, 0.0, 1, 0.0)])  # fmt: skip
 
     assert (outcome.experts_used, outcome.probabilities, outcome.router_scores) == (1, [1.0], [0.0])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from training.__main__ import main
 from training.checkpoint import checkpoints_of, save_checkpoint
-from training.data.limits import free_memory, processors
+from training.data.limits import available_cores, free_memory
 from training.data.sets import DataError, Images, channel_statistics, load_data
 from training.data.streamed import StreamedImages, fits_in_memory
 from training.recipe import Recipe
@@ -126,7 +126,7 @@ def test_a_container_that_may_use_few_processors_gets_few_workers(tmp_path, monk
         group = tmp_path / "sys" / "fs" / "cgroup"
         group.mkdir(parents=True)
         (group / "cpu.max").write_text(quota + "\n")
-    assert processors(tmp_path) == expected
+    assert available_cores(tmp_path) == expected
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(None, 9 << 30), ("max", 9 << 30), (str(8 << 30), 6 << 30)])

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from training.data.images import FORMATS, refuse_large
 from training.data.images import decode as decode_image
-from training.data.limits import processors
+from training.data.limits import available_cores
 from training.data.longtail import SPLITS, split_of
 from training.data.report import Report
 from training.data.sources import Encoded, Files, ImageSet, open_set
@@ -60,7 +60,7 @@ def summary_of(image_set: ImageSet) -> str:
 
 def workers_for(recipe: Recipe) -> int:
     """How many processes decode: what the recipe says, or one for each processor that this process may use."""
-    return processors() if recipe.workers is None else recipe.workers
+    return available_cores() if recipe.workers is None else recipe.workers
 
 
 def examine(image_set: ImageSet, depth: Depth, workers: int) -> dict[str, np.ndarray]:

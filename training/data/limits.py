@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 
-def processors(root: Path = Path("/")) -> int:
+def available_cores(root: Path = Path("/")) -> int:
     """
-    How many it may keep busy, by affinity and by the control group's quota; at least 1.
+    How many this process may keep busy, by affinity and by the control group's quota; at least 1.
 
     Args:
         root: where /sys lies; only tests change it.
