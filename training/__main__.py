@@ -197,6 +197,8 @@ def _settings_record(options: argparse.Namespace) -> dict[str, Any]:
 
 def _refuse_settings(options: argparse.Namespace, reasons: dict[str, str]) -> None:
     """
+    Refuse what the command itself decides on.
+
     Raises:
         RecipeError: for a field in --set that the command itself decides on.
     """

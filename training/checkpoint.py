@@ -38,6 +38,8 @@ class CheckpointError(TrainingError, ValueError):
 @dataclass(frozen=True)
 class Checkpoint:
     """
+    What a checkpoint's directory says of it.
+
     Attributes:
         path: its directory.
         stage, epochs_done: how far the training was.

@@ -74,6 +74,8 @@ def train_all(
 
 def refuse_equal_names(recipes: Sequence[Recipe]) -> None:
     """
+    Refuse recipes that would share a directory.
+
     Raises:
         RunsError: where two recipes have one name, which would be that of one directory.
     """

@@ -63,6 +63,8 @@ def decode(encoded: bytes) -> Image.Image:
 
 def refuse_large(image: Image.Image) -> None:
     """
+    Refuse an image with too many pixels.
+
     Raises:
         ValueError: for more than 200 million pixels.
     """

@@ -29,6 +29,8 @@ class Mixing:
 
     def __call__(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """
+        Mix a batch in pairs.
+
         Args:
             images: (B, H, W, 3), uint8.
             labels: (B,).

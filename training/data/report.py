@@ -71,6 +71,8 @@ class Report:
 
     def raise_errors(self, name: str) -> None:
         """
+        Refuse a set with errors.
+
         Raises:
             DataError: with everything, warnings too, where there is an error.
         """

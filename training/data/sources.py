@@ -183,6 +183,8 @@ def _open(recipe: Recipe) -> ImageSet:
 
 def _existing(directory: Path) -> Path:
     """
+    The directory, where it exists.
+
     Raises:
         DataError: where it is not there.
     """

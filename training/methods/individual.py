@@ -42,6 +42,8 @@ class IndividualLoss:
 
     def __call__(self, logits: Tensor, labels: Tensor, epoch: int, targets: Tensor | None = None) -> Tensor:
         """
+        The loss of one expert.
+
         Args:
             logits: (B, C), as the classifier scales them.
             labels: (B,).

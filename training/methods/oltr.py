@@ -102,6 +102,8 @@ class Memory(nn.Module):
 
     def forward(self, features: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
         """
+        What the memory holds for these features.
+
         Args:
             features: (B, D).
             shares: (B, C), of the classes.

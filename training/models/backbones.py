@@ -19,6 +19,8 @@ from training.recipe import Recipe
 @dataclass(frozen=True)
 class Backbone:
     """
+    How a backbone is cut into trunk and experts.
+
     Attributes:
         trunk: recipe -> normalised images (B, 3, H, W) to features (B, ...).
         expert: recipe -> features (B, ...) to (B, D).

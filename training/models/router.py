@@ -47,6 +47,8 @@ class Routers(nn.Module):
 
     def decide(self, router: int, expert_feature: Tensor, logits_sum: Tensor) -> Tensor:
         """
+        The decision of one router for a batch.
+
         Args:
             router: i, from 0.
             expert_feature: (B, D), of expert i.
