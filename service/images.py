@@ -2,6 +2,7 @@
 
 import io
 import math
+import struct
 from typing import Final
 
 import numpy as np
@@ -28,7 +29,9 @@ from service.structure import (
 Image.MAX_IMAGE_PIXELS = None  # Pillow would warn at one size and refuse at another; `decode` has the limit
 
 FILTERS: Final = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-PNG_DEPTH_AT: Final = 24  # in a file whose first chunk is the header, as it must be
+# In a PNG whose first chunk is the header, as it must be.
+PNG_SIZE_AT, PNG_DEPTH_AT = 16, 24
+PNG_SIZE: Final = struct.Struct(">II")  # width, height
 INNER_SHARE: Final = 7 / 8  # of the shorter side, in "inner_crop": 224 of 256
 SMALL_JPEG: Final = 640 * 480  # pixels that take about a millisecond
 SMALL_PNG: Final = 200 * 200
@@ -103,8 +106,8 @@ def is_small(data: bytes) -> bool:
         except ValueError:
             return False
         return bool(height * width <= SMALL_JPEG and colours not in PILLOWS_COLOURS)
-    if data.startswith(PNG_START) and data[12:16] == b"IHDR" and len(data) >= 24:
-        width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
+    if data.startswith(PNG_START) and data[12:16] == b"IHDR" and len(data) >= PNG_SIZE_AT + PNG_SIZE.size:
+        width, height = PNG_SIZE.unpack_from(data, PNG_SIZE_AT)
         return width * height <= SMALL_PNG and has_plain_chunks(data)
     return False
 

@@ -6,6 +6,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final, cast
 from urllib.parse import parse_qsl
 
@@ -230,31 +231,36 @@ class ClassifyRoute:
         await send({"type": "http.response.body", "body": content, "more_body": not last})
 
 
+@dataclass(slots=True, eq=False)
 class _FastRequest:
-    """A request that is answered without a task, from the moment when its image is queued."""
+    """
+    A request that is answered without a task, from the moment when its image is queued.
 
-    def __init__(
-        self,
-        route: ClassifyRoute,
-        exchange: Exchange,
-        request_id: str,
-        upload: Upload,
-        choice: Choice,
-        started: float,
-        lease: MemoryLease,
-        job: Job,
-        outcome: asyncio.Future[Outcome],
-        decode_s: float,
-    ) -> None:
-        self.began = time.monotonic()
-        self._left = False
-        self._route, self._exchange, self._request_id = route, exchange, request_id
-        self._upload, self._choice, self._started, self._lease = upload, choice, started, lease
-        self._job, self._outcome, self._decode_s = job, outcome, decode_s
-        route._classifier.enter()
-        route._watch.add(self)
-        exchange.hung_up = self._hung_up
-        outcome.add_done_callback(self._answer)
+    Attributes:
+        started: time.perf_counter() at the first look at it.
+        decode_s: what decoding its image took.
+        began: time.monotonic() from which its time limit counts.
+        left: whether it is answered, or given up.
+    """
+
+    route: ClassifyRoute
+    exchange: Exchange
+    request_id: str
+    upload: Upload
+    choice: Choice
+    started: float
+    lease: MemoryLease
+    job: Job
+    outcome: asyncio.Future[Outcome]
+    decode_s: float
+    began: float = field(default_factory=time.monotonic)
+    left: bool = False
+
+    def __post_init__(self) -> None:
+        self.route._classifier.enter()
+        self.route._watch.add(self)
+        self.exchange.hung_up = self._hung_up
+        self.outcome.add_done_callback(self._answer)
 
     def look(self) -> None:
         """Nothing to do: the protocol says when the client hangs up."""
@@ -265,48 +271,46 @@ class _FastRequest:
         self._give_up()
 
     def _hung_up(self) -> None:
-        log(logging.INFO, "client_gone", request_id=self._request_id)
+        log(logging.INFO, "client_gone", request_id=self.request_id)
         self._leave(CLIENT_GONE)
         self._give_up()
 
     def _give_up(self) -> None:
-        self._outcome.cancel()
-        self._job.abandoned = True
+        self.outcome.cancel()
+        self.job.abandoned = True
 
     def _answer(self, future: asyncio.Future[Outcome]) -> None:
-        if self._left:  # too late: given up while this call was waiting for its turn
+        if self.left:  # too late: given up while this call was waiting for its turn
             return
-        if self._exchange.gone:
-            self._exchange.hung_up = None
+        if self.exchange.gone:
+            self.exchange.hung_up = None
             self._hung_up()
             return
         try:
-            outcome: ClassifiedImage | ServiceError = ClassifiedImage(future.result(), self._decode_s)
+            outcome: ClassifiedImage | ServiceError = ClassifiedImage(future.result(), self.decode_s)
         except NotFiniteError as error:
             outcome = not_finite(error)
         except Exception as error:
-            self._refuse(self._route._explained(error, self._request_id))
+            self._refuse(self.route._explained(error, self.request_id))
             return
-        self._send(
-            *self._route._status_and_body([self._upload], [outcome], self._choice, self._request_id, self._started)
-        )
+        self._send(*self.route._status_and_body([self.upload], [outcome], self.choice, self.request_id, self.started))
 
     def _refuse(self, error: ServiceError) -> None:
-        self._route._note(self._request_id, error)
-        self._send(error.status, _refusal(self._request_id, error), error)
+        self.route._note(self.request_id, error)
+        self._send(error.status, _refusal(self.request_id, error), error)
 
     def _send(self, status: int, answer: dict[str, Any], error: ServiceError | None = None) -> None:
-        if self._route._classifier.state == "draining":
-            self._exchange.keep_alive = False
+        if self.route._classifier.state == "draining":
+            self.exchange.keep_alive = False
         self._leave(status)
-        self._exchange.answer(status, _headers(self._request_id, error), orjson.dumps(answer))
+        self.exchange.answer(status, _headers(self.request_id, error), orjson.dumps(answer))
 
     def _leave(self, status: int) -> None:
-        self._left = True
-        self._lease.release()
-        self._route._watch.remove(self)
-        self._route._classifier.leave()
-        self._route._classifier.metrics.request_done(status, time.perf_counter() - self._started)
+        self.left = True
+        self.lease.release()
+        self.route._watch.remove(self)
+        self.route._classifier.leave()
+        self.route._classifier.metrics.request_done(status, time.perf_counter() - self.started)
 
 
 def _refusal(request_id: str, error: ServiceError) -> dict[str, Any]:

@@ -186,7 +186,7 @@ async def test_whoever_hangs_up_while_the_answer_is_made_is_counted_as_gone(serv
     answer = routes._FastRequest._answer
 
     def hang_up_then_answer(self, outcome):
-        self._exchange._protocol.transport.close()
+        self.exchange._protocol.transport.close()
         answer(self, outcome)
 
     monkeypatch.setattr(routes._FastRequest, "_answer", hang_up_then_answer)
