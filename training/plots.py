@@ -233,9 +233,10 @@ def plot_bias_variance(
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
-    """(N,): means over `window` neighbours, an odd number; fewer at both ends."""
-    kernel = np.ones(window)
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+    """(N,): means over `window` neighbours, an odd number; fewer at both ends and beside NaN, which has no value."""
+    kernel, known = np.ones(window), np.isfinite(values)
+    with np.errstate(invalid="ignore"):  # where no neighbour has one
+        return np.convolve(np.where(known, values, 0), kernel, "same") / np.convolve(known, kernel, "same")
 
 
 def _window(count: int) -> int:

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -72,3 +73,10 @@ def test_lines_of_a_legend_can_be_told_apart(drawn, tmp_path):
 
     lines = drawn[0].legends[0].get_lines()
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(lines) == 20
+
+
+def test_a_class_without_images_blanks_no_neighbour():
+    """Means are over those that have a value; only where none has is there none."""
+    nan = np.nan
+    assert plots.smoothed(np.array([1.0, 2, 3, 4]), 3).tolist() == [1.5, 2, 3, 3.5]
+    np.testing.assert_array_equal(plots.smoothed(np.array([1.0, nan, 3, nan, nan, nan]), 3), [1, 2, 3, 3, nan, nan])
