@@ -30,6 +30,7 @@ from benchmarks.machine import describe
 from benchmarks.runtimes import PROVIDERS, open_graph
 from model_export.bundle import Bundle, read_bundle
 from service.cores import available_cores
+from service.engine import choose_variant
 from service.settings import DEFAULT_BUNDLE
 
 BATCH: Final = 32
@@ -187,14 +188,14 @@ def main() -> None:
     """Measure one bare loop, routed and with all experts, and print the result as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, default=DEFAULT_BUNDLE, metavar="DIR", help="[default: the one we ship]")
-    parser.add_argument("--variant", metavar="NAME", help="[default: the bundle's default]")
+    parser.add_argument("--variant", metavar="NAME", help="[default: what ride-serve would choose]")
     parser.add_argument("--provider", choices=PROVIDERS, default="cpu", help="[default: %(default)s]")
     parser.add_argument("--draft", action="store_true", help="let libjpeg shrink large images while it decodes")
     parser.add_argument("--size", choices=SIZES, default=SMALL, help="of the JPEGs [default: %(default)s]")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each loop [default: %(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of the images [default: 0]")
     options = parser.parse_args()
-    variant = options.variant or read_bundle(options.bundle).manifest.default_variant
+    variant = options.variant or choose_variant(read_bundle(options.bundle).manifest, options.provider)
     routed = Loop(
         options.bundle, variant, options.provider, options.draft, options.size, True, options.seconds,
         options.seed,
