@@ -88,7 +88,11 @@ class Service:
 
 
 class CommonHeaders:
-    """Gives every request an id, every answer that id and the security headers, and has browsers ask each time anew."""
+    """
+    Gives every request an id, every answer that id and the security headers, and has browsers ask each time anew.
+
+    Nobody gets a part of a file: they are small, and Starlette would refuse a broken Range in plain text.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -100,6 +104,7 @@ class CommonHeaders:
             return
         request_id = request_id_of(scope["headers"])
         scope.setdefault("state", {})["request_id"] = request_id
+        scope["headers"] = [header for header in scope["headers"] if header[0] != b"range"]
         headers = [*common_headers(request_id, scope["path"]), (b"cache-control", b"no-cache")]
 
         async def send_with_headers(message: Message) -> None:

@@ -579,6 +579,16 @@ async def test_whatever_can_be_fetched_can_be_asked_about(service, path):
     assert response.headers["content-type"] == (await service.client.get(path)).headers["content-type"]
 
 
+@pytest.mark.parametrize("path", ["/", "/static/app.js"])
+@pytest.mark.parametrize("wanted", ["bytes=0-9", "bytes=9-0", "pages=1"])
+async def test_a_file_is_given_whole(service, path, wanted):
+    """Whatever part is asked for, if it can be understood or not."""
+    response = await service.client.get(path, headers={"range": wanted})
+
+    assert response.status_code == 200
+    assert response.content == (await service.client.get(path)).content
+
+
 async def test_a_service_that_cannot_start_says_so_and_never_gets_ready(tiny_bundle, caplog):
     """The engine's reason is in the log; /readyz stays 503."""
 
