@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, contextmanager
 import httpx
 import numpy as np
 import pytest
+import uvicorn
 from PIL import Image
 from prometheus_client import CollectorRegistry
 
@@ -181,3 +182,24 @@ def _logging_restored():
     warnings.filters[:] = filters
     logging.root.handlers[:] = handlers
     logging.root.setLevel(level)
+
+
+async def started(app, **options):
+    """A uvicorn.Server that answers on a free port, until its `shutdown`."""
+    config = uvicorn.Config(app, port=0, ws="none", lifespan="off", log_config=None, **options)
+    config.load()
+    server = uvicorn.Server(config)
+    server.lifespan = config.lifespan_class(config)
+    await server.startup()
+    return server
+
+
+@asynccontextmanager
+async def connected(server):
+    """A connection to it: reader and writer."""
+    reader, writer = await asyncio.open_connection(*server.servers[0].sockets[0].getsockname()[:2])
+    async with asyncio.timeout(30):
+        try:
+            yield reader, writer
+        finally:
+            writer.transport.abort()

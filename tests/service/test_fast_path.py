@@ -9,11 +9,10 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 
 import pytest
-import uvicorn
 
 from service import protocol, routes
 from service.protocol import GuardedProtocol
-from tests.service.conftest import encode, start, until
+from tests.service.conftest import connected, encode, start, started, until
 from tests.service.test_batching import FILES
 from tests.tiny import NAN_COLOUR, noise, plain
 
@@ -24,26 +23,11 @@ pytestmark = pytest.mark.anyio
 async def listening(running, *, send_buffer=None, **options):
     """A socket in front of a service that runs here; connect to it. What is not read yet fits into `send_buffer`."""
     guarded = partial(GuardedProtocol, fast_url_path=b"/classify", fast_path=running.app.classify.fast_path)
-    config = uvicorn.Config(
-        running.app, port=0, http=guarded, ws="none", lifespan="off", log_config=None, server_header=False, **options
-    )
-    config.load()
-    server = uvicorn.Server(config)
-    server.lifespan = config.lifespan_class(config)
-    await server.startup()
+    server = await started(running.app, http=guarded, server_header=False, **options)
     if send_buffer is not None:
         server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
 
-    @asynccontextmanager
-    async def connect():
-        reader, writer = await asyncio.open_connection(*server.servers[0].sockets[0].getsockname()[:2])
-        async with asyncio.timeout(30):
-            try:
-                yield reader, writer
-            finally:
-                writer.transport.abort()
-
-    yield connect
+    yield partial(connected, server)
     await server.shutdown()
 
 

@@ -1,17 +1,16 @@
 """What reaches the application of a connection that sends more, or more slowly, than a request's head should."""
 
 import asyncio
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from functools import partial
 
 import pytest
-import uvicorn
 
 from service import protocol
 from service.errors import STATUS
 from service.protocol import MAX_HEAD_BYTES, GuardedProtocol
 from service.schemas import ErrorAnswer
-from tests.service.conftest import until
+from tests.service.conftest import connected, started, until
 
 pytestmark = pytest.mark.anyio
 PIECE = b"a" * 16_384
@@ -45,30 +44,13 @@ async def connect():
     async def app(scope, receive, send):
         await application(scope, receive, send)
 
-    config = uvicorn.Config(
-        app,
-        port=0,
-        http=partial(GuardedProtocol, fast_url_path=b"/short", fast_path=lambda *_: False),
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        timeout_keep_alive=60,
-    )
-    config.load()
-    server = uvicorn.Server(config)
-    server.lifespan = config.lifespan_class(config)
-    await server.startup()
+    guarded = partial(GuardedProtocol, fast_url_path=b"/short", fast_path=lambda *_: False)
+    server = await started(app, http=guarded, timeout_keep_alive=60)
 
-    @asynccontextmanager
-    async def connect(runs=count_body):
+    def connect(runs=count_body):
         nonlocal application
         application = runs
-        reader, writer = await asyncio.open_connection(*server.servers[0].sockets[0].getsockname()[:2])
-        async with asyncio.timeout(30):
-            try:
-                yield reader, writer
-            finally:
-                writer.transport.abort()
+        return connected(server)
 
     connect.connections = server.server_state.connections
     yield connect
