@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from training.errors import TrainingError
 
@@ -23,6 +24,26 @@ Decoding = Literal["auto", "resident", "streamed"]
 
 class RecipeError(TrainingError, ValueError):
     """A recipe field that does not exist, or a value that it cannot take."""
+
+
+class Range(NamedTuple):
+    """The least and the largest value that a field takes; both are allowed."""
+
+    low: float
+    high: float
+
+
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+Epochs = Annotated[int, Range(1, 100_000)]
+ExtraEpochs = Annotated[int, Range(0, 10_000)]  # of a warm-up or a stage that may be left out
+BatchSize = Annotated[int, Range(1, 65_536)]
+LearningRate = Annotated[float, Range(1e-9, 100)]
+WeightDecay = Annotated[float, Range(0, 1)]
+AveragingFactor = Annotated[float, Range(0, 1 - 1e-9)]  # of a geometric series
+LossWeight = Annotated[float, Range(0, 1000)]
+LogitTau = Annotated[float, Range(-10, 10)]
+Scale = Annotated[float, Range(1e-3, 1e3)]  # of logits; a temperature
+Share = Annotated[float, Range(0, 1)]
 
 
 NO_EFFECT_FIELDS = ("evaluate_every", "workers", "decoding")  # `decoding`: what "auto" chose at first stays
@@ -188,16 +209,16 @@ class Recipe:
     test_list: str | None = None
     image_root: str | None = None
     decoding: Decoding = "auto"
-    workers: int | None = None
+    workers: Annotated[int, Range(0, 1024)] | None = None
     profile: Literal["exp", "step", "natural"] = "exp"
-    imbalance: float = 100.0
-    n_max: int | None = None
+    imbalance: Annotated[float, Range(1, math.inf)] = 100.0
+    n_max: Annotated[int, Range(1, math.inf)] | None = None
     subset_order: Literal["shuffled", "first"] = "shuffled"
-    subset_seed: int = 0
-    holdout_per_class: int = 100
-    holdout_share: float = 0.1
-    test_share: float = 0.1
-    image_size: int = 32
+    subset_seed: Seed = 0
+    holdout_per_class: Annotated[int, Range(1, math.inf)] = 100
+    holdout_share: Annotated[float, Range(0.01, 0.5)] = 0.1
+    test_share: Annotated[float, Range(0.01, 0.5)] = 0.1
+    image_size: Annotated[int, Range(8, 1024)] = 32
     mean: tuple[float, float, float] | None = CIFAR_MEAN
     std: tuple[float, float, float] | None = CIFAR_STD
 
@@ -208,140 +229,140 @@ class Recipe:
     ] = "resnet32_cifar"  # fmt: skip
     pretrained: str | None = None
     share_stage3: bool = False
-    drop_path: float = 0.0
-    n_experts: int = 1
+    drop_path: Annotated[float, Range(0, 0.99)] = 0.0
+    n_experts: Annotated[int, Range(1, 6)] = 1
     reduced: bool = False
     classifier: Literal["cosine", "linear"] = "cosine"
-    cosine_scale: float = 30.0
+    cosine_scale: Scale = 30.0
 
     # the experts' stage: its length, and the optimiser
-    epochs: int = 200
-    batch_size: int = 128
-    lr: float = 0.1
-    momentum: float = 0.9
+    epochs: Epochs = 200
+    batch_size: BatchSize = 128
+    lr: LearningRate = 0.1
+    momentum: Annotated[float, Range(0, 0.9999)] = 0.9
     nesterov: bool = False
-    weight_decay: float = 2e-4
-    warmup_epochs: int = 5
-    warmup_start: float | None = None
+    weight_decay: WeightDecay = 2e-4
+    warmup_epochs: ExtraEpochs = 5
+    warmup_start: Share | None = None
     schedule: Literal["step", "cosine"] = "step"
-    lr_min: float = 0.0
-    cycles: int = 1
+    lr_min: Annotated[float, Range(0, 100)] = 0.0
+    cycles: Annotated[int, Range(1, 100)] = 1
     optimiser: Literal["sgd", "adamw"] = "sgd"
-    clip_norm: float | None = None
+    clip_norm: Annotated[float, Range(1e-6, 1e6)] | None = None
     lr_drops: tuple[float, ...] = (0.8, 0.9)
-    lr_drop_factor: float = 0.01
+    lr_drop_factor: Annotated[float, Range(1e-9, 1)] = 0.01
 
     # the views of an image
     crop: Literal["padded", "resized"] = "padded"
     crop_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    crop_padding: int = 4
+    crop_padding: Annotated[int, Range(0, 256)] = 4
     flip: bool = True
-    rotation: float = 0.0
+    rotation: Annotated[float, Range(0, 180)] = 0.0
     auto_augment: bool = False
-    colour_jitter: float = 0.0
+    colour_jitter: Share = 0.0
     rand_augment: bool = False
-    random_erasing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    label_smoothing: float = 0.0
+    random_erasing: Share = 0.0
+    mixup: Annotated[float, Range(0, 100)] = 0.0
+    cutmix: Annotated[float, Range(0, 100)] = 0.0
+    label_smoothing: Annotated[float, Range(0, 0.99)] = 0.0
     test_fit: Literal["crop", "inner_crop"] = "crop"
-    cutout: int = 0
+    cutout: Annotated[int, Range(0, 1024)] = 0
 
     # losses of an expert
-    max_margin: float = 0.5
-    focal_gamma: float = 1.0
-    logit_tau: float = 1.0
-    deferred_from: float | None = None
-    effective_beta: float = 0.9999
+    max_margin: Annotated[float, Range(0, 2)] = 0.5
+    focal_gamma: Annotated[float, Range(0, 100)] = 1.0
+    logit_tau: LogitTau = 1.0
+    deferred_from: Share | None = None
+    effective_beta: AveragingFactor = 0.9999
 
     # what experts have to do with each other
-    diversity_weight: float = 0.0
+    diversity_weight: Annotated[float, Range(-100, 100)] = 0.0
     diversity_form: Literal["mean", "pairwise"] = "mean"
     diversity_mean: bool = False
-    diversity_gamma: float = 0.05
+    diversity_gamma: Annotated[float, Range(0, 0.999)] = 0.05
     collaborative: bool = False
-    expert_taus: tuple[float, ...] = ()
-    reversed_tau: float = 2.0
+    expert_taus: tuple[LogitTau, ...] = ()
+    reversed_tau: Annotated[float, Range(0, 100)] = 2.0
 
     # distillation from finished runs
     teacher: str = ""
     distill_each: bool = False
-    distill_temperature: float = 1.5
-    distill_weight: float = 1.0
+    distill_temperature: Scale = 1.5
+    distill_weight: LossWeight = 1.0
     loss_times_experts: bool = False
 
     # SHIKE
     depth_fusion: bool = False
-    transfer_weight: float = 10.0
-    mutual_weight: float = 1.0
+    transfer_weight: LossWeight = 10.0
+    mutual_weight: LossWeight = 1.0
 
     # ACE
     group_shares: tuple[float, ...] = ()
     group_lr_scaling: bool = True
     group_stop_gradient: bool = True
-    complementary_weight: float = 1.0
+    complementary_weight: LossWeight = 1.0
     complementary_form: Literal["squared", "length"] = "squared"
-    group_norm_power: float = 1.0
+    group_norm_power: Annotated[float, Range(-4, 4)] = 1.0
     group_norm_rows: Literal["own", "all"] = "own"
     group_answer: Literal["group", "all"] = "group"
 
     # classifiers that are trained once more
-    retrain_epochs: int = 0
+    retrain_epochs: ExtraEpochs = 0
     retrain_loss: Literal["ce", "focal", "ldam", "balanced_softmax", "logit_adjusted"] = "balanced_softmax"
-    retrain_lr: float = 0.1
+    retrain_lr: LearningRate = 0.1
     retrain_sampler: Literal["shuffled", "class_balanced", "class_aware"] = "shuffled"
     first_stage: str | None = None
     retrain: Literal["crt", "lws", "tau_norm", "ncm"] = "crt"
-    retrain_warmup_epochs: int | None = None
-    retrain_batch_size: int | None = None
-    retrain_weight_decay: float | None = None
-    tau: float | None = None
+    retrain_warmup_epochs: ExtraEpochs | None = None
+    retrain_batch_size: BatchSize | None = None
+    retrain_weight_decay: WeightDecay | None = None
+    tau: Annotated[float, Range(0, 10)] | None = None
     ncm_features: Literal["best", "un", "l2n", "cl2n"] = "best"
 
     # OLTR
-    oltr_epochs: int = 60
-    oltr_lr: float = 0.01
-    oltr_classifier_lr: float = 0.1
-    oltr_weight_decay: float = 5e-4
-    oltr_centroid_weight: float = 0.01
-    oltr_repel_weight: float = 0.01
-    oltr_margin: float = 10.0
-    oltr_reach: float = 10.0
-    oltr_scale: float = 16.0
+    oltr_epochs: Epochs = 60
+    oltr_lr: LearningRate = 0.01
+    oltr_classifier_lr: LearningRate = 0.1
+    oltr_weight_decay: WeightDecay = 5e-4
+    oltr_centroid_weight: Annotated[float, Range(0, 100)] = 0.01
+    oltr_repel_weight: Annotated[float, Range(0, 100)] = 0.01
+    oltr_margin: Annotated[float, Range(0, 1e6)] = 10.0
+    oltr_reach: Annotated[float, Range(1e-6, 1e6)] = 10.0
+    oltr_scale: Scale = 16.0
 
     # LFME
-    lfme_epochs: int = 120
-    lfme_lr: float = 0.1
-    lfme_weight_decay: float = 5e-4
-    lfme_temperature: float = 2.0
-    lfme_threshold: float = 0.3
+    lfme_epochs: Epochs = 120
+    lfme_lr: LearningRate = 0.1
+    lfme_weight_decay: WeightDecay = 5e-4
+    lfme_temperature: Scale = 2.0
+    lfme_threshold: Annotated[float, Range(0, 0.999)] = 0.3
 
     # M2m
-    m2m_from: float = 0.8
-    m2m_beta: float = 0.999
-    m2m_lambda: float = 0.5
-    m2m_gamma: float = 0.9
-    m2m_steps: int = 10
-    m2m_step_size: float = 0.1
-    m2m_noise: float = 0.5
+    m2m_from: Share = 0.8
+    m2m_beta: AveragingFactor = 0.999
+    m2m_lambda: Annotated[float, Range(0, 1000)] = 0.5
+    m2m_gamma: Share = 0.9
+    m2m_steps: Annotated[int, Range(1, 10_000)] = 10
+    m2m_step_size: Annotated[float, Range(1e-6, 1e3)] = 0.1
+    m2m_noise: Annotated[float, Range(0, 1000)] = 0.5
 
     # the routers
-    router_epochs: int = 5
-    router_batch_size: int = 512
-    router_lr: float = 0.01
-    router_weight_decay: float = 5e-4
-    router_top_k: int = 30
-    router_hidden: int = 16
+    router_epochs: ExtraEpochs = 5
+    router_batch_size: BatchSize = 512
+    router_lr: LearningRate = 0.01
+    router_weight_decay: WeightDecay = 5e-4
+    router_top_k: Annotated[int, Range(1, 100_000)] = 30
+    router_hidden: Annotated[int, Range(1, 65_536)] = 16
     router_shared: bool = True
-    router_positive_weight: float = 100.0
+    router_positive_weight: Annotated[float, Range(1e-6, 1e6)] = 100.0
 
     # how it is run
-    seed: int = 0
+    seed: Seed = 0
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    accumulate: int = 1
-    ema_decay: float | None = None
+    accumulate: BatchSize = 1
+    ema_decay: AveragingFactor | None = None
     compile: bool = True
-    evaluate_every: int = 20
+    evaluate_every: Epochs = 20
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -356,9 +377,10 @@ class Recipe:
 
     def _check_values(self) -> None:
         """Each field by itself."""
-        for field, low, high in _RANGES:
+        for field, (low, high) in _ranges().items():
             value = getattr(self, field)
-            if value is not None and not low <= value <= high:
+            numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+            if not all(low <= number <= high for number in numbers):
                 raise RecipeError(f"{field}={value}: must be from {low} to {high}")
         for field, hint in typing.get_type_hints(Recipe).items():
             choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else None
@@ -610,36 +632,16 @@ def parse_settings(texts: Sequence[str]) -> dict[str, str]:
     return {field: value for field, _, value in pairs}
 
 
-_RANGES = (
-    ("imbalance", 1, math.inf), ("n_max", 1, math.inf), ("subset_seed", 0, 2**32 - 1),
-    ("holdout_per_class", 1, math.inf),
-    ("holdout_share", 0.01, 0.5), ("test_share", 0.01, 0.5), ("image_size", 8, 1024),
-    ("drop_path", 0, 0.99), ("lr_min", 0, 100), ("cycles", 1, 100), ("clip_norm", 1e-6, 1e6), ("colour_jitter", 0, 1),
-    ("random_erasing", 0, 1), ("mixup", 0, 100), ("cutmix", 0, 100), ("label_smoothing", 0, 0.99),
-    ("n_experts", 1, 6),
-    ("cosine_scale", 1e-3, 1e3), ("epochs", 1, 100_000), ("batch_size", 1, 65_536), ("lr", 1e-9, 100),
-    ("momentum", 0, 0.9999),
-    ("weight_decay", 0, 1), ("warmup_epochs", 0, 10_000), ("lr_drop_factor", 1e-9, 1), ("crop_padding", 0, 256),
-    ("rotation", 0, 180), ("cutout", 0, 1024), ("focal_gamma", 0, 100), ("logit_tau", -10, 10),
-    ("max_margin", 0, 2), ("deferred_from", 0, 1), ("effective_beta", 0, 1 - 1e-9),
-    ("diversity_weight", -100, 100), ("diversity_gamma", 0, 0.999),
-    ("reversed_tau", 0, 100), ("distill_temperature", 1e-3, 1e3), ("distill_weight", 0, 1000),
-    ("complementary_weight", 0, 1000), ("group_norm_power", -4, 4),
-    ("transfer_weight", 0, 1000), ("mutual_weight", 0, 1000),
-    ("retrain_epochs", 0, 10_000), ("retrain_lr", 1e-9, 100),
-    ("warmup_start", 0, 1), ("retrain_warmup_epochs", 0, 10_000), ("retrain_batch_size", 1, 65_536),
-    ("retrain_weight_decay", 0, 1), ("tau", 0, 10), ("oltr_epochs", 1, 100_000), ("oltr_lr", 1e-9, 100),
-    ("oltr_classifier_lr", 1e-9, 100), ("oltr_weight_decay", 0, 1), ("oltr_centroid_weight", 0, 100),
-    ("oltr_repel_weight", 0, 100), ("oltr_margin", 0, 1e6), ("oltr_reach", 1e-6, 1e6), ("oltr_scale", 1e-3, 1e3),
-    ("lfme_epochs", 1, 100_000), ("lfme_lr", 1e-9, 100), ("lfme_weight_decay", 0, 1), ("lfme_temperature", 1e-3, 1e3),
-    ("lfme_threshold", 0, 0.999), ("m2m_from", 0, 1), ("m2m_beta", 0, 1 - 1e-9), ("m2m_lambda", 0, 1e3),
-    ("m2m_gamma", 0, 1), ("m2m_steps", 1, 10_000), ("m2m_step_size", 1e-6, 1e3), ("m2m_noise", 0, 1e3),
-    ("router_epochs", 0, 10_000),
-    ("router_batch_size", 1, 65_536),
-    ("router_lr", 1e-9, 100), ("router_weight_decay", 0, 1), ("router_top_k", 1, 100_000), ("router_hidden", 1, 65_536),
-    ("router_positive_weight", 1e-6, 1e6), ("seed", 0, 2**32 - 1), ("evaluate_every", 1, 100_000),
-    ("workers", 0, 1024), ("accumulate", 1, 65_536), ("ema_decay", 0, 1 - 1e-9),
-)  # fmt: skip
+@functools.cache
+def _ranges() -> dict[str, Range]:
+    """The range of each field that has one, from its annotation."""
+    hints = typing.get_type_hints(Recipe, include_extras=True)
+    return {
+        field: found
+        for field, hint in hints.items()
+        for annotated in (hint, *typing.get_args(hint))  # the field's, or that of a tuple's members, or beside None
+        for found in getattr(annotated, "__metadata__", ())
+    }
 
 
 def _refuse_unknown(settings: dict[str, Any]) -> None:
@@ -653,7 +655,7 @@ def _refuse_unknown(settings: dict[str, Any]) -> None:
 
 def _parse(key: str, text: str, hint: Any) -> Any:
     """`text` as a value of the type `hint`."""
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         if text.lower() == "none":
             return None
         hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)

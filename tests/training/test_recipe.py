@@ -1,7 +1,9 @@
 """Recipes: overrides, refusals, and what the published ones say."""
 
 import dataclasses
+import math
 import re
+import typing
 
 import pytest
 
@@ -14,6 +16,18 @@ from training.recipes import RECIPES
 def test_every_field_is_described(field):
     """The README sends people there."""
     assert re.search(rf"\b{field}\b", Recipe.__doc__)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [field for field, hint in typing.get_type_hints(Recipe).items() if re.search(r"\b(int|float)\b", str(hint))],
+)
+def test_every_number_has_its_limits(field):
+    """Alone, beside None and in a tuple."""
+    number = math.nan if isinstance(getattr(RECIPES["ace-cifar100"], field), float | int | None) else (math.nan,)
+
+    with pytest.raises(RecipeError, match=f"^{field}=.*nan.*: (must be|method 'ace' with 3 experts needs) "):
+        dataclasses.replace(RECIPES["ace-cifar100"], **{field: number})
 
 
 def test_overrides_take_the_type_of_the_field():
