@@ -13,6 +13,7 @@ import orjson
 LOGGER = logging.getLogger("ride")
 COMMON: dict[str, Any] = {}  # fields of every line that this process writes
 PATIENCE_MS: Final = 10  # for whoever reads the log
+PIECE: Final = 1024  # characters, of four bytes at most: a page
 
 
 class JsonFormatter(logging.Formatter):
@@ -40,13 +41,13 @@ class LossyHandler(logging.StreamHandler[TextIO]):
     """
     Writes lines, and loses those that find no room: whoever waited for that would serve nobody, and hear no signal.
 
-    The next line that is written says how many were lost before it. One of more than 4 KiB, such as a long stack trace,
-    may still wait: a pipe says only that it has room for a page.
+    The next line that is written says how many were lost before it. A long one, such as a stack trace, may be cut.
     """
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
         self._lost = 0
+        self._cut = False  # whether the last line lacks its end
         self._room: select.poll | None = select.poll()
         try:
             self._room.register(stream, select.POLLOUT)
@@ -55,13 +56,28 @@ class LossyHandler(logging.StreamHandler[TextIO]):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the line, or count it."""
-        if self._room is not None and not self._room.poll(0 if self._lost else PATIENCE_MS):
+        if not self._has_room():
             self._lost += 1
             return
         if self._lost:
             record.fields = {**getattr(record, "fields", {}), "lines_lost_before": self._lost}
             self._lost = 0
-        super().emit(record)
+        try:
+            line = self.format(record) + self.terminator
+            if self._cut:
+                line, self._cut = self.terminator + line, False
+            for start in range(0, len(line), PIECE):
+                if start and not self._has_room():
+                    self._lost, self._cut = 1, True
+                    return
+                self.stream.write(line[start : start + PIECE])
+                self.flush()
+        except Exception:  # as the class above does: such as a disk that is full
+            self.handleError(record)
+
+    def _has_room(self) -> bool:
+        """For one piece, at least: a pipe says that it has room while a page is free."""
+        return self._room is None or bool(self._room.poll(0 if self._lost else PATIENCE_MS))
 
 
 def set_up(level: str) -> None:
