@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from training.average import WeightAverage
@@ -25,64 +20,19 @@ from training.data.samplers import batch_sizes
 from training.data.sets import AnyImages
 from training.data.streamed import StreamedImages
 from training.data.views import train_views
+from training.device import autocast_dtype
 from training.distributed import gather_outputs, own_rows, rank, share_gradients, with_shared_norms, world_size
 from training.errors import TrainingError
-from training.files import write_atomically
 from training.in_parts import InParts
+from training.log import Log
 from training.methods.method import FitStage, Model, Stage
 from training.models.multi_expert import MultiExpertNet
 from training.optimiser import optimiser_of
-from training.recipe import Recipe, RecipeError
+from training.recipe import Recipe
 
 
 class DivergedError(TrainingError):
     """The loss, or what the network says of test images, is no longer a finite number."""
-
-
-@dataclass
-class Log:
-    """
-    Where a run says how it goes: metrics.jsonl, TensorBoard, and a progress bar.
-
-    Epochs that the newest checkpoint does not hold are dropped at the start, from both: a resumed run makes them again.
-    """
-
-    file: Path
-    board: SummaryWriter | None
-
-    @classmethod
-    def open(cls, run: Path, done: dict[str, int]) -> Log:
-        """`done`: epochs that the checkpoints hold, by stage. Of several processes only the first one's log writes."""
-        file = run / "metrics.jsonl"
-        if rank():
-            return cls(file, None)
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        kept = [line for line in lines if _is_done(line, done)]
-        write_atomically(file, "".join(line + "\n" for line in kept))
-        shutil.rmtree(run / "tensorboard", ignore_errors=True)
-        log = cls(file, SummaryWriter(run / "tensorboard"))
-        for line in kept:
-            log._show(json.loads(line))
-        return log
-
-    def write(self, values: dict[str, Any]) -> None:
-        """One epoch: {"stage", "epoch" (from 1), numbers, nested numbers}."""
-        if self.board is None:
-            return
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
-        self._show(values)
-
-    def _show(self, values: dict[str, Any]) -> None:
-        assert self.board is not None
-        for name, number in _numbers(values):
-            self.board.add_scalar(f"{values['stage']}/{name}", number, values["epoch"])
-        self.board.flush()
-
-    def close(self) -> None:
-        """Nothing is written any more."""
-        if self.board is not None:
-            self.board.close()
 
 
 def run_stage(
@@ -287,44 +237,6 @@ def forward_of(model: Model, stage: Stage, recipe: Recipe) -> Callable[[Tensor],
     return forward
 
 
-def autocast_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:
-    """
-    In what the network computes; None: in fp32 throughout.
-
-    Raises:
-        RecipeError: for fp16 on a CPU.
-    """
-    if recipe.precision == "fp16":
-        if device.type == "cpu":
-            raise RecipeError("precision='fp16': needs a CUDA device, and there is none here; take bf16, fp32 or auto")
-        return torch.float16
-    half = recipe.precision == "bf16" or (recipe.precision == "auto" and has_bf16_units(device))
-    return torch.bfloat16 if half else None
-
-
-def refuse_without_compiler(recipe: Recipe, device: torch.device, *, resumed: bool) -> None:
-    """
-    torch.compile would look for one only when the first batch is there, and say so in a hundred lines.
-
-    Args:
-        resumed: whether the recipe cannot be changed any more.
-
-    Raises:
-        RecipeError: for a network that is to be compiled on a CPU, where there is no C++ compiler.
-    """
-    compiler = os.environ.get("CXX", "g++").partition(" ")[0]
-    if recipe.compile and device.type == "cpu" and shutil.which(compiler) is None:
-        other = "" if resumed else ", or --set compile=false"
-        raise RecipeError(f"compile=True: needs a C++ compiler ({compiler}); install one{other}")
-
-
-def has_bf16_units(device: torch.device) -> bool:
-    """Whether bf16 is faster than fp32 there: tensor cores from Ampere on; AMX or AVX-512 bf16 on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device)[0] >= 8
-    return torch.cpu._is_avx512_bf16_supported()
-
-
 def batches(
     images: AnyImages, order: Tensor, batch_size: int, recipe: Recipe, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -339,19 +251,3 @@ def batches(
 def _seed(seed: int, stage: str, epoch: int, process: int = 0) -> int:
     others = [process] if process else []
     return int(np.random.SeedSequence([seed, epoch, *stage.encode(), *others]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _is_done(line: str, done: dict[str, int]) -> bool:
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError:  # the line that a kill cut short
-        return False
-    return values["epoch"] <= done.get(values["stage"], 0)
-
-
-def _numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and name != "epoch":
-            yield prefix + name, value

@@ -16,11 +16,13 @@ import torch
 from training.checkpoint import Checkpoint, CheckpointError, checkpoints_of, current_commit
 from training.claim import ClaimedError, claimed
 from training.data.sets import AnyImages, Data, channel_statistics, load_data
+from training.device import autocast_dtype, refuse_without_compiler
 from training.distributed import from_first, joined, rank, world_size
 from training.evaluate import count_not_finite, macs_of, predict, summarise
 from training.files import write_atomically
 from training.first_stage import take_over
-from training.loop import DivergedError, Log, autocast_dtype, fit_stage, rates_of, refuse_without_compiler, run_stage
+from training.log import Log
+from training.loop import DivergedError, fit_stage, rates_of, run_stage
 from training.methods import ace, bbn, lfme, m2m, oltr, ride, sade, shike, single
 from training.methods.method import FitStage, Method, Model, Stage
 from training.methods.teacher import refuse_other_teachers

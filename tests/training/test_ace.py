@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from tests.training.test_losses import COUNTS
 from training.checkpoint import checkpoints_of
 from training.data.sets import Images
-from training.loop import Log, run_stage
+from training.log import Log
+from training.loop import run_stage
 from training.methods import ace
 from training.methods.ace import AceLoss, complementary_loss, lr_factors
 from training.models.groups import nested_groups

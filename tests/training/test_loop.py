@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from training.data.sets import Images
-from training.loop import DivergedError, Log, run_stage
+from training.log import Log
+from training.loop import DivergedError, run_stage
 from training.methods.method import Model, Stage
 from training.models.multi_expert import Outputs
 from training.recipe import Recipe

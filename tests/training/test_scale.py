@@ -18,8 +18,9 @@ from tests.training.small_training import CASES, NORM_IN_PARTS, weights_after
 from training.__main__ import main
 from training.average import WeightAverage
 from training.checkpoint import checkpoints_of, save_checkpoint
+from training.device import refuse_without_compiler
 from training.in_parts import InParts
-from training.loop import forward_of, refuse_without_compiler
+from training.loop import forward_of
 from training.methods.method import Model
 from training.models.multi_expert import Outputs
 from training.recipe import Recipe, RecipeError
