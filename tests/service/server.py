@@ -34,16 +34,14 @@ class Server:
 
     def __init__(self, process, log_path):
         self.process = process
-        self._log_path = log_path
+        self.log_path = log_path
         self.url = self.wait_for("listening")["url"]
         self.port = int(self.url.rpartition(":")[2])
         self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
 
     def log(self):
         """Its log so far, line by line."""
-        return [
-            json.loads(line) for line in self._log_path.read_text().splitlines(keepends=True) if line.endswith("\n")
-        ]
+        return [json.loads(line) for line in self.log_path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
     def wait_for(self, event):
         """The first line of this event."""
@@ -181,7 +179,7 @@ def servers(bundle, directory):
         server.client.close()
         server.process.kill()
         server.process.wait()
-        text = server._log_path.read_text()
+        text = server.log_path.read_text()
         assert "Traceback" not in text
         assert "ResourceWarning" not in text
         assert "never awaited" not in text

@@ -90,7 +90,7 @@ def test_a_service_alone_ends_where_its_engine_is_broken(serve):
 
     assert server.wait_for("engine_broken")["reason"].startswith("the engine failed 20 times in a row; only another")
     assert server.process.wait(10) == 1
-    server._log_path.write_text("")  # the stack traces belong there
+    server.log_path.write_text("")  # the stack traces belong there
 
 
 @pytest.mark.parametrize("options", [["--workers", "2"], ["--workers", "2", "--shared-engine", "on"]])
@@ -104,4 +104,4 @@ def test_a_worker_or_engine_that_is_broken_is_replaced(serve, options):
 
     wait(lambda: server.post().status_code == 200)  # a front may be about to find the new engine
     assert server.end(signal.SIGTERM) == 0
-    server._log_path.write_text("")  # the stack traces belong there
+    server.log_path.write_text("")  # the stack traces belong there
