@@ -55,13 +55,17 @@ def tiff(*, strips, big=False):
 @pytest.mark.parametrize(
     ("good", "bad", "words"),
     [
-        (png(chunks=1000), png(chunks=20_000), "PNG has more than 20,000 chunks; save it in fewer"),
         (
-            gif(b"!\xfe" + 9000 * b"\1x" + b"\0"),
+            png(chunks=1000) + bytes(12 * 20_000),
+            png(chunks=20_000),
+            "PNG has more than 20,000 chunks; save it in fewer",
+        ),
+        (
+            gif(b"!\xfe" + 9990 * b"\1x" + b"\0"),
             gif(b"!\xfe" + 10_000 * b"\1x" + b"\0"),
             "GIF has more than 10,000 blocks before its first frame; save it in fewer",
         ),
-        (gif(1000 * b"\0"), gif(10_001 * b"\0"), "GIF has more than 10,000 blocks"),
+        (gif(1000 * b"\0") + bytes(10_000), gif(10_001 * b"\0"), "GIF has more than 10,000 blocks"),
         (tiff(strips=1000), tiff(strips=65_537), "TIFF has more than 65,536 strips or tiles; save it in fewer"),
         (tiff(strips=1000, big=True), tiff(strips=65_537, big=True), "TIFF has more than 65,536 strips or tiles"),
         (
@@ -75,7 +79,11 @@ def tiff(*, strips, big=False):
     ids=["chunks", "comment", "stray bytes", "strips", "big TIFF", "markers", "fill bytes", "without lengths"],
 )
 def test_what_has_too_many_parts_is_refused(good, bad, words):
-    """Pillow reads them one by one, in seconds and gigabytes; as many as real files have are taken."""
+    """
+    Pillow reads them one by one, in seconds and gigabytes; as many as real files have are taken.
+
+    A palette and what follows the end are none.
+    """
     assert decode(good, SPEC, 10**6).shape == (SIZE, SIZE, 3)
     with pytest.raises(ServiceError, match=words) as refusal:
         decode(bad, SPEC, 10**6)
@@ -129,27 +137,30 @@ def test_a_tag_of_too_many_values_is_refused():
     structure.check_structure("TIFF", with_tag(2, 200_000))
 
 
-def with_directory(inner, pointer=34665, value_type=4, big=False):
+def with_directory(inner, pointer=34665, value_type=4, big=False, order="<"):
     """A TIFF that refers to a further directory of these entries: number, type, count, value."""
-    width, entry, counter = (8, "<HHQQ", "<Q") if big else (4, "<HHII", "<H")
-    data = (b"II+\0" + struct.pack("<HHQ", 8, 0, 16)) if big else (b"II*\0" + struct.pack("<I", 8))
+    width, entry, counter = (8, "<HHQQ", "<Q") if big else (4, order + "HHII", order + "H")
+    start = b"II*\0" if order == "<" else b"MM\0*"
+    data = (b"II+\0" + struct.pack("<HHQ", 8, 0, 16)) if big else (start + struct.pack(order + "I", 8))
     inner_at = len(data) + struct.calcsize(counter) + struct.calcsize(entry) + width
     data += struct.pack(counter, 1) + struct.pack(entry, pointer, value_type, 1, inner_at) + bytes(width)
     return data + struct.pack(counter, len(inner)) + b"".join(struct.pack(entry, *each) for each in inner)
 
 
-@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize("layout", [{}, {"big": True}, {"order": ">"}], ids=["usual", "big", "other byte order"])
 @pytest.mark.parametrize("pointer", structure.TIFF_DIRECTORIES)
-def test_what_a_directory_refers_to_is_limited_as_well(pointer, big):
+def test_what_a_directory_refers_to_is_limited_as_well(pointer, layout):
     """Pillow makes objects of all that is in the directories of EXIF, GPS and interoperability; bytes stay bytes."""
-    fractions = with_directory([(50_000 + n, 5, 4096, 0) for n in range(5)], pointer, big=big)
+    fractions = with_directory([(50_000 + n, 5, 4096, 0) for n in range(5)], pointer, **layout)
     with pytest.raises(ServiceError, match=f"16,384 values in the directory of tag {pointer}; save it in fewer"):
         structure.check_structure("TIFF", fractions)
     with pytest.raises(ServiceError, match=f"1,000 tags or .* in the directory of tag {pointer}"):
-        structure.check_structure("TIFF", with_directory(1001 * [(305, 2, 1, 0)], pointer, big=big))
+        structure.check_structure("TIFF", with_directory(1001 * [(305, 2, 1, 0)], pointer, **layout))
     with pytest.raises(ServiceError, match=f"TIFF's tag {pointer} is no offset; save it anew"):
-        structure.check_structure("TIFF", with_directory([], pointer, value_type=3, big=big))
-    structure.check_structure("TIFF", with_directory([(37500, 7, 10**6, 0), (33434, 5, 1, 0)], pointer, big=big))
+        structure.check_structure("TIFF", with_directory([], pointer, value_type=3, **layout))
+    few = [(37500, 7, 10**6, 0), (33434, 5, 1, 0)]
+    for value_type in (4, 13):  # a number, and what TIFF calls an offset to a directory
+        structure.check_structure("TIFF", with_directory(few, pointer, value_type, **layout))
 
 
 def test_a_directory_that_exif_refers_to_is_limited_as_well():
@@ -228,8 +239,10 @@ def exif_block(value_type, count, value=b"\3\0\0\0", order="<", before=0):
 
 def test_only_a_plain_orientation_turns_an_image():
     """One whole number, in either byte order; anything else leaves the image as it is."""
-    for value_type in (3, 4, 8, 9):
+    for value_type, width in ((3, 2), (4, 4), (8, 2), (9, 4)):
         assert structure.orientation_of(exif_block(value_type, 1)) == 3
+        turned = (6).to_bytes(width).ljust(4, b"\0")
+        assert structure.orientation_of(exif_block(value_type, 1, turned, ">")) == 6
     assert structure.orientation_of(exif_block(3, 1)[6:]) == 3
     assert structure.orientation_of(b"Exif\0\0" + exif_block(3, 1)) == 3
     assert structure.orientation_of(exif_block(3, 1, b"\0\6\0\0", ">", before=900)) == 6
@@ -295,16 +308,16 @@ def test_only_exif_turns_an_image(kind):
 
 
 def test_exif_turns_a_jpeg_wherever_it_stands():
-    """Behind large segments of other programs, too; bytes that only look like EXIF do not."""
+    """Behind large segments, too, or a marker without a length; bytes that only look like EXIF do not."""
     exif = Image.Exif()
     exif[0x0112] = 3
     data = encode(PIXELS, "JPEG", exif=exif)
     at, plain = data.index(b"\xff\xe1"), encode(PIXELS, "JPEG")
     segment = data[at : at + 2 + int.from_bytes(data[at + 2 : at + 4])]
     other = b"\xff\xed\xff\xff" + bytes(65533)
-    late = plain[:2] + 2 * other + segment + plain[2:]
-    comment = plain[:2] + b"\xff\xfe" + (2 + len(segment)).to_bytes(2) + segment + plain[2:]
+    late = plain[:2] + 2 * other + b"\xff\xd0" + segment + plain[2:]
+    comments = b"\xff\xfe" + (2 + len(segment)).to_bytes(2) + segment + b"\xff\xfe" + segment[2:]
 
     np.testing.assert_array_equal(decode(late, SPEC, 10**6), decode(plain, SPEC, 10**6)[::-1, ::-1])
     np.testing.assert_array_equal(read_image(late, SIZE), read_image(plain, SIZE)[::-1, ::-1])
-    np.testing.assert_array_equal(decode(comment, SPEC, 10**6), decode(plain, SPEC, 10**6))
+    np.testing.assert_array_equal(decode(plain[:2] + comments + plain[2:], SPEC, 10**6), decode(plain, SPEC, 10**6))
