@@ -311,10 +311,11 @@ UNEVEN = Profile({
         (3, 10, 0), (3, 11, 8),  # t(3) + t(4) - t(7) = 10 + 10 - 18 = 2 for each that waits, 7 for each survivor
         (6, 21, 0), (6, 22, 8),  # there is room for two more only: 14 + 10 - 22 = 2
         (8, 99, 0),  # or for none
+        (3, 4, 4),  # of as few as wait, two come so far, sooner: 10 + 10 - 10 saved by each, for 3 + 1 + 1.5 seconds
     ],
 )  # fmt: skip
 def test_what_waiting_costs_and_saves_follows_the_profile(survivors, waiting, fresh):
-    """Before expert 2: of eight fresh images four will come so far, after 3 + 1 + 3 seconds."""
+    """Before expert 2: of eight fresh images, the most there can be, four will come so far, after 3 + 1 + 3 seconds."""
     schedule = Schedule(8, merges=True, profile=UNEVEN, reach=(1.0, 0.75, 0.5))
 
     assert schedule.fresh_first(2, survivors, waiting) == fresh
@@ -326,7 +327,7 @@ def test_survivors_let_one_batch_pass_and_no_more():
     old, new = job(0, (0, 0, 0)), job(1, (0, 0, 0))
     work.step([old])
     work.step([])  # now before expert 2
-    assert work.wants(5) == 2
+    assert work.wants(1) == 1
     work.step([new])
     assert work.wants(5) == 0
     work.step([])
@@ -334,6 +335,44 @@ def test_survivors_let_one_batch_pass_and_no_more():
     assert work.step([]) == []
     assert work.wants(5) == 2  # they have caught up: the next batch may pass
     assert {one for one, _ in work.step([])} == {old, new}
+
+
+def test_it_is_those_whose_turn_it_is_that_the_schedule_weighs():
+    """Those that came furthest, and where nobody is let pass, they go on."""
+    weighed = []
+
+    class Weighing(AtWill):
+        def fresh_first(self, expert, survivors, waiting):
+            weighed.append((expert, survivors))
+            return super().fresh_first(expert, survivors, waiting)
+
+    engine = TableEngine()
+    work = cascade(schedule=Weighing(2, [True]), engine=engine)
+    work.step([job(0, (0, 0, 0)), job(1, (0, 0, 0))])
+    assert work.wants(1) == 1
+    work.step([job(2, (0, 0, 0))])
+    work.step([])  # there is no room for three: the first two go on alone
+    assert work.wants(1) == 0
+    work.step([])
+
+    assert weighed == [(1, 2), (2, 2)]
+    assert engine.runs[-1] == ("expert_2", 2)
+
+
+def test_survivors_that_meet_are_no_larger_a_batch_than_others():
+    """Of three batches that shrank to a half while they waited, two run together."""
+    engine = TableEngine()
+    work = cascade(schedule=AtWill(4, [True, True]), engine=engine)
+    batches = [[job(row, (0, row % 2, 0)) for row in range(first, first + 4)] for first in (0, 4, 8)]
+    work.step(batches[0])
+    assert work.wants(4) == 4
+    work.step(batches[1])
+    work.step([])  # the first batch; there is no room for the second
+    assert work.wants(4) == 4
+    for fresh in (batches[2], [], [], []):
+        work.step(fresh)
+
+    assert engine.runs[-3:] == [("expert_1", 4), ("expert_1", 4), ("expert_2", 4)]
 
 
 @pytest.mark.parametrize("max_experts", [2, 3])
