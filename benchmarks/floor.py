@@ -28,9 +28,10 @@ import service.images
 from benchmarks.images import SIZES, SMALL, make_images
 from benchmarks.machine import describe
 from benchmarks.runtimes import PROVIDERS, open_graph
-from model_export.bundle import Bundle, read_bundle
+from model_export.bundle import Bundle, Rule, read_bundle
 from service.cores import available_cores
 from service.engine import choose_variant
+from service.metrics import image_macs
 from service.settings import DEFAULT_BUNDLE
 
 BATCH: Final = 32
@@ -158,11 +159,8 @@ def _work(loop: Loop, threads: int, number: int, barrier: Barrier, results: Conn
         return model.run(np.stack([decode(jpeg) for jpeg in batch]), routed=loop.routed)[1]
 
     used = np.concatenate([answer(batch) for batch in batches])  # warms everything up, too
-    macs = manifest.macs
-    spent = [
-        macs.trunk + sum(macs.experts[:count]) + (sum(macs.routers[:count]) if loop.routed else 0)
-        for count in range(manifest.n_experts + 1)
-    ]
+    rule: Rule = "router" if loop.routed else "depth"
+    spent = [image_macs(manifest, count, rule) for count in range(manifest.n_experts + 1)]
     result = {"mean_experts": float(used.mean()), "mean_macs": float(np.array(spent)[used].mean())}
     if number == 0:
         result["one_image_ms"] = _one_image_ms(answer, jpegs, loop.seconds / 2)

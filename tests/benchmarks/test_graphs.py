@@ -5,11 +5,13 @@ import onnx
 import onnxruntime as ort
 import pytest
 
+import service.images
 from benchmarks.contestants.merge import merge
-from benchmarks.floor import BareModel
+from benchmarks.floor import BATCH, BareModel, Loop, measure_floor
+from benchmarks.images import SMALL, make_images
 from model_export.bundle import read_bundle
 from service.settings import DEFAULT_BUNDLE
-from tests.tiny import noise
+from tests.tiny import MACS, noise
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +72,19 @@ def test_without_routing_the_bare_loop_runs_all_experts(bundle, tiny_model):
     assert set(used.tolist()) == {3}
     expected = [tiny_model.answer(image, (0.0, 0.0)).probabilities for image in images]
     np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+
+
+def test_the_floor_is_of_the_images_in_its_loop(bundle, tiny_bundle, tiny_model, monkeypatch):
+    """Mean experts and cost: of every whole batch of what the service would decode, image by image."""
+    monkeypatch.setattr("benchmarks.floor.available_cores", lambda: 1)
+    jpegs = make_images(SMALL).jpegs
+    whole = jpegs[: len(jpegs) // BATCH * BATCH]
+    pixels = [service.images.decode(jpeg, bundle.manifest.input, max_pixels=10**7) for jpeg in whole]
+    used = np.array([tiny_model.answer(image, bundle.manifest.thresholds).experts_used for image in pixels])
+
+    floor = measure_floor(Loop(tiny_bundle, "fp32", "cpu", draft=False, size=SMALL, routed=True, seconds=0.1))
+
+    assert floor.mean_experts == pytest.approx(used.mean(), abs=1e-4)
+    spent = MACS["trunk"] + MACS["expert"] * used + MACS["router"] * np.minimum(used, 2)
+    assert floor.mean_macs == pytest.approx(spent.mean(), abs=0.5)
+    assert floor.rate == max(floor.one_process, floor.process_per_core) > 0

@@ -1,8 +1,14 @@
 """The aims are judged by the figures that they name."""
 
+import json
+from pathlib import Path
+
 import pytest
 
-from benchmarks.report import FP32, ROUTED_FP32, Figures, aims
+import benchmarks
+from benchmarks.report import FP32, ROUTED_FP32, Figures, aims, write_report
+
+RESULTS = Path(benchmarks.__file__).parent / "results"
 
 
 def load_row(system, rate, *, clients=64, size="32x32", p50=2.0, p99=5.0, encoding="raw"):
@@ -89,3 +95,12 @@ def test_without_contestants_nothing_is_claimed():
     rows = [row for row in document()["rows"] if row["encoding"] != "its own"]
 
     assert missed(document(rows=rows)) == ["against the contestants"]
+
+
+@pytest.mark.parametrize("name", ["quick", "full"])
+def test_the_pages_are_what_the_json_beside_them_gives(name, tmp_path):
+    """Every figure of ours in the repository is one that was measured."""
+    page = write_report(json.loads((RESULTS / f"{name}.json").read_text()), tmp_path, name)
+
+    assert page + "\n" == (tmp_path / f"{name}.md").read_text() == (RESULTS / f"{name}.md").read_text()
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -58,10 +58,11 @@ def test_split_accuracy_is_the_mean_of_class_accuracies():
 
 
 def test_calibration_error_of_a_known_case():
-    """Confidence 0.75 with 1 of 2 right: 25 points off."""
+    """Confidence 0.75 with 1 of 2 right: 25 points off. Certainty shares the last bin: (0 - 1 + 1 - 0.95) / 2."""
     logits = np.log(np.array([[0.75, 0.25], [0.75, 0.25]]))
     assert calibration_error(logits, np.array([0, 1])) == pytest.approx(25)
     assert calibration_error(np.array([[1e4, 0.0]]), np.array([0])) == 0
+    assert calibration_error(np.array([[1e4, 0.0], [np.log(19), 0.0]]), np.array([1, 0])) == pytest.approx(47.5)
 
 
 @pytest.mark.parametrize(("confidences", "error"), [((0.62, 0.68), 47), ((0.61, 0.65), 13)])
@@ -87,6 +88,9 @@ def test_summary_of_a_routed_model():
 
     assert [row["all"] for row in result["experts"]] == [50.0, 100.0]
     assert [row["macs"] for row in result["experts"]] == [110, 130]
+    sure, mean = 1 / (1 + np.exp(-9)), 1 / (1 + np.exp(-4))  # of image 0: expert one, and with expert two
+    assert [row["ece"] for row in result["experts"]] == pytest.approx([100 * (sure - 0.5), 50 * (1 - mean)], abs=1e-3)
+    assert result["routed"]["ece"] == pytest.approx(50 * (1 - sure), abs=1e-3)
     assert result["routed"]["all"] == 100.0
     assert result["routed"]["mean_experts"] == {"all": 1.5, "many": 1.0, "medium": None, "few": 2.0}
     assert result["routed"]["experts_share"] == [0.5, 0.5]
@@ -101,13 +105,19 @@ def test_figures_per_class_are_those_at_the_thresholds():
 
     assert result["per_class"] == by_class(predictions, 2, [0.9])
     assert result["per_class"]["mean_experts"] == [1.0, 1.0]
+    assert result["routed"]["experts_share"] == [1.0, 0.0]
 
 
-def test_predicting_leaves_the_model_as_it_was():
-    """An image's logits do not depend on its batch, nor do the running statistics move; then training goes on."""
+def test_predicting_leaves_the_model_as_it_was(monkeypatch):
+    """
+    An image's logits do not depend on its batch, nor do the running statistics move; then training goes on. The scores
+    are the routers' at their temperature.
+    """
     recipe = dataclasses.replace(RECIPES["ride-cifar100"], image_size=8)
     model = build_model(recipe, 3, (0.5,) * 3, (0.25,) * 3).train()
     images = Images(torch.randint(0, 256, (6, 8, 8, 3), dtype=torch.uint8), torch.zeros(6, dtype=torch.long))
+    model.routers.temperature = 3.0
+    monkeypatch.setattr("training.evaluate.EVALUATION_BATCH", 4)
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
     together = predict(model, images)
@@ -116,6 +126,9 @@ def test_predicting_leaves_the_model_as_it_was():
     np.testing.assert_allclose(together.expert_logits[:, :1], alone.expert_logits, atol=1e-4)
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     assert model.training
+    with torch.no_grad():
+        decisions = model.eval().routers(model.net(images.pixels))
+    np.testing.assert_allclose(together.router_scores, torch.sigmoid(decisions / 3), atol=1e-5)
 
 
 def test_a_router_costs_its_products():

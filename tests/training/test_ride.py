@@ -1,6 +1,7 @@
 """RIDE's switches: pairwise diversity, priors per expert, distillation, routers with output layers of their own."""
 
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -59,15 +60,18 @@ def test_the_papers_temperatures_have_their_golden_values():
         class_temperatures(COUNTS, 0.3, divided=False)
 
 
-def test_pairwise_diversity_is_that_of_every_pair():
+@pytest.mark.parametrize("n_experts", [2, 3])
+def test_pairwise_diversity_is_that_of_every_pair(n_experts):
     """Against a loop over pairs, images and classes in NumPy; 0 where all agree."""
-    logits, temperatures = golden_logits(), class_temperatures(COUNTS, 0.05, divided=False).double()
+    logits, temperatures = golden_logits()[:n_experts], class_temperatures(COUNTS, 0.05, divided=False).double()
     z = logits.numpy() / temperatures.numpy()
     p = np.exp(z) / np.exp(z).sum(axis=2, keepdims=True)
-    expected = sum((p[i] * np.log(p[i] / p[j])).sum() / 2 / 4 for i in range(3) for j in range(3) if i != j)
+    pairs = itertools.permutations(p, 2)
+    expected = sum((one * np.log(one / other)).sum() for one, other in pairs) / (n_experts - 1) / 4
 
     assert pairwise_diversity_loss(logits, temperatures).item() == pytest.approx(expected)
-    assert pairwise_diversity_loss(logits[:1].expand(3, -1, -1), temperatures).item() == pytest.approx(0, abs=1e-12)
+    agreed = logits[:1].expand(n_experts, -1, -1)
+    assert pairwise_diversity_loss(agreed, temperatures).item() == pytest.approx(0, abs=1e-12)
     with pytest.raises(ValueError, match="two experts or more, there is 1"):
         pairwise_diversity_loss(logits[:1], temperatures)
 
