@@ -88,10 +88,17 @@ class Batcher(Generic[Item, Result]):
         return len(self._queue) + self._reserved
 
     def start(self, work: Work[Item, Result], *, threaded: bool) -> None:
-        """Begin to work for the event loop that is running now."""
+        """
+        Begin to work for the event loop that is running now.
+
+        Raises:
+            RuntimeError: where the system grants no thread; if only the first step met with that, none would ever end.
+        """
         self._work = work
         self._loop = asyncio.get_running_loop()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ride-engine") if threaded else None
+        if threaded:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="ride-engine")
+            self._thread.submit(lambda: None)  # which starts it
 
     async def stop(self) -> None:
         """End after the step that is running. What is not finished gets BatcherStoppedError."""

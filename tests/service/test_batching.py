@@ -403,6 +403,19 @@ async def test_what_waits_when_the_batcher_ends_is_told_so():
 
 
 @pytest.mark.anyio
+async def test_where_there_is_no_thread_for_the_steps_it_does_not_start(monkeypatch):
+    """It would seem ready, and answer nobody."""
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+
+    with pytest.raises(RuntimeError, match="thread"):
+        Batcher(max_queue=1).start(Echo(), threaded=True)
+
+
+@pytest.mark.anyio
 async def test_work_that_was_begun_is_not_gone_on_with_after_the_end():
     """Its step may be due already."""
 
