@@ -122,12 +122,14 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from training.data.check import check_data, summary_of
+    from training.data.check import check_data
+    from training.data.sets import share_out, summary_of
     from training.data.sources import open_set
 
     recipe = _recipe("ride-own", options)
-    found = check_data(recipe, decode=not options.quick)
-    print(_printable(f"{options.data}: {summary_of(open_set(recipe))}"))
+    found, image_set = check_data(recipe, decode=not options.quick), open_set(recipe)
+    shares = None if found.has_errors else share_out(image_set, recipe, found)
+    print(_printable(f"{options.data}: {summary_of(image_set, shares)}"))
     print(_printable(str(found)) if found.findings else "nothing is wrong with it")
     return 2 if found.has_errors else 0
 

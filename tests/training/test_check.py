@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 from training.__main__ import main
-from training.data.check import check_data, summary_of
+from training.data.check import check_data
 from training.data.report import ERRORS, WARNINGS, DataError, Report
-from training.data.sets import load_data
+from training.data.sets import load_data, summary_of
 from training.data.sources import open_set
 from training.recipe import Recipe
 
@@ -257,7 +257,7 @@ EXPECTED = {
 def test_everything_wrong_is_told_at_once(listed, tmp_path, capsys):
     """Every kind there is, in one message on standard error, and no run directory: nothing was trained."""
     spoil(listed)
-    of_others = {"class without such images", "not taken", "not taken for an image", "sorted"}
+    of_others = {"class without such images", "not taken", "not taken for an image", "nothing held out", "sorted"}
     assert EXPECTED.keys() | of_others == ERRORS.keys() | WARNINGS.keys()
 
     assert main(["ride-own", "--data", str(listed), "--set", "workers=0", "--out", str(tmp_path / "run")]) == 2
@@ -510,7 +510,7 @@ def test_files_beside_the_images_are_told_and_hidden_ones_are_none(tmp_path):
     assert found.classes == ["a", "b"]
     assert np.bincount(found.train.labels).tolist() == [2, 4]
     assert found.report.findings["not taken for an image"] == [f"{root}: 1 *.png", f"{root}/a: 2 *.heic, 1 no ending"]
-    assert summary_of(found) == (
+    assert summary_of(found, None) == (
         "2 classes; 6 training images; from 4 (b) to 2 (a) training images, 0 classes many, 0 classes medium, "
         "2 classes few"
     )
@@ -593,8 +593,25 @@ def test_a_set_too_small_to_hold_out_any_image_is_refused(tmp_path, own_test, te
         fill(tmp_path / str(size), test | dict.fromkeys(("train/a", "train/b"), names))
 
     assert len(load_data(recipe_for(tmp_path / str(least), test_share=test_share)).heldout) == 2
-    with pytest.raises(DataError, match=f"no images are left for the held-out set; classes need {least} or more each"):
+    with pytest.raises(DataError, match=f"no images are left for the held-out.*\n  classes need {least} or more each"):
         load_data(recipe_for(tmp_path / str(least - 1), test_share=test_share))
+
+
+@pytest.mark.parametrize(
+    ("size", "told"),
+    [
+        (3, "2 classes; 4 training images, 0 held-out images, 2 test images; from 2 (a) to 2 (a) training images"),
+        (20, "2 classes; 32 training images, 4 held-out images, 4 test images; from 16 (a) to 16 (a) training images"),
+    ],
+)
+def test_a_check_shares_the_images_out_as_a_training_does(tmp_path, capsys, size, told):
+    """A set of which nothing would be held out is refused, and what is set aside is not counted as training images."""
+    names = " ".join(f"{n}.png" for n in range(size))
+    status = main(["check", str(fill(tmp_path, {"a": names, "b": names}))])
+
+    found = capsys.readouterr().out
+    assert f"{told}, 0 classes many, 0 classes medium, 2 classes few" in found
+    assert ("error: nothing held out (1)" in found, status) == ((True, 2) if size == 3 else (False, 0))
 
 
 def test_a_profile_that_takes_every_image_is_refused(tmp_path):
@@ -602,12 +619,12 @@ def test_a_profile_that_takes_every_image_is_refused(tmp_path):
     names = " ".join(f"{n}.png" for n in range(5))
     root = fill(tmp_path, {"train/a": names, "train/b": names, "test/a": "0.png", "test/b": "1.png"})
     whole = dataclasses.replace(recipe_for(root, imbalance=1.0), profile="exp")
-    message = r"for the held-out set; profile=exp takes all with imbalance=1; lower n_max \(5\)$"
+    message = r"for the held-out set,.*\n  profile=exp takes all with imbalance=1; lower n_max \(5\)"
     with pytest.raises(DataError, match=message):
         load_data(whole)
     assert len(load_data(dataclasses.replace(whole, n_max=4)).heldout) == 2
 
-    with pytest.raises(DataError, match=r"set; classes need 3 or more each, n_max=2 leaves fewer$"):
+    with pytest.raises(DataError, match="\n  classes need 3 or more each, n_max=2 leaves fewer"):
         load_data(recipe_for(root, n_max=2))
 
 

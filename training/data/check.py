@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Literal
@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader, Dataset
 from training.data.images import FORMATS, refuse_large
 from training.data.images import decode as decode_image
 from training.data.limits import available_cores
-from training.data.longtail import SPLITS, split_of
 from training.data.report import Report
 from training.data.sources import Encoded, Files, ImageSet, open_set
 from training.recipe import Recipe
@@ -27,7 +26,6 @@ EDGE = 4096  # bytes at each end of a file that tell it from others of the same 
 IN_PROCESS = 2000  # images that are looked at before worker processes would have started
 CHUNK = 64
 DIGEST_BYTES = 16
-_PARTS = {"train": "training images", "heldout": "validation images", "test": "test images"}
 
 
 def check_data(recipe: Recipe, *, decode: bool = True) -> Report:
@@ -43,19 +41,6 @@ def check_data(recipe: Recipe, *, decode: bool = True) -> Report:
     image_set = open_set(recipe)
     examine(image_set, "pixels" if decode else "headers", workers_for(recipe))
     return image_set.report
-
-
-def summary_of(image_set: ImageSet) -> str:
-    """How many classes and images there are, and how unevenly."""
-    counts = image_set.train.counts(len(image_set.classes))
-    splits = Counter(split_of(count) for count in counts.tolist())
-    largest, smallest = int(counts.argmax()), int(counts.argmin())
-    parts = ", ".join(f"{len(source):,} {_PARTS[name]}" for name, source in image_set.parts().items())
-    return (
-        f"{len(counts)} classes; {parts}; from {counts[largest]:,} ({image_set.classes[largest]}) to "
-        f"{counts[smallest]:,} ({image_set.classes[smallest]}) training images, "
-        + ", ".join(f"{splits[name]} classes {name}" for name in SPLITS)
-    )
 
 
 def workers_for(recipe: Recipe) -> int:

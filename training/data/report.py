@@ -16,6 +16,7 @@ ERRORS = {
     "label out of range": "labels are outside the classes",
     "empty class": "classes have no images; add some, or renumber the labels without gaps",
     "file in two classes": "files are listed under two classes; keep one line of each",
+    "nothing held out": "no images are left for the held-out set, with which thresholds are chosen",
     "file in two parts": "files are listed for training and for another part as well; figures on them would flatter",
 }
 WARNINGS = {

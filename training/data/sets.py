@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from training.data.check import Depth, check_data, examine, workers_for
 from training.data.images import Fit, fit, read_image
-from training.data.longtail import class_counts, draw_subset
+from training.data.longtail import SPLITS, class_counts, draw_subset, split_of
 from training.data.report import DataError, Report
 from training.data.sources import ImageSet, Source, open_set
 from training.data.streamed import StreamedImages, fits_in_memory
@@ -26,6 +27,7 @@ from training.recipe import Decoding, Recipe
 
 STATISTICS_IMAGES = 5000  # of a streamed set
 STATISTICS_BATCH = 256
+_PARTS = {"train": "training images", "heldout": "held-out images", "test": "test images"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class _Split:
+class Shares:
     """Which images of which source are for what: pairs of a source and positions in it."""
 
     train: tuple[Source, np.ndarray]
@@ -101,6 +103,7 @@ class _Split:
     heldout_note: str
 
     def parts(self) -> dict[str, tuple[Source, np.ndarray]]:
+        """By "train", "heldout", "test"."""
         return {"train": self.train, "heldout": self.heldout, "test": self.test}
 
 
@@ -133,11 +136,12 @@ def load_data(recipe: Recipe, *, checked: bool = False) -> Data:
 
     report, digests = from_first(check)
     report.raise_errors(image_set.name)
-    split = _split(image_set, recipe, report)
+    shares = share_out(image_set, recipe, report)
+    report.raise_errors(image_set.name)
     if recipe.profile != "natural" and recipe.subset_order == "first" and (np.diff(image_set.train.labels) >= 0).all():
         report.add("sorted", image_set.name)
     parts: dict[str, AnyImages] = {}
-    for name, (source, positions) in split.parts().items():
+    for name, (source, positions) in shares.parts().items():
         # padded crops are taken of the whole image, streamed or resident
         how = "crop" if name == "train" and recipe.crop == "padded" else recipe.test_fit
         if streamed:
@@ -150,15 +154,16 @@ def load_data(recipe: Recipe, *, checked: bool = False) -> Data:
     counts = np.bincount(parts["train"].labels, minlength=len(image_set.classes))
     of_source = {id(source): digests[name] for name, source in image_set.parts().items()}
     return Data(
-        classes=tuple(image_set.classes), counts=tuple(counts.tolist()), heldout_note=split.heldout_note,
-        report=report, digest=_digest(of_source, split.train),
-        unseen_digest=_digest(of_source, split.heldout, split.test), **parts,
+        classes=tuple(image_set.classes), counts=tuple(counts.tolist()), heldout_note=shares.heldout_note,
+        report=report, digest=_digest(of_source, shares.train),
+        unseen_digest=_digest(of_source, shares.heldout, shares.test), **parts,
     )  # fmt: skip
 
 
-def _split(image_set: ImageSet, recipe: Recipe, report: Report) -> _Split:
+def share_out(image_set: ImageSet, recipe: Recipe, report: Report) -> Shares:
     """
-    Which images are for what; classes of a natural set that are too small for a drawn part go into the report.
+    Which images are for what. Into the report go classes of a natural set that are too small for a drawn part, and a
+    set of which nothing is held out.
 
     Raises:
         DataError: where the profile asks for more than the set has.
@@ -213,8 +218,29 @@ def _split(image_set: ImageSet, recipe: Recipe, report: Report) -> _Split:
         aside = train
         needed = f"profile={recipe.profile} takes all with imbalance={recipe.imbalance:g}; lower n_max ({n_max})"
     if not len(heldout):
-        raise DataError(f"{image_set.name}: no images are left for the held-out set; {needed}")
-    return _Split((train, chosen), (aside, heldout), (train if test is None else test, all_tested), note)
+        report.add("nothing held out", needed)
+    return Shares((train, chosen), (aside, heldout), (train if test is None else test, all_tested), note)
+
+
+def summary_of(image_set: ImageSet, shares: Shares | None) -> str:
+    """
+    How many classes and images there are, and how unevenly.
+
+    Args:
+        shares: as a training takes them; None: where errors keep it from taking any, as they lie there.
+    """
+    classes = image_set.classes
+    taken = {name: (source, np.arange(len(source))) for name, source in image_set.parts().items()}
+    sizes = {name: len(positions) for name, (_, positions) in (shares.parts() if shares else taken).items()}
+    parts = ", ".join(f"{size:,} {_PARTS[name]}" for name, size in sizes.items())
+    source, positions = shares.train if shares else taken["train"]
+    counts = Source(source.labels[positions], source.images).counts(len(classes))
+    splits = Counter(split_of(count) for count in counts.tolist())
+    largest, smallest = int(counts.argmax()), int(counts.argmin())
+    return (
+        f"{len(counts)} classes; {parts}; from {counts[largest]:,} ({classes[largest]}) to {counts[smallest]:,} "
+        f"({classes[smallest]}) training images, " + ", ".join(f"{splits[name]} classes {name}" for name in SPLITS)
+    )
 
 
 def _digest(of_source: Mapping[int, np.ndarray], *chosen: tuple[Source, np.ndarray]) -> str:
