@@ -94,7 +94,7 @@ def plain_head(jpeg: bytes) -> bytes:
     Raises:
         ServiceError: image_unsupported where Pillow would find no end of markers before the first scan.
     """
-    plain = bytearray(jpeg)
+    exif_at = []
     for count, (at, marker, segment) in enumerate(_segments(jpeg), 1):
         if count == MAX_MARKERS:
             raise ServiceError(
@@ -102,7 +102,12 @@ def plain_head(jpeg: bytes) -> bytes:
                 f"JPEG has {MAX_MARKERS:,} markers and stray bytes, or more, before its image; save it anew",
             )
         if marker == APP1 and segment.startswith(EXIF_START):
-            plain[at : at + len(COMMENT)] = COMMENT
+            exif_at.append(at)
+    if not exif_at:
+        return jpeg
+    plain = bytearray(jpeg)
+    for at in exif_at:
+        plain[at : at + len(COMMENT)] = COMMENT
     return bytes(plain)
 
 
