@@ -119,13 +119,14 @@ async def test_experts_that_nobody_needs_do_not_run(service):
 @pytest.mark.anyio
 async def test_answers_stay_with_their_requests(service):
     """Requests of different sizes and wishes, all at once: everyone gets the classes of their own images."""
-    requests = [(row, row % 5 + 1, row % 3 + 1, row % 4 / 4) for row in range(16)]
+    requests = [(row, row % 5 + 1, row % 3 + 1, row % 4 / 4, row % 7 + 1) for row in range(16)]
     answers = await asyncio.gather(
-        *[service.answer(*IMAGES[first : first + count], max_experts=limit, threshold=threshold, top_k=1)
-          for first, count, limit, threshold in requests]
+        *[service.answer(*IMAGES[first : first + count], max_experts=limit, threshold=threshold, top_k=top_k)
+          for first, count, limit, threshold, top_k in requests]
     )  # fmt: skip
 
-    for (first, count, limit, threshold), results in zip(requests, answers, strict=True):
+    for (first, count, limit, threshold, top_k), results in zip(requests, answers, strict=True):
+        assert {len(result["predictions"]) for result in results} == {top_k}
         expected = [MODEL.answer(image, (threshold,) * 2, limit) for image in IMAGES[first : first + count]]
         assert [result["predictions"][0]["index"] for result in results] == [
             int(one.probabilities.argmax()) for one in expected

@@ -4,6 +4,7 @@ import asyncio
 import math
 import os
 import resource
+import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from random import Random
@@ -15,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from model_export.bundle import read_bundle
 from service import processes
 from service.cascade import EXIT_REASONS, BatchReport, Outcome
-from service.counters import PID
+from service.counters import BEAT, PID, READY, WAITING
 from service.metrics import SCORE_BUCKETS, Metrics, image_macs, shared_counters
 from service.operating_point import Operation
 from tests.service.conftest import encode, start, until
@@ -198,8 +199,14 @@ def build(bundle, counters=None):
 
 
 def test_the_figures_of_several_processes_are_added_up(tiny_bundle):
-    """Whichever of them is asked; what one recorded before it died stays when its successor takes its row."""
-    counters = shared_counters(read_bundle(tiny_bundle).manifest, 3)
+    """
+    Whichever of them is asked; what one recorded before it died stays when its successor takes its row.
+
+    The process that runs the graphs for them is no worker, and what waits there they have counted.
+    """
+    counters = shared_counters(read_bundle(tiny_bundle).manifest, 3, shared_engine=True)
+    engine = counters.row(counters.engine)
+    engine[PID], engine[READY], engine[WAITING] = os.getpid(), 1, 7
     rng = Random(0)
     for row in (0, 2, 1, 2):  # the last one is a successor
         counters.take(row)
@@ -225,6 +232,18 @@ def test_the_figures_of_several_processes_are_added_up(tiny_bundle):
     assert sum(figure("images_total", experts=str(used)) for used in (1, 2, 3)) == 4
     assert (figure("queue_images"), figure("queue_limit_images")) == (15, 30)
     assert (figure("ready"), figure("workers")) == (3, 2)
+    engine[READY] = 0
+    assert figure("ready") == 0
+
+
+def test_whoever_gets_ready_has_just_shown_that_it_lives(tiny_bundle):
+    """A worker takes its predecessor's row, whose last sign of life is as old as it took to start."""
+    counters, before = shared_counters(read_bundle(tiny_bundle).manifest, 1), time.monotonic()
+    counters.take(0)
+    metrics, _ = build(tiny_bundle, counters)
+    metrics.set_ready(True)
+
+    assert counters.own[BEAT] >= before
 
 
 def test_buckets_hold_what_does_not_exceed_their_bound(tiny_bundle):
