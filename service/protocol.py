@@ -134,7 +134,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if isinstance(running, Exchange):
             if running.hung_up is not None:
                 running.hung_up()
-        elif running is not None and not running.response_complete:
+        elif running is not None:
             running.disconnected = True
             running.message_event.set()
 
@@ -191,7 +191,6 @@ class GuardedProtocol(HttpToolsProtocol):
             if self._held_back is not None:  # the rest is still to come
                 self._hand_on()
         except httptools.HttpParserError as error:
-            self._held_back = None
             if self._is_over():
                 return
             # The parser says only that a callback failed; why, a URL say, is in the error behind.

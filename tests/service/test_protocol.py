@@ -144,14 +144,23 @@ async def test_a_head_has_the_same_limit_however_it_is_cut(connect, first, size,
         refused(answer, 431, "head_too_large", "more than 65,536 bytes")
 
 
-@pytest.mark.parametrize("head", [b"X: " + b"a" * 10**6, b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n"])
-async def test_a_refused_client_may_finish_sending_and_reads_why(connect, monkeypatch, head):
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [b"X: " + b"a" * 10**6],
+        [b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n"],
+        [b"X: " + b"a" * 60_000, b"a" * 10_000 + b"\0"],
+    ],
+    ids=["too long", "wrong", "both at once"],
+)
+async def test_a_refused_client_may_finish_sending_and_reads_why(connect, monkeypatch, pieces):
     """The connection is closed once it has, and not for any wait that began before; what it sends is not looked at."""
     monkeypatch.setattr(protocol, "LINGER_S", 60)
     monkeypatch.setattr(protocol, "HEAD_S", 0.3)
-    request = b"POST / HTTP/1.1\r\nHost: a\r\n" + head
     async with connect() as (reader, writer):
-        writer.write(request)
+        for piece in (b"POST / HTTP/1.1\r\nHost: a\r\n", *pieces):
+            writer.write(piece)
+            await asyncio.sleep(0.02)
         await until(lambda: any(connection._linger_timer for connection in connect.connections))
         assert not any(connection.expecting for connection in connect.connections)
         await asyncio.sleep(0.4)
