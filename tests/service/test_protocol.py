@@ -113,15 +113,21 @@ async def test_what_is_not_body_has_a_limit(connect, beginning, piece):
     assert sent < 64 * 1024**2  # what lies in the sockets' buffers included
 
 
-async def test_a_head_above_the_limit_is_told_so(connect):
-    """431, before the connection is closed."""
+@pytest.mark.parametrize("body", [0, 200_000])
+async def test_a_head_above_the_limit_is_told_so(connect, body):
+    """431, before the connection is closed; the body of the request before it is no credit."""
+    sent = 0
     async with connect() as (reader, writer):
+        writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % body + bytes(body))
+        await reader.readuntil(b"\r\n\r\n%d" % body)
         received = asyncio.create_task(reader.read())
         writer.write(b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * (MAX_HEAD_BYTES - 1000))
         while not received.done():  # little by little: what lies unread when the server closes would destroy its answer
             writer.write(b"a" * 4000)
+            sent += 4000
             await asyncio.wait((received,), timeout=0.01)
         answer = received.result()
+    assert sent < 2 * MAX_HEAD_BYTES
     refused(answer, 431, "head_too_large", "more than 65,536 bytes")
 
 
@@ -360,6 +366,23 @@ async def test_a_body_that_breaks_off_into_nonsense_is_refused(connect):
         await asyncio.sleep(0.02)
         writer.write(b"no size\r\n")
         assert (await reader.read()).startswith(b"HTTP/1.1 400")
+
+
+async def test_an_answer_that_has_begun_is_broken_off_by_nonsense(connect):
+    """Its client would take the refusal for a part of it."""
+
+    async def answer_half(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"999")]})
+        await send({"type": "http.response.body", "body": b"half", "more_body": True})
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async with connect(answer_half) as (reader, writer):
+        writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n")
+        assert (await reader.readuntil(b"half")).startswith(ANSWER)
+        writer.write(b"no size\r\n")
+        with suppress(ConnectionResetError):
+            assert await reader.read() == b""
 
 
 async def test_nonsense_behind_an_unanswered_request_leaves_its_body_alone(connect):
