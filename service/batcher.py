@@ -110,8 +110,6 @@ class Batcher(Generic[Item, Result]):
         for future in self._futures.values():
             if not future.done():
                 future.set_exception(BatcherStoppedError())
-        self._futures.clear()
-        self._queue.clear()
 
     def check(self) -> None:
         """Raise QueueFullError if no place is free. Places that are saved count as free: they may be for the asker."""

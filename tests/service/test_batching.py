@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from service.batcher import Batcher, BatcherStoppedError, QueueFullError
 from service.cascade import best_classes
 from service.classifier import DECODING_S, Choice
+from service.schedule import Schedule
 from service.uploads import Upload
 from tests.service.conftest import PATIENCE_S, encode, start, until
 from tests.tiny import TinyModel, noise
@@ -114,6 +115,24 @@ async def test_experts_that_nobody_needs_do_not_run(service):
         others = await post_in_order(service, *[service.post(file, threshold=0) for file in FILES[:6]])
     await asyncio.gather(first, *others)
     assert (rows(service, "trunk")[1], rows(service, "expert_2")[-1]) == (6, 6)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("thresholds", "reach"), [(None, [1, 0.3, 0.3]), ("0.3", [1, 1, 1])])
+async def test_as_many_images_are_expected_at_an_expert_as_calibration_found(
+    tiny_bundle, monkeypatch, thresholds, reach
+):
+    """By which batches wait for each other or not; all of them, at thresholds that it did not measure."""
+    expected = []
+
+    class Noting(Schedule):
+        def __init__(self, *arguments, **options):
+            expected.append(options["reach"])
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr("service.classifier.Schedule", Noting)
+    async with start(tiny_bundle, thresholds=thresholds):
+        assert expected == [pytest.approx(reach)]
 
 
 @pytest.mark.anyio
@@ -334,6 +353,18 @@ async def test_a_client_that_was_given_leave_to_send_gets_to_read_its_refusal(ti
 
 
 @pytest.mark.anyio
+async def test_a_refused_client_that_sends_without_end_is_not_read_without_end(tiny_bundle):
+    """Twice the largest body before the answer, as much behind it, and each time the piece that exceeds that."""
+    async with start(tiny_bundle, max_bytes=1000) as service:
+        client = Connection(*[bytes(600)] * 11, complete=False)
+        await client.post(service)
+
+        assert client.sent[0]["status"] == 413
+        client.hang_up.set()
+        assert (await client.receive())["type"] == "http.request"  # the last one is left
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize("expectation", [b"100-continue", b"100-Continue"])
 async def test_a_refused_client_that_waits_for_leave_to_send_is_answered_at_once(service, expectation):
     """Expect: 100-continue. Nothing is read: reading would invite the upload."""
@@ -386,11 +417,12 @@ class Echo:
 
 @pytest.mark.anyio
 async def test_what_waits_when_the_batcher_ends_is_told_so():
-    """Nothing waits for ever."""
-    work, batcher = Echo(), Batcher(max_queue=2)
+    """Nothing waits for ever; who has given up need not be told."""
+    work, batcher = Echo(), Batcher(max_queue=3)
     batcher.start(work, threaded=True)
-    batcher.reserve(2)
+    batcher.reserve(3)
     first, second = batcher.submit("first"), batcher.submit("second")
+    batcher.submit("given up").cancel()
     await until(work.running.is_set)
     end = asyncio.create_task(batcher.stop())
     await asyncio.sleep(0)
@@ -478,16 +510,17 @@ def test_places_are_taken_all_at_once_or_not_at_all():
 
 
 def test_kept_places_are_for_whoever_asks_for_as_many():
-    """Also while others wait; then they are kept no more."""
-    batcher = Batcher(max_queue=8)
-    batcher.reserve(6)
+    """Also while others wait, and beside those who find room without them; then they are kept no more."""
+    batcher = Batcher(max_queue=10)
+    batcher.reserve(8)
     with pytest.raises(QueueFullError):
         batcher.reserve(4)
-    batcher.release(2)
+    batcher.release(3)
+    batcher.reserve(1)
     for _ in range(2):  # whoever is refused meanwhile does not take the large request's place
         with pytest.raises(QueueFullError) as refusal:
             batcher.reserve(1)
-        assert (refusal.value.waiting, refusal.value.saved) == (4, 4)
+        assert (refusal.value.waiting, refusal.value.saved) == (6, 4)
     batcher.reserve(4)
     batcher.release(1)
     batcher.reserve(1)

@@ -437,6 +437,13 @@ def test_our_own_failure_is_not_blamed_on_the_image(monkeypatch):
         with pytest.raises(ValueError, match="no box"):
             decode(encode(noise(1)[0].repeat(3, axis=1), kind), SPEC, 1_000_000)
 
+    def lack(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("service.images.to_rgb", lack)
+    with pytest.raises(MemoryError):
+        decode(encode(PIXELS), SPEC, 1_000_000)
+
 
 def test_scaling_is_antialiased_and_enlarging_works():
     """A fine checkerboard becomes grey, not black or white; one pixel becomes a whole image; both filters are known."""
