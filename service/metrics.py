@@ -30,7 +30,7 @@ SCORE_BUCKETS: Final = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.
 
 @dataclass(frozen=True, slots=True)
 class CounterCells:
-    """A counter: a cell for each value of its label ("" where it has none)."""
+    """A counter: a cell for each value of its label."""
 
     name: str
     text: str
@@ -39,15 +39,19 @@ class CounterCells:
 
     def family(self, sums: Sequence[float]) -> Metric:
         """As Prometheus reads it."""
-        family = CounterMetricFamily(f"ride_{self.name}", self.text, labels=[self.label] if self.label else [])
+        family = CounterMetricFamily(f"ride_{self.name}", self.text, labels=[self.label])
         for value, cell in self.cells.items():
-            family.add_metric([value] if self.label else [], sums[cell])
+            family.add_metric([value], sums[cell])
         return family
 
 
 @dataclass(frozen=True, slots=True)
 class HistogramCells:
-    """A histogram: for each value of its label the cells of its buckets, one for what exceeds them, and the sum."""
+    """
+    A histogram: for each value of its label the cells of its buckets, one for what exceeds them, and the sum.
+
+    Where it has no label, that is "", and so is its one value.
+    """
 
     name: str
     text: str
