@@ -204,14 +204,29 @@ async def test_jobs_and_outcomes_cross_unchanged(linked):
     ("raised", "arrives"),
     [(NotFiniteError("NaN"), NotFiniteError), (AbandonedError("x"), AbandonedError), (OSError("disk"), RemoteError)],
 )
-async def test_a_failure_arrives_as_what_the_front_expects(linked, raised, arrives):
-    """With its text; what nobody expects is a RemoteError."""
-    (future,) = await linked.submit(job())
-    linked.engine.jobs[0][2].set_exception(raised)
+async def test_a_failure_arrives_as_what_the_front_expects(linked, raised, arrives, caplog):
+    """With its text; what nobody expects is a RemoteError, and logged once for all that it befell."""
+    futures = await linked.submit(job(), job())
+    for _, _, future in linked.engine.jobs:
+        future.set_exception(raised)
 
-    with pytest.raises(arrives) as failure:
-        await future
-    assert str(failure.value) == str(raised)
+    for future in futures:
+        with pytest.raises(arrives) as failure:
+            await future
+        assert str(failure.value) == str(raised)
+    assert [record.message for record in caplog.records] == ["batch_failed"] * (arrives is RemoteError)
+
+
+@pytest.mark.anyio
+async def test_whoever_gives_up_just_as_the_answer_comes_troubles_nobody(linked):
+    """The engine's process is then told of a job that it has answered."""
+    (left,) = await linked.submit(job())
+    linked.engine.jobs[0][2].set_result(outcome(0))
+    left.cancel()
+    (other,) = await linked.submit(job(1))
+    linked.engine.jobs[1][2].set_result(outcome(1))
+
+    assert await other == outcome(1)
 
 
 @pytest.mark.anyio
