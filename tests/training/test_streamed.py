@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,18 @@ from training.data.sets import DataError, Images, channel_statistics, load_data
 from training.data.streamed import StreamedImages, fits_in_memory
 from training.recipe import Recipe
 from training.train import trained_model
+
+STREAMS_AND_WAITS = """
+import sys
+from training.data.sets import load_data
+from training.recipe import Recipe
+
+recipe = Recipe("t", "single", data=sys.argv[1], profile="natural", image_size=256, decoding="streamed", workers=2)
+batches = load_data(recipe).train.in_order(2)
+next(batches)
+print("streams", flush=True)
+sys.stdin.read()
+"""
 
 
 def recipe_for(folder: Path, **fields: object) -> Recipe:
@@ -190,3 +204,12 @@ def test_a_streamed_training_resumes_as_it_began(folder, tmp_path, monkeypatch, 
     results = [json.loads((tmp_path / run / "results.json").read_text()) for run in ("killed", "whole")]
     assert results[0]["experts"] == results[1]["experts"]
     assert trained_model(tmp_path / "killed")[0].stage == "routers"
+
+
+def test_workers_of_a_killed_training_end(folder):
+    """They are about to hand over what they decoded, which nobody takes any more, and have its standard output."""
+    command = [sys.executable, "-c", STREAMS_AND_WAITS, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "streams\n"
+        process.kill()
+        process.communicate(timeout=60)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,6 +27,7 @@ from training.recipe import Recipe
 
 CHUNK = 64  # images that a worker decodes at a time where there are no batches
 MEMORY_SHARE = 0.25
+WATCH_S = 1.0  # how often a worker looks whether its parent is there
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class StreamedImages:
         views = _Views(self.source, self.positions[rows], self.recipe, seed)
         loader = DataLoader(
             views, batch_sampler=batches, num_workers=min(self.workers, len(batches)), collate_fn=list,  # type: ignore[arg-type]
-            pin_memory=False,
+            pin_memory=False, worker_init_fn=partial(_end_with, os.getpid()),
         )  # fmt: skip
         size = self.recipe.image_size
         for decoded in loader:
@@ -97,6 +101,23 @@ class StreamedImages:
                 raise UnreadableError("images cannot be read any more:\n  " + "\n  ".join(failed[:MOST_SHOWN]))
             pixels = np.stack(decoded) if decoded else np.empty((0, size, size, 3), np.uint8)
             yield torch.from_numpy(pixels).to(self.labels.device)
+
+
+def _end_with(parent: int, worker: int) -> None:
+    """
+    Let this worker end when its parent is gone: torch's own would wait for ever until somebody takes what it decoded.
+
+    Args:
+        parent: process id.
+        worker: its number, which torch gives to every such function.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class _Views(Dataset[np.ndarray | str]):
