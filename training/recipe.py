@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -377,6 +378,11 @@ class Recipe:
 
     def _check_values(self) -> None:
         """Each field by itself."""
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise RecipeError(
+                f"name={self.name!r}: names a directory; must be of letters, digits, '_', '-' and '.', "
+                "and begin with one of the first three"
+            )
         for field, (low, high) in _ranges().items():
             value = getattr(self, field)
             numbers = value if isinstance(value, tuple) else () if value is None else (value,)
@@ -623,11 +629,11 @@ def parse_settings(texts: Sequence[str]) -> dict[str, str]:
     Field to text, of arguments FIELD=VALUE.
 
     Raises:
-        RecipeError: for one without an equals sign.
+        RecipeError: for one without a field or an equals sign.
     """
     pairs = [text.partition("=") for text in texts]
-    for text, (_, separator, _) in zip(texts, pairs, strict=True):
-        if not separator:
+    for text, (field, separator, _) in zip(texts, pairs, strict=True):
+        if not (field and separator):
             raise RecipeError(f"--set {text}: must be field=value")
     return {field: value for field, _, value in pairs}
 

@@ -53,6 +53,8 @@ def test_overrides_take_the_type_of_the_field():
     [
         ({"learning_rate": "1"}, "learning_rate: no such recipe field; ride-train --help lists them all"),
         ({"weight_decays": "1"}, "no such recipe field; did you mean weight_decay or "),
+        ({"name": ""}, "name='': names a directory"),
+        ({"name": "../elsewhere"}, "name='../elsewhere': names a directory"),
         ({"epochs": "many"}, "epochs=many: must be a whole number"),
         ({"lr": "fast"}, "lr=fast: must be a number"),
         ({"epochs": "0"}, "epochs=0: must be from 1"),

@@ -231,6 +231,7 @@ def test_a_kill_while_an_older_checkpoint_is_deleted_leaves_the_newest(tmp_path,
         (["ride-cifar100", "--data", ""], "no data named; give --data"),
         (["ride-own", "--data", "/nowhere/at/all"], "/nowhere/at/all: no such directory"),
         (["ride-cifar100", "--set", "epochs"], "--set epochs: must be field=value"),
+        (["ride-cifar100", "--set", "=3"], "--set =3: must be field=value"),
         (["ride-cifar100", "--set", "depth=3"], "depth: no such recipe field; "),
     ],
 )
