@@ -87,6 +87,11 @@ class Batcher(Generic[Item, Result]):
         """Places that are taken."""
         return len(self._queue) + self._reserved
 
+    @property
+    def wait_s(self) -> float:
+        """About how long an item that comes now would wait, by the time that others took lately."""
+        return self.waiting * self._seconds_per_item
+
     def start(self, work: Work[Item, Result], *, threaded: bool) -> None:
         """
         Begin to work for the event loop that is running now.
@@ -143,7 +148,7 @@ class Batcher(Generic[Item, Result]):
         return future
 
     def _retry_after(self) -> int:
-        return min(MAX_RETRY_S, max(1, math.ceil(self.waiting * self._seconds_per_item)))
+        return min(MAX_RETRY_S, max(1, math.ceil(self.wait_s)))
 
     def _schedule(self) -> None:
         """Have a step soon: after all that the event loop already has to do, which may bring more items."""

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
 from model_export.bundle import Bundle, BundleError
-from service.batcher import Batcher, QueueFullError
+from service.batcher import MAX_RETRY_S, Batcher, QueueFullError
 from service.cascade import Cascade, Job, NotFiniteError, Outcome
 from service.cores import available_cores
 from service.counters import Counters
@@ -36,6 +37,7 @@ NOT_READY: Final = "graphs are being loaded and run for the first time; retry in
 LONG_STEP_S: Final = 0.025  # for which the event loop shall not stand still
 CPU_BATCH: Final = 16  # its features still fit into the cache
 GPU_BATCH: Final = 64
+MOST_WAITING: Final = 0.5  # of the time for a request: who waited longer would rarely be answered in the rest of it
 DECODING_S: Final = 0.005  # of one request after the other in the event loop, before it looks at others
 
 
@@ -185,6 +187,7 @@ class Classifier:
 
     def check_room(self) -> None:
         """Raise ServiceError overloaded while not even one image would find a place, whoever sends it."""
+        self._check_wait()
         try:
             self._batcher.check()
         except QueueFullError as error:
@@ -304,10 +307,23 @@ class Classifier:
         return pixels, time.perf_counter() - started
 
     def _reserve(self, count: int) -> None:
+        self._check_wait()
         try:
             self._batcher.reserve(count)
         except QueueFullError as error:
             raise self._overloaded(error, f", this request has {count}") from None
+
+    def _check_wait(self) -> None:
+        """Raise ServiceError overloaded where an image would wait so long that its work would be for nobody."""
+        most, wait = MOST_WAITING * self.settings.timeout_s, self._batcher.wait_s
+        if wait > most:
+            retry_after = min(MAX_RETRY_S, math.ceil(wait - most))
+            raise ServiceError(
+                "overloaded",
+                f"{self._batcher.waiting} images are waiting, about {wait:.1f} s, the limit is {most:g} s (half of "
+                f"RIDE_TIMEOUT_S); retry in {retry_after} s",
+                retry_after=retry_after,
+            )
 
     def _overloaded(self, error: QueueFullError, asked: str) -> ServiceError:
         kept = f", {error.saved} places are kept for an earlier request" if error.saved else ""

@@ -71,6 +71,11 @@ class RemoteBatcher(Batcher[Job, Outcome]):
         """Places that are taken."""
         return self._reserved + max(0, len(self._pending) - self._working)
 
+    @property
+    def wait_s(self) -> float:
+        """As the batcher's: as long as the images that are answered now, their work included."""
+        return self._image_s if self.waiting else 0.0
+
     async def connect(self) -> tuple[str, str]:
         """
         Wait until the engine's process is ready; stay connected from then on.

@@ -117,7 +117,7 @@ def classify_operation() -> dict[str, Any]:
     form = {"type": "object", "properties": {"file": {"type": "array", "items": binary}}, "required": ["file"]}
     refusals = {
         "413": "Body, image or number of images above the limit.", "415": "No known image type.",
-        "422": "Damaged image, no image, or an invalid parameter.", "429": "The queue is full; see Retry-After.",
+        "422": "Damaged image, no image, or an invalid parameter.", "429": "Overloaded; see Retry-After.",
         "500": "Our failure; the request id finds it in the log.", "503": "Starting or stopping; see Retry-After.",
         "504": "No answer within RIDE_TIMEOUT_S.",
     }  # fmt: skip

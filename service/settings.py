@@ -125,7 +125,8 @@ class Settings(BaseSettings):
         ge=1,
         description="Images that may wait at once, divided among the workers. One more is refused with 429. A longer "
         "queue loses fewer requests in a burst and makes each wait longer: N / (images per second) is the wait at "
-        "worst. Unless it is set, each worker has room for twice max-images at least, however many there are.",
+        "worst. However few they are, one that would wait for more than half of timeout-s is refused, too. Unless it "
+        "is set, each worker has room for twice max-images at least, however many there are.",
     )
     max_images: int = Field(
         64,

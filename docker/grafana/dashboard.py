@@ -315,7 +315,7 @@ def traffic_row(page: Page) -> None:
     page.add(
         stacked("reqps"),
         "Requests per second by status",
-        "429: refused because the queue was full. 5xx: ours.",
+        "429: refused, overloaded. 5xx: ours.",
         8, 8,
         query(rate("ride_requests_total", "code"), "{{code}}"),
     )  # fmt: skip

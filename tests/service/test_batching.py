@@ -584,6 +584,27 @@ async def test_retry_after_is_the_time_that_the_waiting_will_take(monkeypatch):
 
 
 @pytest.mark.anyio
+async def test_whoever_would_wait_for_half_of_the_time_limit_is_refused(service, monkeypatch):
+    """Queued into a timeout, the image would be worked on for nobody, and in its place no other for anybody."""
+    clock = SimpleNamespace(now=0.0)
+    now = SimpleNamespace(perf_counter=lambda: clock.now, monotonic=lambda: clock.now)
+    monkeypatch.setattr("service.batcher.time", now)
+    with service.engine.hold():
+        slow = await held_request(service)
+        clock.now = 30.0  # of which a fifth enters
+    assert (await slow).status_code == 200
+    with service.engine.hold():
+        first = await held_request(service)
+        (second,) = await post_in_order(service, service.post(FILES[1]))
+        third = await service.post(FILES[2])
+
+    assert third.status_code == 429
+    assert third.headers["retry-after"] == "1"
+    assert "1 images are waiting, about 6.0 s, the limit is 5 s (half of RIDE_TIMEOUT_S)" in third.text
+    assert [(await request).status_code for request in (first, second)] == [200, 200]
+
+
+@pytest.mark.anyio
 async def test_nothing_is_kept_of_an_item_that_was_given_up():
     """Else every client that hangs up would leave its image in memory."""
     work, batcher = Echo(), Batcher(max_queue=2)

@@ -269,6 +269,9 @@ async def test_a_full_front_says_how_long_images_take_now(linked, monkeypatch):
     with pytest.raises(QueueFullError) as refusal:
         linked.batcher.reserve(4)
     assert refusal.value.retry_after == 4
+    assert linked.batcher.wait_s == 0  # nobody waits
+    linked.batcher.reserve(1)
+    assert linked.batcher.wait_s == pytest.approx(4)
 
 
 @pytest.mark.anyio
