@@ -1,6 +1,8 @@
 """Bias and variance: the identities, hand-worked cases, the signs, and a whole analysis that is resumed."""
 
 import csv
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -187,7 +189,61 @@ def test_an_analysis_has_tables_and_a_plot(analysed):
 
     text = (analysed / "bias_variance.md").read_text()
     assert "Of the 10 signs of the talk's table 0 are confirmed, 0 contradicted and 10 open." in text
+    assert "Two models have no majority: their 0/1 bias is their error." in text
     assert (analysed / "bias_variance.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_tables_are_of_the_stored_predictions(analysed, arguments, monkeypatch, tmp_path):
+    """Every figure, and every sign beside cross-entropy, computed anew from three draws with known predictions."""
+    out = shutil.copytree(analysed, tmp_path / "analysis")
+    generator, labels = np.random.default_rng(0), np.repeat(np.arange(4), 5)
+    noise, analyses = {"ce-cifar100": 0.3, "ldam-drw-cifar100": 0.6}, {}
+    for method, share in noise.items():
+        run = shutil.copytree(out / f"{method}-draw01", out / f"{method}-draw02")
+        results = json.loads((run / "results.json").read_text())
+        results["recipe"] |= {"seed": 2, "subset_seed": 2}
+        (run / "results.json").write_text(json.dumps(results))
+        known = np.eye(4)[labels] * (1 - share) + share * generator.dirichlet(np.ones(4) * 0.3, (3, 20))
+        known = known.astype(np.float16)
+        for draw, probabilities in enumerate(known):
+            np.savez(
+                out / f"{method}-draw0{draw}" / "predictions.npz", probabilities=probabilities,
+                predicted=probabilities.argmax(axis=1).astype(np.uint16), labels=labels.astype(np.uint16),
+            )  # fmt: skip
+        analyses[method] = analyse(known.astype(np.float32), known.argmax(axis=2), labels, [120, 75, 47, 30])
+    monkeypatch.setattr(training.runs, "train", None)  # none is left to train
+    monkeypatch.setattr("training.bias_variance.EXPECTED", dict(reversed(EXPECTED.items())))  # RIDE's signs first
+
+    assert main([*arguments, "--out", str(out), "--draws", "3"]) == 0
+    text = (out / "bias_variance.md").read_text()
+    head, zero_one_rows, squared_rows, signs = text.split("\n## ")
+    assert "over 3 draws" in head
+    assert "Two models" not in head
+    parts = ("error", "bias", "variance", "net_variance")
+    with (out / "bias_variance.csv").open() as file:
+        rows = {(row["method"], row["decomposition"], row["classes"]): row for row in csv.DictReader(file)}
+    for method, analysis in analyses.items():
+        for kind, table in (("zero_one", zero_one_rows), ("squared", squared_rows)):
+            for scope in ("all", "many", "medium"):
+                figures = [analysis.figures[scope, kind, part] for part in parts]
+                assert f"| {method} | {scope} | {' | '.join(f'{figure:.4f}' for figure in figures)} |" in table
+                assert [float(rows[method, kind, scope][part]) for part in parts] == pytest.approx(figures)
+            for label in range(4):
+                each = [getattr(analysis.parts[kind], part)[labels == label].mean() for part in parts]
+                assert [float(rows[method, kind, f"class {label}"][part]) for part in parts] == pytest.approx(each)
+    verdicts = {"confirmed": 0, "contradicted": 0, "open": 5}  # no class is few, whose five signs are open
+    reference, ours = analyses.values()
+    for kind, title, wanted in (
+        ("zero_one", "0/1 (Domingos)", {"error": "worse", "bias": "comparable", "variance": "worse"}),
+        ("squared", "squared, probabilities", {"bias": "comparable", "variance": "worse"}),
+    ):
+        for part, expected in wanted.items():
+            shown, verdict = sign_of(ours, reference, ("many", kind, part), expected)
+            assert f"| ldam-drw-cifar100 | many | {part} | {title} | {shown} | {expected} | {verdict} |" in signs
+            verdicts[verdict] += 1
+    assert min(verdicts.values()) > 0
+    assert f"{verdicts['confirmed']} are confirmed, {verdicts['contradicted']} contradicted (" in signs
+    assert f" and {verdicts['open']} open." in signs
 
 
 def test_draws_differ_and_methods_share_them(analysed):

@@ -210,6 +210,23 @@ def test_a_report_is_of_test_images_at_thresholds_of_held_out_ones(untrained, tm
     assert f"one expert only: {(of_split['many'] == 1).mean():.1%} of the many-shot images" in " ".join(text.split())
     assert f"decisions divided by {len(data.heldout):.2f}" in text
 
+    def line(first, row):
+        figures = [float(row[name]) for name in ("all", "many", "medium", "few", "random_all")]
+        cost = [f"{float(row['mean_experts']):.2f}", f"{int(row['macs']) / 1e6:.1f}"]
+        return f"| {' | '.join([first, *cost, *(f'{figure:.2f}' for figure in figures)])} |"
+
+    lines = text.splitlines()
+    assert all(line(row["name"], row) in lines for row in rows if row["name"] != "routed")
+    of_curve = [line(", ".join(f"{value:.3f}" for value in thresholds_of(row)), row) for row in curve]
+    shown = [each for each in lines if each in of_curve]
+    assert (shown[0], shown[-1]) == (of_curve[0], of_curve[-1])
+    assert 8 <= len(shown) <= 12
+    for name, experts in (("router", used), ("oracle", fewest)):
+        for scope, label in (("all", None), *((split, data.classes.index(name)) for name, split in SPLITS_OF.items())):
+            mine = experts if label is None else experts[test.labels == label]
+            shares = " | ".join(f"{(mine == count).mean():.1%}" for count in (1, 2, 3))
+            assert f"| {name} | {scope} | {mine.mean():.2f} | {shares} |" in lines
+
 
 def test_a_report_follows_images_that_have_moved(tmp_path):
     """Lists and the root of their paths, each of which may lie elsewhere now; the rest of the recipe may not change."""
