@@ -155,7 +155,7 @@ def knowing(labels, seed):
 def test_a_report_is_of_test_images_at_thresholds_of_held_out_ones(untrained, tmp_path, monkeypatch):
     """Every figure, computed anew: the curve, the point that was asked for, the classes, and what is said of splits."""
     run, data = untrained
-    heldout, test = (knowing(images.labels.numpy(), seed) for seed, images in enumerate((data.heldout, data.test)))
+    heldout, test = (knowing(images.labels.numpy(), seed) for seed, images in enumerate((data.heldout, data.test), 2))
     made = {len(data.heldout): heldout, len(data.test): test}
     monkeypatch.setattr("training.router_report.predict", lambda model, images: made[len(images)])
     monkeypatch.setattr("training.router_report.fit_temperature", lambda model, images: len(images))
@@ -206,6 +206,7 @@ def test_a_report_is_of_test_images_at_thresholds_of_held_out_ones(untrained, tm
         }.items():  # fmt: skip
             assert float(row[name]) == pytest.approx(values[mine].mean(), abs=1e-4), name
     of_split = {split: used[test.labels == data.classes.index(name)] for name, split in SPLITS_OF.items()}
+    assert 0 < (of_split["few"] > 1).mean() < 1
     assert f"More than one expert: {(of_split['few'] > 1).mean():.1%} of the few-shot images; " in text
     assert f"one expert only: {(of_split['many'] == 1).mean():.1%} of the many-shot images" in " ".join(text.split())
     assert f"decisions divided by {len(data.heldout):.2f}" in text
