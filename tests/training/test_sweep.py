@@ -92,6 +92,35 @@ def test_published_figures_stand_beside_runs_on_the_same_images(swept, tmp_path)
         assert next(csv.DictReader(file))["published_all"] == "38.3"
 
 
+def test_published_figures_stand_beside_rows_of_their_kind(swept, tmp_path):
+    """RIDE's are routed. All other cells are mean and deviation of the runs; all experts cost the same every time."""
+    ride, results = RECIPES["ride-cifar100"].to_dict(), []
+    for name in NAMES[2:]:
+        run = shutil.copytree(swept / name, tmp_path / name)
+        results.append(json.loads((run / "results.json").read_text()))
+        fields = ("name", "data", "profile", "imbalance", "n_max")
+        results[-1]["recipe"] |= {field: ride[field] for field in fields}
+        (run / "results.json").write_text(json.dumps(results[-1]))
+
+    def shown(values, digits=2):
+        values = list(values)
+        known = None not in values
+        return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}" if known else "–"
+
+    def cells(rows):
+        return [shown(row[key] for row in rows) for key in ("all", "many", "medium", "few", "ece")]
+
+    text = write_tables(rows_of([tmp_path / name for name in NAMES[2:]]), tmp_path, {})
+    lines = [line for line in text.splitlines() if line.startswith("| ride-cifar100, ")]
+    whole, routed = ([result["experts"][-1] for result in results], [result["routed"] for result in results])
+    cost = [shown(row["mean_experts"]["all"] for row in routed), shown((row["macs"] / 1e6 for row in routed), 1)]
+    published = "48.0 (68.1 / 49.2 / 23.9); 48.6 (67.0 / 49.9 / 25.7)"
+    assert [line[line.index(" | 2 (0, 1) | ") :] for line in lines] == [
+        " | ".join(["", "2 (0, 1)", "3.00", f"{whole[0]['macs'] / 1e6:.1f}", *cells(whole), "– |"]),
+        " | ".join(["", "2 (0, 1)", *cost, *cells(routed), f"{published} |"]),
+    ]
+
+
 def test_a_finished_sweep_trains_nothing_again(swept, sweep_arguments, monkeypatch, capsys):
     """The same command prints the same table."""
     monkeypatch.setattr(training.runs, "train", no_training)
