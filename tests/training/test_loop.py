@@ -64,6 +64,32 @@ def test_rates_momentum_decay_and_average_are_the_stages(nesterov, averaged, tmp
     assert model.net.weight.detach().numpy()[0] == pytest.approx(by_hand(nesterov)[averaged], rel=1e-5)
 
 
+def test_the_log_has_means_over_images(tmp_path):
+    """Of five, in batches of two and three, a batch counts by its images; the experts are judged together."""
+    model = Model(nn.Linear(2, 1, bias=False), None)
+
+    def step(network, images, labels, *_):
+        said = nn.functional.one_hot(labels * (labels < 3), 5).float()  # right for 0, 1 and 2
+        logits = torch.stack([2 * said, nn.functional.one_hot(torch.zeros_like(labels), 5).float()])
+        return Outputs(logits, logits), {"loss": labels.float().mean() + 0 * model.net.weight.sum()}
+
+    stage = Stage(
+        "t", 1, 2, model.net, None, lambda labels, _: torch.arange(len(labels)), lambda epoch: 0.1, 0.0, False, 0.0,
+        step=step,
+    )  # fmt: skip
+    images = Images(torch.zeros(5, 8, 8, 3, dtype=torch.uint8), torch.arange(5))
+    log = Log.open(tmp_path, {})
+    run_stage(
+        model, stage, images, images, RECIPE, start=None, run=tmp_path, log=log, info={"recipe": RECIPE.to_dict()},
+        evaluate=lambda _: {},
+    )  # fmt: skip
+    log.close()
+
+    (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert (line["stage"], line["epoch"], line["lr"]) == ("t", 1, 0.1)
+    assert (line["loss"], line["accuracy"]) == pytest.approx((2, 60))
+
+
 def test_a_full_disk_costs_no_line_of_the_log(tmp_path):
     """A resumed run drops lines of epochs that no checkpoint has; it keeps all where it cannot write the others."""
     file = tmp_path / "metrics.jsonl"
