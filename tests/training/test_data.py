@@ -4,6 +4,7 @@ import io
 import json
 import re
 import warnings
+from collections import Counter
 
 import numpy as np
 import pyarrow
@@ -62,6 +63,11 @@ def test_class_counts_are_the_published_ones(n_max, classes, factor, total, smal
     assert (sum(counts), min(counts)) == (total, smallest)
     if splits is not None:
         assert [sum(split_of(count) == name for count in counts) for name in SPLITS] == splits
+
+
+def test_more_than_100_images_are_many_and_fewer_than_20_few():
+    """RIDE's bounds, which belong to medium."""
+    assert [split_of(count) for count in (101, 100, 20, 19)] == ["many", "medium", "medium", "few"]
 
 
 def test_step_profile_has_two_sizes():
@@ -134,6 +140,57 @@ def test_augmentation_follows_its_seed():
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def augmented(images, **changes):
+    """The images, augmented by `changes` alone."""
+    nothing = {"crop_padding": 0, "flip": False, "rotation": 0}
+    return augment(images, torch.Generator().manual_seed(0), **nothing | changes)
+
+
+def test_shifts_flips_and_turns_are_drawn_evenly():
+    """Every shift of up to the padding, to both sides; half are mirrored; angles reach the bound in both directions."""
+    places = np.stack([*np.indices((51, 51)), np.zeros((51, 51))], axis=-1).astype(np.uint8)  # a pixel says where it is
+    images = torch.from_numpy(places).expand(1500, 51, 51, 3)
+
+    shifts = Counter(map(tuple, augmented(images, crop_padding=2)[:, 25, 25, :2].tolist()))
+    assert set(shifts) == {(y, x) for y in range(23, 28) for x in range(23, 28)}
+    assert min(shifts.values()) > 30  # of 60
+    mirrored = augmented(images, flip=True)[:, 0, 0]
+    assert mirrored.unique(dim=0).tolist() == [[0, 0, 0], [0, 50, 0]]
+    assert (mirrored[:, 1] == 50).float().mean().item() == pytest.approx(0.5, abs=0.05)
+    moved = augmented(images, rotation=15)[:, 25, 50, 0].numpy() - 25.0  # 25 sin(angle), rounded
+    angles = np.rad2deg(np.arcsin(moved / 25))
+    assert [angles.min(), angles.mean(), angles.max()] == pytest.approx([-15, 0, 15], abs=2)
+
+
+def test_cutout_blackens_a_square_about_any_pixel():
+    """Cut by the border, as Cutout has it: every row and column is the centre as often; all else stays."""
+    cut = augmented(torch.full((6000, 12, 12, 3), 200, dtype=torch.uint8), cutout=4)
+    black = (cut == 0).all(dim=-1)
+    rows, columns = black.any(dim=2), black.any(dim=1)
+
+    assert torch.equal(black, rows.unsqueeze(2) & columns.unsqueeze(1))
+    assert (cut[~black] == 200).all()
+    for covered in (rows, columns):
+        spans = Counter(map(tuple, covered.tolist()))
+        assert set(spans) == {tuple(centre - 2 <= place < centre + 2 for place in range(12)) for centre in range(12)}
+        assert min(spans.values()) > 400  # of 500
+    assert len(torch.cat([rows, columns], dim=1).unique(dim=0)) == 12 * 12
+
+
+def test_auto_augment_moves_grey_into_some_images_and_cutout_comes_last():
+    """A policy for each image, from its generator alone; what moves in is 128, and no policy touches the hole."""
+    white = torch.full((300, 16, 16, 3), 255, dtype=torch.uint8)
+    before = torch.get_rng_state()
+    seen = augmented(white, auto_augment=True)
+    grey, left = ((seen == shade).all(dim=-1).flatten(1).any(dim=1) for shade in (128, 255))
+
+    assert 0.1 < (grey & left).float().mean() < 0.9
+    assert torch.equal(seen, augmented(white, auto_augment=True))
+    assert torch.equal(before, torch.get_rng_state())
+    holes = (augmented(white, auto_augment=True, cutout=8) == 0).all(dim=-1).flatten(1).sum(dim=1)
+    assert (holes >= 16).all()
 
 
 def test_shuffled_visits_every_image_once():

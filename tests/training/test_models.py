@@ -170,3 +170,12 @@ def test_convolutions_of_cifar_nets_begin_with_the_gain_of_relu():
 
     relative = [kernel.var().item() * kernel[0].numel() / 2 for kernel in kernels]
     assert relative == pytest.approx([1] * 31, abs=0.4)
+
+
+@pytest.mark.parametrize(("name", "relative"), [("ride-cifar100", 2), ("ride-imagenet-lt-r10", 1 / 3)])
+def test_routers_begin_as_in_the_authors_code(name, relative):
+    """Those of CIFAR nets with the gain of ReLU, variance 2/inputs; others as torch has it, 1/(3 · inputs)."""
+    routers = build_model(RECIPES[name], 100, *MEAN_STD).routers
+
+    for hidden in routers.hidden:
+        assert hidden.weight.var().item() * hidden.in_features == pytest.approx(relative, rel=0.25)
