@@ -20,6 +20,7 @@ from training.methods.decoupled import (
     NearestMeanClassifier,
     ScaledClassifier,
     class_mean_accuracy,
+    features_and_logits,
     fit_nearest_means,
     fit_tau_norm,
     tau_normalised,
@@ -279,6 +280,19 @@ def test_lws_trains_only_the_scales_and_starts_from_the_classifier():
     stages[1].arrange()
     (trained,) = stages[1].part.parameters()
     assert trained is model.net.experts[0].classifier.scales[0]
+
+
+def test_features_of_all_images_come_batch_by_batch(monkeypatch):
+    """In their order, of every expert, as from one batch of all."""
+    recipe = dataclasses.replace(RECIPES["ride-cifar100"], image_size=8, backbone="resnet20_cifar")
+    net = build_model(recipe, 3, (0.5,) * 3, (0.25,) * 3).net.eval()
+    images = Images(torch.randint(0, 256, (5, 8, 8, 3), dtype=torch.uint8), torch.zeros(5, dtype=torch.long))
+    monkeypatch.setattr("training.methods.decoupled.FEATURE_BATCH", 2)
+    with torch.no_grad():
+        found, whole = features_and_logits(net, images), net(images.pixels)
+
+    torch.testing.assert_close(found.expert_logits, whole.expert_logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.expert_features, whole.expert_features, atol=1e-4, rtol=1e-4)
 
 
 def test_the_accuracy_that_choices_are_made_by_is_the_mean_over_classes():
