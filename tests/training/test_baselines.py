@@ -1009,11 +1009,13 @@ def test_classifiers_retrained_by_sgd_do_not_take_over_adamws_weight_decay():
 def test_retrained_classifiers_are_not_balanced_twice():
     """Class weights deferred to the experts' last epochs would come on top of the prior."""
     counts = (9, 7, 5, 3, 1)
-    recipe = tiny("ride-cifar100", retrain_epochs=20)
+    recipe = tiny("ride-cifar100", epochs=10, retrain_epochs=20)
     _, stages = ride.build(recipe, counts, *MEAN_STD)
     stage = next(stage for stage in stages if stage.name == "classifiers")
     logits, labels = torch.randn(3, 4, 5), torch.tensor([0, 1, 2, 4])
     plain = IndividualLoss("balanced_softmax", dataclasses.replace(recipe, deferred_from=None), counts)
+    last = stage.epochs - 1
 
-    expected = sum(plain(each, labels, 0) for each in logits)
-    torch.testing.assert_close(stage.losses(Outputs(logits, torch.zeros(3, 4, 2)), labels, 0)["loss"], expected)
+    assert last >= recipe.epoch_of(recipe.deferred_from)
+    expected = sum(plain(each, labels, last) for each in logits)
+    torch.testing.assert_close(stage.losses(Outputs(logits, torch.zeros(3, 4, 2)), labels, last)["loss"], expected)
