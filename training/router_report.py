@@ -216,12 +216,12 @@ def _text(
     heldout_note: str,
     temperature: float,
 ) -> str:
-    heads = ("", "experts", "M MACs", *SCOPES, "random exits at the same cost, all")
+    columns = ("experts", "M MACs", *SCOPES, "random exits, all")
     rows = [
         [point.name, *_cost(point), *(number(point.accuracy[scope]) for scope in SCOPES), number(point.random["all"])]
         for point in points
     ]  # fmt: skip
-    text = f"# Routers of {run.name}\n\n{markdown(heads, rows)}\n\n"
+    text = f"# Routers of {run.name}\n\n{markdown(('', *columns), rows)}\n\n"
     text += f"Percent on {judge.n_images:,} test images, means of per-class accuracies. {WAYS_LEGEND}\n"
     text += f"Thresholds are chosen on {heldout_note}.\n"
 
@@ -241,13 +241,12 @@ def _text(
         )
         text += "many-shot images.\nRIDE's authors report more than half of each.\n"
 
-    of_curve = ("thresholds", "experts", "M MACs", *SCOPES, "random exits, all")
     rows = [
         [", ".join(f"{value:.3f}" for value in point.thresholds), *_cost(point),
          *(number(point.accuracy[scope]) for scope in SCOPES), number(point.random["all"])]
         for point in _thinned(curve)
     ]  # fmt: skip
-    text += f"\n## Accuracy and cost\n\n{markdown(of_curve, rows)}\n\n"
+    text += f"\n## Accuracy and cost\n\n{markdown(('thresholds', *columns), rows)}\n\n"
     text += "A router sends an image on where its score reaches the threshold. Scores are the\n"
     text += f"sigmoids of decisions divided by {temperature:.2f}, their standard deviation on held-out images.\n"
     return text
