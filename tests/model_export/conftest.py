@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from model_export.__main__ import main
+from model_export.bundle import Graphs, read_bundle
 from training.checkpoint import save_checkpoint
 from training.data.sets import load_data
 from training.evaluate import Predictions
@@ -71,6 +72,21 @@ def exported(run, tmp_path_factory):
     target = tmp_path_factory.mktemp("bundles") / "bundle"
     assert main([str(run), "-o", str(target), "--name", "noise", "--version", "7"]) == 0
     return target
+
+
+@pytest.fixture
+def traced(exported, monkeypatch):
+    """An export of `run` takes the graphs of `exported`: traced anew, which takes long, they are the same bytes."""
+    variants = read_bundle(exported).manifest.variants
+
+    def write_graphs(model, images, precisions, directory):
+        chosen = [variants[precision] for precision in precisions]
+        for variant in chosen:
+            for graph in (variant.trunk, *variant.experts, *variant.routers):
+                (directory / graph.file).write_bytes((exported / graph.file).read_bytes())
+        return [Graphs(one.precision, one.trunk, one.experts, one.routers) for one in chosen]
+
+    monkeypatch.setattr("model_export.export.write_graphs", write_graphs)
 
 
 @pytest.fixture

@@ -158,7 +158,7 @@ def renamed(image_folder, directory):
     return folder
 
 
-def test_images_that_go_by_other_names_are_noticed(run, image_folder, tmp_path, capsys):
+def test_images_that_go_by_other_names_are_noticed(run, traced, image_folder, tmp_path, capsys):
     """As many of each class, yet images that were trained on would be held out."""
     arguments = ["--data", str(renamed(image_folder, tmp_path))]
     assert main([str(run), "-o", str(tmp_path / "bundle"), *arguments]) == 2
@@ -185,7 +185,7 @@ def test_a_bundle_with_something_else_in_it_is_left_alone(run, exported, tmp_pat
     assert notes.read_text() == "precious"
 
 
-def test_a_link_to_a_bundle_stays_a_link(run, exported, tmp_path):
+def test_a_link_to_a_bundle_stays_a_link(run, traced, exported, tmp_path):
     """What it leads to is replaced."""
     shutil.copytree(exported, tmp_path / "v1")
     (tmp_path / "current").symlink_to("v1")
@@ -195,7 +195,7 @@ def test_a_link_to_a_bundle_stays_a_link(run, exported, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"v1", "current"}
 
 
-def test_an_interruption_at_the_last_moment_loses_no_bundle(run, exported, tmp_path, monkeypatch):
+def test_an_interruption_at_the_last_moment_loses_no_bundle(run, traced, exported, tmp_path, monkeypatch):
     """Between the two renames; then the old one is there."""
     target = shutil.copytree(exported, tmp_path / "bundle")
     whole = Path.rename
@@ -244,7 +244,7 @@ def test_the_manifest_tells_no_paths(exported, image_folder):
     assert read_bundle(exported).manifest.provenance["data"]["name"] == image_folder.name
 
 
-def test_whoever_may_read_the_manifest_may_read_the_graphs(run, tmp_path):
+def test_whoever_may_read_the_manifest_may_read_the_graphs(run, traced, tmp_path):
     """A service under another user, too, whatever the umask is."""
     before = os.umask(0o077)
     try:
@@ -267,7 +267,7 @@ def test_damaged_weights_are_named(image_folder, tmp_path, capsys):
 
 def test_a_precision_whose_range_the_network_leaves_is_left_out(image_folder, tmp_path, capsys):
     """As may happen after few steps of training: the others are written, and the bundle has none of its files."""
-    directory = make_run(image_folder, tmp_path / "run")
+    directory = make_run(image_folder, tmp_path / "run", n_experts=2)
     file = directory / "checkpoints" / "routers-0001" / "model.safetensors"
     weights = load_file(file)
     norm = next(name for name in weights if name.startswith("net.trunk") and name.endswith("bn2.weight"))
@@ -281,11 +281,11 @@ def test_a_precision_whose_range_the_network_leaves_is_left_out(image_folder, tm
 
 def test_numbers_that_leave_the_range_inside_a_graph_count_too(image_folder, tmp_path, capsys):
     """A block's inner numbers are large and shrink again before its end: in fp32, the CPU's, nothing has changed."""
-    directory = make_run(image_folder, tmp_path / "run")
+    directory = make_run(image_folder, tmp_path / "run", n_experts=2)
     file = directory / "checkpoints" / "routers-0001" / "model.safetensors"
     weights = load_file(file)
     for name, factor in (("bn1.weight", 4e4), ("bn1.bias", 4e4), ("conv2.weight", 1 / 4e4)):
-        weights[f"net.experts.2.layers.1.0.{name}"] *= factor
+        weights[f"net.experts.1.layers.1.0.{name}"] *= factor
     save_file(weights, file)
     assert main([str(directory), "-o", str(tmp_path / "bundle"), "--variants", "fp16"]) == 0
     assert re.search(r"variant fp16 is left out: NaN or infinity for \d+ of \d+ held-out", capsys.readouterr().err)
@@ -322,7 +322,7 @@ def test_graphs_run_on_the_plain_runtime(exported):
         onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 
 
-def test_the_default_may_be_chosen_by_its_risk(run, tmp_path, capsys):
+def test_the_default_may_be_chosen_by_its_risk(run, traced, tmp_path, capsys):
     """By another rule, too. What was certified is in the manifest, has its operating point, and is said in words."""
     arguments = ["--variants", "fp32", "--rule", "margin", "--max-risk", "60", "--risk-confidence", "0.8"]
     assert main([str(run), "-o", str(tmp_path / "bundle"), *arguments]) == 0
