@@ -59,20 +59,20 @@ class LossyHandler(logging.StreamHandler[TextIO]):
         if not self._has_room():
             self._lost += 1
             return
-        if self._lost:
-            record.fields = {**getattr(record, "fields", {}), "lines_lost_before": self._lost}
-            self._lost = 0
+        lost, self._lost = self._lost, 0
+        if lost:
+            record.fields = {**getattr(record, "fields", {}), "lines_lost_before": lost}
         try:
             line = self.format(record) + self.terminator
             if self._cut:
                 line, self._cut = self.terminator + line, False
             for start in range(0, len(line), PIECE):
                 if start and not self._has_room():
-                    self._lost, self._cut = 1, True
+                    self._lost, self._cut = lost + 1, True  # what this line was to say has to be said again
                     return
                 self.stream.write(line[start : start + PIECE])
                 self.flush()
-        except Exception:  # as the class above does: such as a disk that is full
+        except Exception:  # as StreamHandler: whoever logs shall not fail because a disk is full
             self.handleError(record)
 
     def _has_room(self) -> bool:

@@ -344,7 +344,7 @@ class Recipe:
     m2m_lambda: Annotated[float, Range(0, 1000)] = 0.5
     m2m_gamma: Share = 0.9
     m2m_steps: Annotated[int, Range(1, 10_000)] = 10
-    m2m_step_size: Annotated[float, Range(1e-6, 1e3)] = 0.1
+    m2m_step_size: Annotated[float, Range(1e-6, 1000)] = 0.1
     m2m_noise: Annotated[float, Range(0, 1000)] = 0.5
 
     # the routers
@@ -360,7 +360,7 @@ class Recipe:
     # how it is run
     seed: Seed = 0
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    accumulate: BatchSize = 1
+    accumulate: Annotated[int, Range(1, 65_536)] = 1
     ema_decay: AveragingFactor | None = None
     compile: bool = True
     evaluate_every: Epochs = 20

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -27,7 +26,6 @@ from training.recipe import Recipe
 
 CHUNK = 64  # images that a worker decodes at a time where there are no batches
 MEMORY_SHARE = 0.25
-WATCH_S = 1.0  # how often a worker looks whether its parent is there
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class StreamedImages:
         views = _Views(self.source, self.positions[rows], self.recipe, seed)
         loader = DataLoader(
             views, batch_sampler=batches, num_workers=min(self.workers, len(batches)), collate_fn=list,  # type: ignore[arg-type]
-            pin_memory=False, worker_init_fn=partial(_end_with, os.getpid()),
+            pin_memory=False, worker_init_fn=_end_with_parent,
         )  # fmt: skip
         size = self.recipe.image_size
         for decoded in loader:
@@ -103,18 +101,13 @@ class StreamedImages:
             yield torch.from_numpy(pixels).to(self.labels.device)
 
 
-def _end_with(parent: int, worker: int) -> None:
-    """
-    Let this worker end when its parent is gone: torch's own would wait for ever until somebody takes what it decoded.
-
-    Args:
-        parent: process id.
-        worker: its number, which torch gives to every such function.
-    """
+def _end_with_parent(_: int) -> None:
+    """Let this worker end when its parent is gone: it might wait for ever for somebody to take what it decoded."""
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(WATCH_S)
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
