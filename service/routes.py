@@ -60,9 +60,8 @@ class ClassifyRoute:
         except ServiceError as error:  # refused, before its images were looked at
             status = error.status
             self._note(request_id, error)
-            if error.code != "timeout":  # whoever was too slow gets no more time
-                await body.discard(most_bytes, ARRIVING_S)
-                lingers = not body.complete
+            await body.discard(most_bytes, ARRIVING_S)
+            lingers = not body.complete
             await self._send(send, status, _refusal(request_id, error), body, request_id, error, last=not lingers)
         except ClientGoneError:
             log(logging.INFO, "client_gone", request_id=request_id)
