@@ -1,5 +1,5 @@
 # make serve   serve the bundle that ships with the package, at port 8000
-# make test    install what the tests need, torch included, and run all of them
+# make test    install what the tests need, torch included, and run all of them, in two processes
 # make lint    ruff and mypy
 # make bench   this service, its floor and five other servers in turns: 10 minutes, as recorded; FULL=1: an hour, more loads
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -13,7 +13,7 @@ serve: .venv/serve.installed
 	.venv/bin/ride-serve
 
 test: .venv/test.installed
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/lint.installed
 	.venv/bin/ruff check .
