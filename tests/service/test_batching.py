@@ -329,18 +329,6 @@ async def test_a_refused_client_that_neither_sends_on_nor_hangs_up_is_answered_a
 
 
 @pytest.mark.anyio
-async def test_a_client_that_was_too_slow_gets_no_more_time(tiny_bundle, monkeypatch):
-    """It is told so at once; nothing more of it is read."""
-    monkeypatch.setattr("service.routes.LINGER_S", 2 * PATIENCE_S)
-    async with start(tiny_bundle, timeout_s=0.05) as service:
-        client = Connection(FILES[0][:20], complete=False)
-        async with asyncio.timeout(PATIENCE_S):
-            await client.post(service)
-
-    assert client.sent[0]["status"] == 504
-
-
-@pytest.mark.anyio
 async def test_a_client_that_was_given_leave_to_send_gets_to_read_its_refusal(tiny_bundle):
     """It is sending when it is refused: that much more is read, as from any other."""
     async with start(tiny_bundle, max_bytes=1000) as service:
