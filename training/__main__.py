@@ -7,13 +7,13 @@ import dataclasses
 import os
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from training.errors import TrainingError
-from training.recipe import NO_EFFECT_FIELDS, Recipe, RecipeError, parse_settings
+from training.recipe import NO_EFFECT_FIELDS, Recipe, RecipeError, parse_settings, refuse_without_effect
 from training.recipes import RECIPES
 from training.tables import markdown, number
 
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    recipe = _recipe(options.recipe, options)
+    (recipe,) = _recipes([options.recipe], options)
     from training.data.report import UnreadableError
     from training.distributed import LostProcessError
     from training.train import train
@@ -85,7 +85,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    recipes = [_recipe(name, options) for name in dict.fromkeys(options.recipes)]
+    recipes = _recipes(options.recipes, options)
     seeds = _whole_numbers("--seeds", options.seeds)
     _refuse_settings(options, {"seed": "a sweep takes its seeds from --seeds"})
     if not recipes and not options.also:
@@ -98,7 +98,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _bias_variance(options: argparse.Namespace) -> int:
-    recipes = [_recipe(name, options) for name in dict.fromkeys(options.recipes)]
+    recipes = _recipes(options.recipes, options)
     _refuse_settings(options, {
         "n_max": "the size of a draw is --n-max", "subset_order": "draws are random subsets",
         "router_epochs": "all experts are run, so that there are no routers to train",
@@ -166,6 +166,13 @@ def table(results: dict[str, Any]) -> str:
             for name, row in rows
         ],
     )
+
+
+def _recipes(names: Sequence[str], options: argparse.Namespace) -> list[Recipe]:
+    """Each recipe once, with the settings, of which each must mean something to one of them."""
+    recipes = [_recipe(name, options) for name in dict.fromkeys(names)]
+    refuse_without_effect(recipes, parse_settings(options.set))
+    return recipes
 
 
 def _recipe(name: str, options: argparse.Namespace) -> Recipe:

@@ -9,7 +9,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -569,6 +569,15 @@ class Recipe:
             stages["routers"] = self.router_epochs
         return stages
 
+    def missing_for(self, field: str) -> str | None:
+        """What this recipe lacks for `field` to have an effect; None where it has one."""
+        return next((need for names, need, met in _NEEDS if field in names and not met(self)), None)
+
+    def losses(self) -> set[str]:
+        """The individual losses of its stages."""
+        retrained = self.retrain_epochs and self.retrain in ("crt", "lws")
+        return {self.loss, self.retrain_loss} if retrained else {self.loss}
+
     def epoch_of(self, share: float) -> int:
         """The epoch, from 0, at which `share` of the training is done."""
         return round(share * self.epochs)
@@ -622,6 +631,73 @@ class Recipe:
         for name in settings.keys() - {"image_root"}:
             raise RecipeError(f"--set {name}: the recipe of a run is fixed, but for where its images lie: image_root")
         return self.override(settings | ({} if data is None else {"data": data}))
+
+
+def _named(*prefixes: str) -> tuple[str, ...]:
+    """The fields whose names begin with one of these."""
+    return tuple(field.name for field in dataclasses.fields(Recipe) if field.name.startswith(prefixes))
+
+
+# Fields that count only together with another one; what that is, in words, and whether a recipe has it.
+_NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Recipe], bool]], ...] = (
+    (("transfer_weight", "mutual_weight"), "method='shike'", lambda recipe: recipe.method == "shike"),
+    (("reversed_tau",), "method='sade'", lambda recipe: recipe.method == "sade"),
+    (_named("group_", "complementary_"), "method='ace'", lambda recipe: recipe.method == "ace"),
+    (_named("oltr_"), "method='oltr'", lambda recipe: recipe.method == "oltr"),
+    (_named("lfme_"), "method='lfme'", lambda recipe: recipe.method == "lfme"),
+    (_named("m2m_"), "method='m2m'", lambda recipe: recipe.method == "m2m"),
+    (("distill_temperature", "distill_weight"), "a teacher", lambda recipe: bool(recipe.teacher)),
+    (
+        ("diversity_form", "diversity_mean", "diversity_gamma"),
+        "a diversity_weight",
+        lambda recipe: bool(recipe.diversity_weight),
+    ),
+    (("tau",), "retrain='tau_norm'", lambda recipe: recipe.retrain == "tau_norm"),
+    (("ncm_features",), "retrain='ncm'", lambda recipe: recipe.retrain == "ncm"),
+    (
+        (*(name for name in _named("retrain") if name != "retrain_epochs"), "tau", "ncm_features"),
+        "retrain_epochs",
+        lambda recipe: bool(recipe.retrain_epochs),
+    ),
+    (
+        tuple(name for name in _named("router_") if name != "router_epochs"),
+        "routers to train, and router_epochs",
+        lambda recipe: "routers" in recipe.stage_epochs(),
+    ),
+    (("max_margin",), "loss='ldam'", lambda recipe: "ldam" in recipe.losses()),
+    (("focal_gamma",), "a focal loss", lambda recipe: bool({"focal", "sigmoid_focal"} & recipe.losses())),
+    (("logit_tau",), "loss='logit_adjusted'", lambda recipe: "logit_adjusted" in recipe.losses()),
+    (("logit_tau",), "an empty expert_taus", lambda recipe: not recipe.expert_taus),
+    (("effective_beta",), "deferred_from", lambda recipe: recipe.deferred_from is not None),
+    (
+        ("lr_drops", "lr_drop_factor"),
+        "schedule='step'",
+        lambda recipe: recipe.schedule == "step" and recipe.method != "shike",
+    ),
+    (
+        ("imbalance", "holdout_per_class", "subset_order"),
+        "profile='exp' or 'step'",
+        lambda recipe: recipe.profile != "natural",
+    ),
+    (("holdout_share", "test_share"), "profile='natural'", lambda recipe: recipe.profile == "natural"),
+)
+
+
+def refuse_without_effect(recipes: Sequence[Recipe], settings: Mapping[str, str]) -> None:
+    """
+    Refuse settings that change none of the recipes that they were given for.
+
+    Args:
+        settings: field to text.
+
+    Raises:
+        RecipeError: says what they lack.
+    """
+    for field, text in settings.items():
+        missing = [recipe.missing_for(field) for recipe in recipes]
+        if missing and all(missing):
+            names = " or ".join(recipe.name for recipe in recipes)
+            raise RecipeError(f"--set {field}={text}: has no effect on {names} without {missing[0]}; leave it out")
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, str]:

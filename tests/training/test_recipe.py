@@ -8,7 +8,7 @@ import typing
 import pytest
 
 from training.methods.method import scheduled_lr
-from training.recipe import Recipe, RecipeError
+from training.recipe import Recipe, RecipeError, refuse_without_effect
 from training.recipes import RECIPES
 
 
@@ -112,6 +112,62 @@ def test_impossible_settings_are_refused(settings, message):
     """The message names the field, the value and what is possible."""
     with pytest.raises(RecipeError, match=message.replace("(", r"\(")):
         RECIPES["ride-cifar100"].override(settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("ce-cifar100", {"transfer_weight": "3"}, "transfer_weight=3: has no effect on ce-cifar100 without method="),
+        ("ce-cifar100", {"mutual_weight": "3"}, "without method='shike'"),
+        ("ride-cifar100", {"reversed_tau": "1"}, "without method='sade'"),
+        ("shike-cifar100", {"group_answer": "all"}, "without method='ace'"),
+        ("sade-cifar100", {"complementary_weight": "2"}, "without method='ace'"),
+        ("ce-cifar100", {"oltr_lr": "0.1"}, "without method='oltr'"),
+        ("oltr-cifar100", {"lfme_epochs": "3"}, "without method='lfme'"),
+        ("ldam-drw-cifar100", {"m2m_gamma": "0.5"}, "without method='m2m'"),
+        ("ride-cifar100", {"distill_weight": "2"}, "without a teacher"),
+        ("ride-cifar100", {"diversity_gamma": "0.1", "diversity_weight": "0"}, "without a diversity_weight"),
+        ("ce-cifar100", {"retrain_lr": "0.2"}, "without retrain_epochs"),
+        ("ce-cifar100", {"retrain": "lws"}, "without retrain_epochs"),
+        ("crt-cifar100", {"tau": "1"}, "without retrain='tau_norm'"),
+        ("tau-norm-cifar100", {"tau": "1", "retrain_epochs": "0"}, "tau=1: .* without retrain_epochs"),
+        ("crt-cifar100", {"ncm_features": "un"}, "without retrain='ncm'"),
+        ("ce-cifar100", {"router_lr": "0.1"}, "without routers to train, and router_epochs"),
+        ("ride-cifar100", {"router_lr": "0.1", "router_epochs": "0"}, "without routers to train, and router_epochs"),
+        ("ce-cifar100", {"max_margin": "0.3"}, "without loss='ldam'"),
+        ("ce-cifar100", {"focal_gamma": "2"}, "without a focal loss"),
+        ("balanced-softmax-cifar100", {"logit_tau": "2"}, "without loss='logit_adjusted'"),
+        (
+            "logit-adjustment-cifar100",
+            {"logit_tau": "2", "method": "ride", "expert_taus": "1"},
+            "without an empty expert_taus",
+        ),
+        ("ce-cifar100", {"effective_beta": "0.9"}, "without deferred_from"),
+        ("shike-cifar100", {"lr_drops": "0.5"}, "without schedule='step'"),
+        ("ride-retrained-cifar100", {"lr_drop_factor": "0.5"}, "without schedule='step'"),
+        ("ride-own", {"imbalance": "10"}, "without profile='exp' or 'step'"),
+        ("ride-cifar100", {"test_share": "0.2"}, "without profile='natural'"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(name, settings, message):
+    """Or somebody would compare two trainings that are the same."""
+    with pytest.raises(RecipeError, match=message):
+        refuse_without_effect([RECIPES[name].override(settings)], settings)
+
+
+def test_a_setting_need_have_an_effect_on_one_recipe_only():
+    """A sweep gives all of its recipes the same ones."""
+    settings = {
+        "lfme_epochs": "12",
+        "focal_gamma": "2",
+        "retrain_lr": "0.2",
+        "retrain_loss": "ldam",
+        "max_margin": "0.4",
+    }
+    recipes = [
+        RECIPES[name].override(settings | {"classifier": "cosine"}) for name in ("focal-cifar100", "crt-cifar100")
+    ]
+    refuse_without_effect([*recipes, RECIPES["lfme-cifar100"]], settings)
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())

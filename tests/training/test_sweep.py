@@ -323,6 +323,11 @@ def test_published_figures_belong_to_recipes(capsys):
         (["sweep", "magic"], "magic: no such recipe"),
         (["sweep", "ride-own", "--seeds", "0,x"], "--seeds 0,x: must be whole numbers, separated by commas"),
         (["sweep", "ride-own", "--set", "epochs=0"], "epochs=0: must be from 1"),
+        (
+            ["sweep", "ride-own", "ce-cifar100", "--set", "tau=1"],
+            "no effect on ride-own or ce-cifar100 without retrain",
+        ),
+        (["ride-own", "--set", "oltr_lr=1"], "--set oltr_lr=1: has no effect on ride-own without method='oltr'"),
         (["sweep", "ride-own", "--set", "seed=7"], "--set seed=7: a sweep takes its seeds from --seeds; leave it out"),
         (["bias-variance", "--set", "n_max=10"], "--set n_max=10: the size of a draw is --n-max; leave it out"),
         (["bias-variance", "--set", "subset_order=first"], "subset_order=first: draws are random subsets; leave it"),
