@@ -216,6 +216,50 @@ def test_inaturalist_recipe_is_the_published_one():
     assert (recipe.mean, recipe.std) == ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192))
 
 
+@pytest.mark.parametrize(("where", "decay", "epochs"), [("imagenet-lt-x50", 5e-4, 10), ("inaturalist-r50", 1e-4, 30)])
+def test_recipes_of_retrained_classifiers_on_large_sets_are_the_published_ones(where, decay, epochs):
+    """90 epochs along a cosine from 0.2 to 0 at full width, then classifiers on class-aware samples."""
+    first, crt, lws = (RECIPES[f"{method}-{where}"] for method in ("ce", "crt", "lws"))
+
+    rates = [scheduled_lr(first, epoch) for epoch in (0, 45, 89)]
+    assert rates == pytest.approx([0.2, 0.1, 0.2 * (1 + math.cos(math.pi * 89 / 90)) / 2])
+    assert (first.batch_size, first.weight_decay, first.nesterov, first.reduced) == (512, decay, False, False)
+    assert set(first.differences(crt, ("retrain",))) == {"name"}
+    assert (crt.retrain_epochs, crt.retrain_lr, crt.retrain_weight_decay, lws.retrain_epochs) == (epochs, 0.2, decay, 5)
+
+
+@pytest.mark.parametrize(
+    "recipe", [recipe for recipe in RECIPES.values() if "distilled" in recipe.name], ids=lambda recipe: recipe.name
+)
+def test_the_teacher_of_a_distilled_row_is_six_experts_on_the_same_images(recipe):
+    """A recipe that is there; beside their number and what distilling needs, nothing is different."""
+    teacher = RECIPES[recipe.teacher.removeprefix("runs/")]
+
+    assert teacher.n_experts == 6
+    different = {"name", "n_experts", "teacher", "loss_times_experts"}
+    assert set(recipe.differences(teacher, ("router_epochs", "warmup_epochs"))) == different
+
+
+def test_ride_with_four_experts_is_distilled_on_all_sets():
+    """As the published rows are; and there are as many experts as their names say."""
+    for name in ("cifar100", "imagenet-lt-r50", "imagenet-lt-x50", "inaturalist-r50"):
+        assert RECIPES[f"ride-4-distilled-{name}"].n_experts == 4
+
+
+@pytest.mark.parametrize("method", ["ce", "focal", "cb-focal", "ldam-drw", "bbn"])
+def test_baselines_differ_between_cifar_sets_in_their_images_alone(method):
+    """Their name, the set and the imbalance."""
+    first = RECIPES[f"{method}-cifar100"]
+    for where, images in (
+        ("cifar100-50", ("cifar100", 50)),
+        ("cifar10", ("cifar10", 100)),
+        ("cifar10-50", ("cifar10", 50)),
+    ):
+        recipe = RECIPES[f"{method}-{where}"]
+        assert (recipe.data, recipe.imbalance) == images
+        assert set(recipe.differences(first, ())) <= {"name", "data", "imbalance"}
+
+
 def test_a_cosine_of_two_cycles_begins_with_that_of_one():
     """A finished run is the first cycle of a longer one; the second starts at the full rate, without a warm-up."""
     from training.methods.method import scheduled_lr

@@ -1,4 +1,8 @@
-"""The recipes by name: one file each, with source, command and the figure to expect."""
+"""
+The recipes by name: a file each, with source, command and the figure to expect.
+
+Rows that differ from another one in their images or their number of experts alone share a file.
+"""
 
 from training.recipes.ace_4_cifar100 import ACE_4_CIFAR100
 from training.recipes.ace_cifar10 import ACE_CIFAR10
@@ -6,10 +10,12 @@ from training.recipes.ace_cifar10_50 import ACE_CIFAR10_50
 from training.recipes.ace_cifar100 import ACE_CIFAR100
 from training.recipes.ace_cifar100_50 import ACE_CIFAR100_50
 from training.recipes.balanced_softmax_cifar100 import BALANCED_SOFTMAX_CIFAR100
+from training.recipes.baselines_cifar import BASELINES_CIFAR
 from training.recipes.bbn_cifar100 import BBN_CIFAR100
 from training.recipes.cb_focal_cifar100 import CB_FOCAL_CIFAR100
 from training.recipes.ce_cifar100 import CE_CIFAR100
 from training.recipes.crt_cifar100 import CRT_CIFAR100
+from training.recipes.decoupled_large import DECOUPLED_LARGE
 from training.recipes.focal_cifar100 import FOCAL_CIFAR100
 from training.recipes.ldam_drw_cifar100 import LDAM_DRW_CIFAR100
 from training.recipes.lfme_cifar100 import LFME_CIFAR100
@@ -31,6 +37,7 @@ from training.recipes.ride_imagenet_lt_r10 import RIDE_IMAGENET_LT_R10
 from training.recipes.ride_imagenet_lt_r50 import RIDE_IMAGENET_LT_R50
 from training.recipes.ride_imagenet_lt_x50 import RIDE_IMAGENET_LT_X50
 from training.recipes.ride_inaturalist_r50 import RIDE_INATURALIST_R50
+from training.recipes.ride_large import RIDE_LARGE
 from training.recipes.ride_own import RIDE_OWN
 from training.recipes.ride_retrained_cifar100 import RIDE_RETRAINED_CIFAR100
 from training.recipes.ride_swin_s import RIDE_SWIN_S
@@ -55,6 +62,6 @@ RECIPES = {
         CRT_CIFAR100, LWS_CIFAR100, TAU_NORM_CIFAR100, NCM_CIFAR100,
         BBN_CIFAR100, OLTR_CIFAR100, LFME_CIFAR100, M2M_CIFAR100,
         RIDE_IMAGENET_LT_R10, RIDE_IMAGENET_LT_R50, RIDE_IMAGENET_LT_X50, RIDE_INATURALIST_R50,
-        RIDE_SWIN_T, RIDE_SWIN_S,
+        RIDE_SWIN_T, RIDE_SWIN_S, *RIDE_LARGE, *BASELINES_CIFAR, *DECOUPLED_LARGE,
     )
 }  # fmt: skip
