@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.training.test_losses import golden_logits
 from training.data.sets import Images
 from training.evaluate import (
     Costs,
@@ -17,6 +18,7 @@ from training.evaluate import (
     mean_logits,
     mean_macs,
     predict,
+    prefix_right,
     route,
     summarise,
 )
@@ -129,6 +131,15 @@ def test_predicting_leaves_the_model_as_it_was(monkeypatch):
     with torch.no_grad():
         decisions = model.eval().routers(model.net(images.pixels))
     np.testing.assert_allclose(together.router_scores, torch.sigmoid(decisions / 3), atol=1e-5)
+
+
+@pytest.mark.parametrize(("experts", "classes"), [(1, [86, 95, 87, 96]), (2, [88, 96, 89, 97]), (3, [89, 97, 90, 98])])
+def test_the_mean_of_the_first_experts_has_its_golden_classes(experts, classes):
+    """Its best class for the four images of the golden logits."""
+    logits = golden_logits().numpy()
+
+    assert mean_logits(logits, np.full(4, experts)).argmax(axis=1).tolist() == classes
+    assert prefix_right(Predictions(logits, np.zeros((2, 4)), np.array(classes)))[experts - 1].all()
 
 
 def test_a_router_costs_its_products():

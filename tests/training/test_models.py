@@ -7,6 +7,7 @@ import torch
 
 from training.evaluate import macs_of, mean_macs
 from training.methods.method import Model, build_model
+from training.models import macs
 from training.models.classifiers import CosineClassifier, LinearClassifier
 from training.models.macs import count_macs
 from training.models.multi_expert import Outputs
@@ -33,9 +34,24 @@ def model_of(n_experts: int, reduced: bool, classifier: str = "cosine") -> Model
 )  # fmt: skip
 def test_macs_are_the_published_ones(n_experts, reduced, millions):
     """To the published digit, counting two operations per batch-norm element."""
-    macs = count_macs(model_of(n_experts, reduced).net, torch.zeros(1, 32, 32, 3, dtype=torch.uint8))
+    counted = count_macs(model_of(n_experts, reduced).net, torch.zeros(1, 32, 32, 3, dtype=torch.uint8))
 
-    assert f"{macs / 1e6:.{len(millions.partition('.')[2])}f}" == millions
+    assert f"{counted / 1e6:.{len(millions.partition('.')[2])}f}" == millions
+
+
+@pytest.mark.parametrize(
+    ("operations", "n_experts", "reduced", "millions"),
+    [(0, 1, False, "68.868"), (0, 1, True, "49.5"), (0, 2, True, "74.9"), (0, 3, True, "100.4"), (0, 4, True, "125.8"),
+     (0, 6, True, "176.7"),
+     (4, 1, False, "70.081"), (4, 1, True, "50.6"), (4, 2, True, "76.4"), (4, 3, True, "102.2"), (4, 4, True, "128.0"),
+     (4, 6, True, "179.6"), (4, 2, False, "115.4"), (4, 3, False, "160.7"), (4, 4, False, "206.1")],
+)  # fmt: skip
+def test_macs_are_those_of_other_conventions_too(operations, n_experts, reduced, millions, monkeypatch):
+    """Convolutions and linear layers alone, and with four operations per batch-norm element, as thop counts today."""
+    monkeypatch.setattr(macs, "OPERATIONS_PER_BATCH_NORM_ELEMENT", operations)
+    counted = count_macs(model_of(n_experts, reduced).net, torch.zeros(1, 32, 32, 3, dtype=torch.uint8))
+
+    assert f"{counted / 1e6:.{len(millions.partition('.')[2])}f}" == millions
 
 
 @pytest.mark.parametrize(
@@ -53,9 +69,9 @@ def test_parameter_counts_are_the_published_ones(n_experts, reduced, thousands):
 
 def test_routed_cost_of_the_published_shares_is_the_published_cost():
     """40.99 / 9.47 / 49.54 % of images with 1 / 2 / 3 experts cost 77.8 M, routers included."""
-    macs = macs_of(model_of(3, True), 32)
+    parts = macs_of(model_of(3, True), 32)
 
-    assert mean_macs(macs, [0.4099, 0.0947, 0.4954]) / 1e6 == pytest.approx(77.84, abs=0.01)
+    assert mean_macs(parts, [0.4099, 0.0947, 0.4954]) / 1e6 == pytest.approx(77.84, abs=0.01)
 
 
 def test_the_net_is_the_same_as_its_trunk_and_experts_run_by_hand():

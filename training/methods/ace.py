@@ -2,7 +2,7 @@
 ACE: the first expert learns all classes, each later one only rarer classes, gently; then routers.
 
 Source: Cai et al., "ACE: Ally Complementary Experts for Solving Long-Tailed Recognition in One-Shot", arXiv:2108.02385.
-There is no one reading of it; what sources disagree on is a field of the recipe, with this default:
+There is no one reading of it. What sources disagree on, read as here; where a field is named, that changes it:
 
 - network: as RIDE's: the first stage is shared, the others are an expert's own;
 - groups: nested, the rarest classes by number (`group_shares`, planned by hand);
