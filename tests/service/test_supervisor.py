@@ -427,7 +427,7 @@ def test_a_dead_worker_is_not_ready_and_has_no_queue():
     life = f"""own, row = counters.own, counters.row(1)
     own[READY], own[WAITING], own[OWN_CELLS] = number, 5, 7
     ({dies}) if number else ({looks}, {tells}, {STOP})"""
-    _, said = supervise(life, ("(0.0, 0.1, 0.2)", "(30,)"), ("(2, OWN_CELLS)", "(2, OWN_CELLS + 1)"))
+    _, said = supervise(life, ("(0.0, 0.1, 0.2), 0.5", "(30,), 60"), ("(2, OWN_CELLS)", "(2, OWN_CELLS + 1)"))
 
     (row,) = [line for line in said if isinstance(line, list)]
     assert (row[PID], row[READY], row[WAITING], row[OWN_CELLS]) == (0, 0, 0, 7)
