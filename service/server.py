@@ -58,8 +58,8 @@ class DrainingServer(uvicorn.Server):
         """Returns the exit code, 0 or START_FAILED; where work is lost, the process ends at once, with 1."""
         try:
             self.run(sockets=list(self._sockets))
-        except SystemExit:  # uvicorn has logged why
-            return START_FAILED
+        except SystemExit as end:  # uvicorn has logged why; 0: told to stop before signals were handled here
+            return START_FAILED if end.code else 0
         return START_FAILED if self._classifier.state == "failed" else 0
 
     async def startup(self, sockets: list[socket] | None = None) -> None:

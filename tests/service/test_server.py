@@ -15,8 +15,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from prometheus_client import CollectorRegistry
 
-from model_export.bundle import sha256_of
+from model_export.bundle import read_bundle, sha256_of
+from service.classifier import Classifier
+from service.engine import open_engine
+from service.server import DrainingServer
+from service.settings import Settings
+from service.supervisor import START_FAILED
 from tests.service.conftest import PATIENCE_S
 from tests.service.server import COMMAND, IMAGE, SLOW, USUAL, servers, wait, write_slow_bundle
 
@@ -123,6 +129,18 @@ def test_a_service_that_still_warms_up_ends_at_once(processes):
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE_S) == 0
         assert not {"worker_lost", "worker_ready", "ready"} & {json.loads(line)["event"] for line in lines}
+
+
+@pytest.mark.parametrize(("code", "returned"), [(0, 0), (3, START_FAILED)])
+def test_a_signal_before_the_server_handles_any_is_no_failed_start(tiny_bundle, code, returned):
+    """The handler of main ends the process with 0, in the midst of whatever, and uvicorn with 3 if it cannot start."""
+
+    class Ended(DrainingServer):
+        async def startup(self, sockets=None):
+            sys.exit(code)
+
+    classifier = Classifier(read_bundle(tiny_bundle), Settings(threads=1), CollectorRegistry(), open_engine)
+    assert Ended(classifier, []).serve_until_told() == returned
 
 
 def answers(url, path):
