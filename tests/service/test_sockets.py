@@ -99,6 +99,16 @@ def test_a_port_that_is_bound_but_not_yet_listening_is_refused_to_the_slower(ope
             other.listen()
 
 
+def test_a_port_that_is_taken_on_one_of_several_addresses_is_refused(opened, monkeypatch):
+    """Else some clients would find this service there, and others another one."""
+    port = opened("127.0.0.1", 0)[0][0].getsockname()[1]
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in ("127.0.0.1", "127.0.0.2")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+
+    with pytest.raises(OSError, match="Address already in use"):
+        opened("both", port)
+
+
 def test_an_address_of_another_machine_is_refused_by_its_name():
     """192.0.2.1 is nobody's."""
     with pytest.raises(OSError, match=r"cannot listen on \('192\.0\.2\.1', 8000\): Cannot assign requested address$"):
