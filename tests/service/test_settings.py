@@ -81,6 +81,10 @@ def test_what_nobody_sets_is_usual():
             ["--thresholds", "0.5", "--max-mean-experts", "2"],
             ["RIDE_THRESHOLDS and RIDE_MAX_MEAN_EXPERTS both choose the thresholds; give one of them"],
         ),
+        (
+            ["--max-mean-experts", "2", "--max-accuracy-loss", "1"],
+            ["RIDE_MAX_MEAN_EXPERTS and RIDE_MAX_ACCURACY_LOSS both choose the thresholds; give one of them"],
+        ),
         (["--top-k", "x", "--threads", "-1"], ["RIDE_TOP_K (--top-k) is 'x'", "RIDE_THREADS (--threads) is '-1'"]),
     ],
 )
