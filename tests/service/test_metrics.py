@@ -176,6 +176,28 @@ def test_a_process_that_has_just_died_still_counts(monkeypatch):
     assert found.open_files == 0
 
 
+def test_the_processes_are_added_up(monkeypatch):
+    """With the time of those that are no more; of open files the fullest counts, and the first began the service."""
+    figures = {
+        1: processes.ProcessFigures(cpu_s=1, resident_bytes=10, virtual_bytes=100, open_files=3, started=5),
+        2: processes.ProcessFigures(cpu_s=2, resident_bytes=20, virtual_bytes=200, open_files=6, started=4),
+    }
+    monkeypatch.setattr(processes, "read_process", figures.get)
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    families = processes.process_families([1, 2, 3], first=1, dead_cpu_s=0.5)
+
+    assert {family.name: family.samples[0].value for family in families} == {
+        "process_cpu_seconds": 3.5,
+        "process_resident_memory_bytes": 30,
+        "process_virtual_memory_bytes": 300,
+        "process_open_fds": 9,
+        "process_max_fds": 2 * limit,
+        "process_start_time_seconds": 5,
+        "ride_open_files_share": 6 / limit,
+    }
+    assert not list(processes.process_families([2], first=1, dead_cpu_s=0.5))
+
+
 def report(rng):
     """What a batch of four images might have done."""
     stages = [("trunk", 4, rng.random()), ("expert_0", 4, rng.random()), ("expert_1", 2, rng.random())]
