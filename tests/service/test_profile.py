@@ -1,10 +1,15 @@
 """ride-profile: how long each graph takes, before anything is served."""
 
+import time
+
 import pytest
 
+from model_export.bundle import read_bundle
 from service import shares
-from service.engine import OnnxEngine
+from service.engine import OnnxEngine, open_engine
 from service.profile import main
+from service.warm_up import measure_profile
+from tests.service.conftest import WatchedEngine
 
 pytestmark = pytest.mark.usefixtures("_logging_restored")
 
@@ -19,6 +24,23 @@ def test_every_graph_is_timed_at_every_batch_size(tiny_bundle, capsys):
     table = [[float(cell) for cell in row.strip("|").split("|")] for row in rows]
     assert [row[0] for row in table] == [1, 2, 4, 6]
     assert all(0 < time < 1000 for row in table for time in row[1:])
+
+
+def test_the_warm_up_spares_requests_what_is_slow_at_first(tiny_bundle):
+    """It also runs a batch of which half stops early; first runs are no measure of a graph's time."""
+
+    class Cold(WatchedEngine):
+        def trunk(self, images):
+            if ("trunk", len(images)) not in self.runs:
+                time.sleep(0.2)
+            return super().trunk(images)
+
+    bundle = read_bundle(tiny_bundle)
+    engine = Cold(open_engine(bundle, None, provider="cpu", threads=1))
+    profile = measure_profile(engine, bundle.manifest, "router", 6, on_gpu=False)
+
+    assert ("expert_1", 3) in engine.runs
+    assert profile.longest_step(6) < 0.2
 
 
 @pytest.mark.parametrize(("shared_engine", "threads"), [("on", 4), ("off", 2)])

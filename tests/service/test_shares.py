@@ -48,6 +48,7 @@ def test_there_is_a_worker_for_each_core_and_one_for_a_gpu(machine, given, cores
         ({}, 3, 2, 128, -(-512 * 2**20 // 3)),
         ({"max_queue": 256}, 3, 2, 86, -(-512 * 2**20 // 3)),
         ({}, 8, 1, 128, 64 * 2**20),
+        ({"max_queue": 512}, 8, 1, 64, 64 * 2**20),  # the largest request just fits
         ({}, 32, 1, 128, 32 * 2**20),
         ({"threads": 5, "max_queue": 800}, 8, 5, 100, 64 * 2**20),
     ],
