@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from prometheus_client import CollectorRegistry
 from model_export.bundle import read_bundle
 from service.app import create_app
 from service.classifier import Classifier
-from service.counters import DEAD_CPU_S, OWN_CELLS, PID, READY, WAITING, WAS_READY
+from service.counters import BEAT, DEAD_CPU_S, OWN_CELLS, PID, READY, WAITING, WAS_READY
 from service.engine import open_engine
 from service.metrics import shared_counters
+from service.server import DrainingServer
 from service.settings import Settings
 from tests.service.conftest import PATIENCE_S, until
 from tests.service.server import COMMAND, SLOW, PersistentClient, alive, ask, hammer, servers, wait, write_slow_bundle
@@ -86,7 +88,7 @@ def test_a_killed_worker_costs_only_its_own_connections(serve):
         for kills in (1, 2):
             enough = answered() + 100
             wait(lambda: answered() > enough)  # noqa: B023
-            victim = server.children()[0]
+            victim = server.children()[kills - 2]  # the first worker, which started last, and another one
             os.kill(victim, signal.SIGKILL)
             wait(lambda: answered() and not alive(victim))  # noqa: B023
             wait(lambda: answered() and server.metric("ride_worker_restarts_total") == kills)  # noqa: B023
@@ -177,6 +179,32 @@ def test_what_a_terminal_says_counts_once(serve, sig, workers):
         os.killpg(server.process.pid, sig)
         assert server.process.wait(PATIENCE_S) == 0
         assert accepted.result().status_code == 200
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_second_sigterm_changes_nothing(serve, workers):
+    """Only a second Ctrl-C is impatient: what was accepted is answered, exit code 0."""
+    server = serve("--timeout-s", "60", "--drain-s", "60", workers=workers)
+    with ThreadPoolExecutor(1) as clients:
+        accepted = clients.submit(server.post, SLOW)
+        wait(lambda: server.metric('ride_stage_seconds_count{stage="decode"}') == 1)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for("draining")
+        assert server.end() == 0
+        assert accepted.result().status_code == 200
+
+
+def test_under_nohup_a_terminal_may_close(serve):
+    """All processes of the service go on ignoring SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        server = serve(workers=2)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+    for pid in (server.process.pid, *server.children()):
+        (mask,) = re.findall(r"SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+        assert int(mask, 16) >> (signal.SIGHUP - 1) & 1
 
 
 def test_a_second_ctrl_c_ends_it_at_once(serve):
@@ -281,7 +309,7 @@ def setting(**values):
 
 def test_a_worker_that_keeps_dying_ends_the_service():
     """It is restarted at once, then after longer and longer pauses, then no more: exit code 1, and the log says why."""
-    code, lines = supervise("if number: os.kill(os.getpid(), signal.SIGSEGV)")
+    code, lines = supervise("if number: os.kill(os.getpid(), signal.SIGSEGV)", setting(LOOK_EVERY_S=60))
 
     died = [(line["worker"], line["cause"], line["restart_in_s"]) for line in lines if line["event"] == "worker_died"]
     assert died == [(1, "SIGSEGV", 0.0), (1, "SIGSEGV", 0.1), (1, "SIGSEGV", 0.2)]
@@ -437,7 +465,7 @@ def test_a_dead_worker_is_not_ready_and_has_no_queue():
 def test_ready_is_told_when_the_last_worker_is():
     """Once."""
     life = f"time.sleep(0.5 * number); counters.own[WAS_READY] = 1; number or (time.sleep(1), {STOP})"
-    _, lines = supervise(life, ("    counters.own[WAS_READY] = 1\n", ""))
+    _, lines = supervise(life, ("    counters.own[WAS_READY] = 1\n", ""), setting(LOOK_EVERY_S=60))
 
     (ready,) = [line for line in lines if line["event"] == "ready"]
     assert ready["seconds"] >= 0.5
@@ -450,6 +478,17 @@ def test_workers_get_the_time_to_drain():
 
     assert "worker_killed" not in {line["event"] for line in lines}
     assert code == 0
+
+
+@pytest.mark.anyio
+async def test_a_worker_shows_again_and_again_that_it_lives(tiny_bundle):
+    """Or it would be killed half a minute after its start, unless somebody looks at /metrics."""
+    bundle = read_bundle(tiny_bundle)
+    counters, before = shared_counters(bundle.manifest, 2), time.monotonic()
+    classifier = Classifier(bundle, Settings(threads=1), CollectorRegistry(), open_engine, counters)
+
+    assert not await DrainingServer(classifier, []).on_tick(1)
+    assert counters.own[BEAT] >= before
 
 
 @pytest.mark.anyio
