@@ -131,6 +131,24 @@ def test_a_service_that_still_warms_up_ends_at_once(processes):
         assert not {"worker_lost", "worker_ready", "ready"} & {json.loads(line)["event"] for line in lines}
 
 
+SIGNALLED_EARLY = """
+import os, signal, sys
+from service import __main__ as command
+command.read_bundle = lambda _: os.kill(os.getpid(), signal.{name})
+sys.exit(command.main([]))
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_service_that_has_not_read_its_bundle_yet_ends_at_once(name):
+    """Exit code 0 and not a word, also as a container's first process, which the kernel protects from SIGTERM."""
+    run = subprocess.run(
+        [sys.executable, "-c", SIGNALLED_EARLY.format(name=name)],
+        capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+    )  # fmt: skip
+    assert (run.returncode, run.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(("code", "returned"), [(0, 0), (3, START_FAILED)])
 def test_a_signal_before_the_server_handles_any_is_no_failed_start(tiny_bundle, code, returned):
     """The handler of main ends the process with 0, in the midst of whatever, and uvicorn with 3 if it cannot start."""
