@@ -6,9 +6,12 @@ import json
 import logging
 import os
 import warnings
+from contextlib import suppress
 
 import pytest
 from prometheus_client import CollectorRegistry
+from python_multipart import MultipartParser
+from python_multipart.exceptions import MultipartParseError
 
 from model_export.bundle import read_bundle
 from service.classifier import Classifier
@@ -340,8 +343,13 @@ def test_log_lines_are_json_with_the_stack_trace_inside(capsys):
         log(logging.ERROR, "failed", error=error, request_id="a", path=DEFAULT_BUNDLE)
     log(logging.ERROR, "odd", path="\udc80", number=10**30)
     warnings.warn_explicit("tag is odd", UserWarning, "TiffImagePlugin.py", 1, module="PIL.TiffImagePlugin")
-    line, odd = capsys.readouterr().err.splitlines()
+    with suppress(MultipartParseError):
+        MultipartParser(b"boundary").write(b"garbage")  # warns of it, too
+    with warnings.catch_warnings(action="always"):
+        warnings.warn_explicit("all is odd", UserWarning, "module.py", 1)
+    line, odd, warning = capsys.readouterr().err.splitlines()
     found = json.loads(line)
+    assert "all is odd" in json.loads(warning)["event"]
     assert (json.loads(odd)["path"], json.loads(odd)["number"]) == ("\udc80", 10**30)
     assert datetime.datetime.fromisoformat(found["time"]).tzinfo is not None
 
