@@ -401,7 +401,7 @@ async def test_before_the_warm_up_ends_work_is_refused_with_503(tiny_bundle):
         await until(lambda: gates)
         response = refused(await service.post(IMAGE), "not_ready", "retry in 1 s")
         assert response.headers["retry-after"] == "1"
-        refused(await service.client.get("/readyz"), "not_ready")
+        assert refused(await service.client.get("/readyz"), "not_ready").headers["retry-after"] == "1"
         assert service.metric("ready") == 0
         for path in ("/healthz", "/model", "/metrics"):
             assert (await service.client.get(path)).status_code == 200
@@ -524,6 +524,7 @@ async def test_nan_spoils_no_other_image_of_its_request(service, caplog):
     ("method", "path", "code", "words"),
     [
         ("GET", "/nothing", "not_found", "there is no /nothing; see /docs"),
+        ("GET", f"/{300 * 'x'}", "not_found", f"there is no /{199 * 'x'}; see /docs"),
         ("GET", "/static/nothing.js", "not_found", "there is no /static/nothing.js"),
         ("POST", "/classify/", "not_found", "there is no /classify/; see /docs"),
         ("GET", "/static/../app.py", "not_found", ""),
