@@ -368,6 +368,33 @@ def test_as_many_connections_are_let_in_as_the_system_allows(serve):
         assert server.metric("process_max_fds") == hard
 
 
+LARGE_BODIES = """
+from pathlib import Path
+from service.__main__ import _return_memory
+
+def print_resident_pages():
+    print(Path("/proc/self/statm").read_text().split()[1])
+
+_return_memory()
+bytes(30 << 20)  # from now on, glibc by itself would take what is smaller from its heap
+print_resident_pages()
+bodies = [b"1" * (8 << 20) for _ in range(8)]
+stays = b"2" * (2 << 20)
+print_resident_pages()
+del bodies
+print_resident_pages()
+"""
+
+
+def test_the_memory_of_large_bodies_goes_back_to_the_system():
+    """Although something that came after them stays."""
+    run = subprocess.run([sys.executable, "-c", LARGE_BODIES], capture_output=True, text=True, check=True)
+
+    before, full, after = (int(pages) * resource.getpagesize() for pages in run.stdout.split())
+    assert full - before > 60 << 20
+    assert after - before < 10 << 20
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_log_that_nobody_reads_stops_neither_service_nor_signals(tiny_bundle, workers):
     """Lines are lost instead, and counted once there is room again."""
