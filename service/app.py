@@ -206,7 +206,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     headers = dict(error.headers or {})
     if error.status_code == 405:
-        headers["Allow"] = allowed = ", ".join(sorted(headers.get("Allow", "another method").split(", ")))
+        headers["Allow"] = allowed = ", ".join(sorted(headers["Allow"].split(", ")))
         refusal = ServiceError("method_not_allowed", f"{request.url.path} takes {allowed}, not {request.method}")
     else:
         refusal = ServiceError("not_found", f"there is no {request.url.path[:200]}; see /docs")

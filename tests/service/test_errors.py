@@ -533,7 +533,16 @@ async def test_nan_spoils_no_other_image_of_its_request(service, caplog):
         ("PUT", "/classify", "method_not_allowed", "not PUT"),
         *[
             ("DELETE", path, "method_not_allowed", f"{path} takes GET, HEAD, not DELETE")
-            for path in ("/", "/docs", "/healthz", "/readyz", "/model", "/metrics")
+            for path in (
+                "/",
+                "/docs",
+                "/healthz",
+                "/readyz",
+                "/model",
+                "/metrics",
+                "/static/app.js",
+                "/docs/static/any.js",
+            )
         ],
     ],
 )
