@@ -24,7 +24,7 @@ from service.server import DrainingServer
 from service.settings import Settings
 from service.supervisor import START_FAILED
 from tests.service.conftest import PATIENCE_S
-from tests.service.server import COMMAND, IMAGE, SLOW, USUAL, servers, wait, write_slow_bundle
+from tests.service.server import COMMAND, IMAGE, SLOW, USUAL, request_for, servers, wait, write_slow_bundle
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,24 @@ def test_under_constant_load_every_request_gets_an_answer_or_a_refusal(serve):
     for statuses in histories:
         assert set(statuses) <= {200, 503}
         assert statuses == sorted(statuses)
+
+
+def test_whoever_has_connected_and_not_asked_yet_is_let_ask(serve):
+    """For a while after the service has stopped listening: 503, instead of a closed connection."""
+    server = serve()
+    with server.connect() as late:
+        server.process.send_signal(signal.SIGTERM)
+        wait(lambda: not is_listening(server.port))
+        time.sleep(0.5)  # in which it would end, had it nobody to wait for
+        late.sendall(request_for(IMAGE))
+        assert read_all(late).startswith(b"HTTP/1.1 503 ")
+    assert server.process.wait(PATIENCE_S) == 0
+
+
+def is_listening(port):
+    """Whether anybody does so on an IPv4 port."""
+    sockets = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return any(local.endswith(f":{port:04X}") and state == "0A" for _, local, _, state, *_ in sockets)
 
 
 def read_all(connection):

@@ -169,6 +169,21 @@ def test_every_worker_drains(serve):
     assert not any(map(alive, pids))
 
 
+def test_a_worker_that_still_drains_gets_the_connections_of_those_that_have_ended(serve):
+    """Whoever comes is told at once that the service stops; nobody knocks at the door of a worker that is gone."""
+    server = serve("--max-batch", "1", "--timeout-s", "60", "--drain-s", "60")
+    files = [("file", ("slow.png", SLOW))] * 4
+    with ThreadPoolExecutor(1) as clients:
+        accepted = clients.submit(httpx.post, f"{server.url}/classify", files=files, timeout=PATIENCE_S)
+        wait(lambda: server.metric('ride_stage_seconds_count{stage="decode"}') == 4)
+        server.process.send_signal(signal.SIGTERM)
+        wait(lambda: len(server.children()) == 1)
+
+        assert [asyncio.run(ask(server.port)) for _ in range(12)] == 12 * [503]
+        assert accepted.result().status_code == 200
+    assert server.process.wait(PATIENCE_S) == 0
+
+
 @pytest.mark.parametrize(("sig", "workers"), [(signal.SIGINT, 3), (signal.SIGHUP, 3), (signal.SIGHUP, 1)])
 def test_what_a_terminal_says_counts_once(serve, sig, workers):
     """Ctrl-C, or that it was closed, reaches every process of the group; what was accepted is answered, exit code 0."""
@@ -478,6 +493,20 @@ def test_workers_get_the_time_to_drain():
 
     assert "worker_killed" not in {line["event"] for line in lines}
     assert code == 0
+
+
+def test_a_second_ctrl_c_leaves_workers_no_time_to_drain():
+    """Neither those that are stuck and hear of nothing."""
+    stuck = "signal.pthread_sigmask(signal.SIG_BLOCK, supervisor.STOP_SIGNALS)"
+    ctrl_c = "os.kill(os.getppid(), signal.SIGINT)"
+    code, lines = supervise(
+        f"{stuck}; number or ({ctrl_c}, time.sleep(0.3), {ctrl_c})",
+        setting(PATIENCE_S=0.1),
+        ("drain_s=1", "drain_s=600"),
+    )
+
+    assert 0 in {line["worker"] for line in lines if line["event"] == "worker_killed"}
+    assert code == 1
 
 
 @pytest.mark.anyio
