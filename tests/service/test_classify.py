@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from model_export.bundle import Calibration
-from service.schemas import Answer, ErrorAnswer
+from service.schemas import Answer, ErrorAnswer, ModelAnswer
 from service.settings import SettingsError
 from tests.service.conftest import encode, start
 from tests.tiny import CLASSES, COUNTS, MACS, TinyModel, noise, operating_points, remove_routers
@@ -394,6 +394,8 @@ async def test_model_tells_what_is_served(service):
     """Classes with counts and splits, thresholds in force, and the table of operating points."""
     model = (await service.client.get("/model")).json()
 
+    assert model.keys() == ModelAnswer.model_fields.keys()
+    assert ModelAnswer.model_validate(model).modes["full"] == [0, 0]
     assert (model["name"], model["version"], model["variant"], model["provider"]) == ("tiny", "7", "fp32", "cpu")
     assert [entry["label"] for entry in model["classes"]] == list(CLASSES)
     assert [entry["training_images"] for entry in model["classes"]] == list(COUNTS)

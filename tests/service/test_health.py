@@ -64,6 +64,14 @@ def test_a_step_that_does_not_end_is_trouble(clock):
     assert looks(watch, clock, LONGEST_STEP_S + 2)[-1] == "a step of the engine has not ended for 61 s"
 
 
+def test_a_step_may_take_as_long_as_a_request(clock):
+    """Where that is more than usual."""
+    watch = EngineWatch(SimpleNamespace(failures=0, step_began=clock.seconds), 3 * LONGEST_STEP_S)
+
+    assert not any(looks(watch, clock, 3 * LONGEST_STEP_S))
+    assert looks(watch, clock, 2)[-1] == "a step of the engine has not ended for 181 s"
+
+
 def test_a_pause_is_no_step_that_hangs(clock):
     """The container stood still for an hour, and the step with it."""
     watch = EngineWatch(SimpleNamespace(failures=0, step_began=clock.seconds))
