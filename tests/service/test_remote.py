@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import signal
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
+import uvloop
 
 from model_export.bundle import InputSpec
 from service.batcher import BatcherStoppedError, QueueFullError
@@ -79,6 +81,28 @@ def test_messages_arrive_whole_however_the_stream_is_cut(size):
         connection.data_received(stream[start : start + size])
 
     assert connection.messages == messages
+
+
+def test_what_is_sent_where_nobody_is_there_any_more_is_dropped():
+    """The connection may end before the turn of the loop in which it is written."""
+    failures, ended = [], asyncio.Event()
+
+    class Late(Collecting):
+        def connection_lost(self, error):
+            self.send("too late")
+            asyncio.get_running_loop().call_soon(ended.set)  # when that has been written, or would have been
+
+    async def send():
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: failures.append(context))
+        ours, theirs = socket.socketpair()
+        with theirs:
+            transport, _ = await loop.create_connection(Late, sock=ours)
+            transport.abort()
+            await ended.wait()
+
+    uvloop.run(send())
+    assert not failures
 
 
 class Engine:
