@@ -338,16 +338,19 @@ def test_a_host_that_is_no_name_is_exit_code_1(tiny_bundle):
     assert "Traceback" not in run.stderr
 
 
-def test_a_port_in_use_is_exit_code_1(tiny_bundle):
-    """With the address in the log."""
+def test_a_port_in_use_is_exit_code_1(tiny_bundle, monkeypatch):
+    """With the address in the log, which holds what is as severe as wished and warns of a misspelt setting."""
+    monkeypatch.setenv("RIDE_PROT", "80")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         run = subprocess.run(
-            [*COMMAND, "--bundle", str(tiny_bundle), "--port", str(port)],
+            [*COMMAND, "--bundle", str(tiny_bundle), "--port", str(port), "--log-level", "warning"],
             capture_output=True, text=True, timeout=PATIENCE_S, check=False,
         )  # fmt: skip
     assert run.returncode == 1
-    assert f"('127.0.0.1', {port})" in run.stderr
+    warning, error = map(json.loads, run.stderr.splitlines())
+    assert warning["message"].endswith("is RIDE_PORT meant?")
+    assert f"('127.0.0.1', {port})" in error["reason"]
 
 
 @pytest.mark.parametrize("processes", [["--workers", "1"], ["--workers", "2"], ["--shared-engine", "on"]])

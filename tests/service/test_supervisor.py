@@ -98,6 +98,7 @@ def test_a_killed_worker_costs_only_its_own_connections(serve):
 
     # What is asked here must not be lost itself: ask until somebody answers.
     server.client = PersistentClient(server.url)
+    began = server.metric("process_start_time_seconds")
     results = hammer(server.port, 16, kill_two)
 
     assert results.keys() <= {200, "lost"}
@@ -105,6 +106,7 @@ def test_a_killed_worker_costs_only_its_own_connections(serve):
     assert figures == sorted(figures)
     assert server.answered() >= results[200]
     assert server.metric("ride_workers") == server.metric("ride_ready") == 3
+    assert server.metric("process_start_time_seconds") == began  # of the service
     died = [line for line in server.log() if line["event"] == "worker_died"]
     assert [(line["cause"], line["level"]) for line in died] == [("SIGKILL", "error")] * 2
     assert httpx.get(f"{server.url}/readyz").status_code == 200
@@ -392,6 +394,18 @@ def test_a_worker_that_never_gets_ready_is_replaced():
     assert {line["worker"] for line in lines if line["event"] == "worker_killed" and "SIGKILL" not in line} == {1}
     assert [line["cause"] for line in lines if line["event"] == "worker_died"] == ["SIGKILL"] * 3
     assert code == 1
+
+
+def test_a_successor_that_never_gets_ready_is_replaced():
+    """However ready the one before it was."""
+    life = f"""own = counters.own
+    own[READY] = own[BEAT] = not own[supervisor.RESTARTS] and time.monotonic()
+    number and not own[supervisor.RESTARTS] and (time.sleep(0.2), os._exit(1))
+    own[supervisor.RESTARTS] < 2 or {STOP}"""
+    _, lines = supervise(life, setting(STARTING_S=0.3, STUCK_S=60))
+
+    died = [line["cause"] for line in lines if line["event"] == "worker_died" and line["worker"] == 1]
+    assert died == ["exit code 1", "SIGKILL"]
 
 
 def test_a_worker_that_drains_is_not_late():
