@@ -260,7 +260,8 @@ class Supervisor:
         """
         End those that do not end by themselves in time, are ready but do nothing any more, or never get ready.
 
-        Where this process, too, stood still (the container was paused), the workers get the whole time once more.
+        Where this process, too, stood still (the container was paused), all but those that are to end have the whole
+        time once more.
         """
         now = time.monotonic()
         if now - self._looked > PAUSE_S:

@@ -402,7 +402,7 @@ def test_a_successor_that_never_gets_ready_is_replaced():
     own[READY] = own[BEAT] = not own[supervisor.RESTARTS] and time.monotonic()
     number and not own[supervisor.RESTARTS] and (time.sleep(0.2), os._exit(1))
     own[supervisor.RESTARTS] < 2 or {STOP}"""
-    _, lines = supervise(life, setting(STARTING_S=0.3, STUCK_S=60))
+    _, lines = supervise(life, setting(STARTING_S=1, STUCK_S=60))
 
     died = [line["cause"] for line in lines if line["event"] == "worker_died" and line["worker"] == 1]
     assert died == ["exit code 1", "SIGKILL"]
