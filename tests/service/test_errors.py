@@ -613,7 +613,7 @@ async def test_a_service_that_cannot_start_says_so_and_never_gets_ready(tiny_bun
     ]
 
 
-async def test_a_bundle_whose_graphs_give_nan_never_gets_ready(make_bundle):
+async def test_a_bundle_whose_graphs_give_nan_never_gets_ready(make_bundle, caplog):
     """The warm-up's images are black: a graph that fails on them would fail on all."""
 
     class Broken(WatchedEngine):
@@ -624,3 +624,5 @@ async def test_a_bundle_whose_graphs_give_nan_never_gets_ready(make_bundle):
     async with start(bundle, ready=False, opened=lambda *a, **o: Broken(open_engine(*a, **o))) as service:
         await until(lambda: service.classifier.state != "starting")
         assert service.classifier.state == "failed"
+    (reason,) = [record.fields["reason"] for record in caplog.records if record.message == "start_failed"]
+    assert "memory" not in reason  # which would not help
