@@ -342,9 +342,9 @@ def test_warnings_do_not_stop_a_training_and_are_recorded(listed, tmp_path, caps
 
 
 def test_gaps_and_nulls_of_a_parquet_set_are_told_at_once(tmp_path):
-    """Rows without bytes, without label, labels that leave a class empty, labels past the names."""
+    """Rows with null or no bytes, without label, labels that leave a class empty, labels past the names."""
     table = pyarrow.table({
-        "image": [image(0), None, image(2), image(3), image(4)], "label": [0, 0, None, 2, 9],
+        "image": [image(0), None, image(2), image(3), image(4), b""], "label": [0, 0, None, 2, 9, 0],
     })  # fmt: skip
     pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
     (tmp_path / "classes.txt").write_text("a\nb\nc\n")
@@ -352,7 +352,8 @@ def test_gaps_and_nulls_of_a_parquet_set_are_told_at_once(tmp_path):
     with pytest.raises(DataError) as refused:
         load_data(recipe_for(tmp_path))
 
-    for what in ("row 1 has no image bytes", "row 2 has no label", "label 1 (b)", "row 4 has label 9"):
+    rows = ("row 1 has no image bytes", "row 5 has no image bytes", "row 2 has no label", "row 4 has label 9")
+    for what in (*rows, "label 1 (b)"):
         assert what in str(refused.value)
 
 

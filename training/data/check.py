@@ -68,7 +68,7 @@ def examine(image_set: ImageSet, depth: Depth, workers: int) -> dict[str, np.nda
         for position, finding in enumerate(_findings(source.images, depth, workers)):
             if finding.kind is not None:
                 report.add(finding.kind, finding.text)
-            elif finding.digest:
+            else:
                 seen[finding.digest].append((part, position))
                 digests[part][position] = np.frombuffer(finding.digest, np.uint8)
     _tell_lone(image_set, np.flatnonzero(image_set.train.counts(len(image_set.classes)) == 1))
@@ -158,7 +158,7 @@ class _Inspection(Dataset[_Finding]):
             content = self.images.read(position)
             if isinstance(content, bytes):
                 if not content and not isinstance(self.images, Files):
-                    return _Finding()  # a null in a table, which was reported when it was opened
+                    return _Finding("missing", f"{name} has no image bytes")
                 if self.depth == "pixels":
                     decode_image(content)
                 elif self.depth == "headers":

@@ -390,10 +390,8 @@ def _read_parquet(directory: Path, files: list[Path], report: Report) -> tuple[S
     if not len(table):
         raise DataError(f"{directory}: no rows in {', '.join(file.name for file in files)}")
     rows = Rows(str(directory), table["image"])
-    for column, kind, what in (("image", "missing", "image bytes"), ("label", "malformed", "label")):
-        if table[column].null_count:
-            empty = np.flatnonzero(table[column].is_null().to_numpy())
-            report.add_all(kind, (f"{rows.name(int(row))} has no {what}" for row in empty))
+    without = np.flatnonzero(table["label"].is_null().to_numpy())
+    report.add_all("malformed", (f"{rows.name(int(row))} has no label" for row in without))
     labels = table["label"].cast(pyarrow.int64(), safe=False).fill_null(-1).to_numpy()
     return Source(labels, rows), {file: names for file, (_, names) in read.items() if names}
 
