@@ -214,8 +214,10 @@ def test_an_unknown_key_is_refused(bundle, key):
         # numbers
         ("class_counts.0", 10**400, "class_counts[0]: is 1000"),
         ("thresholds.0", 10**400, "thresholds[0]: is 1000"),
+        ("input.mean.0", -(10**400), "input.mean[0]: is -1000"),
         ("macs.trunk", 2**63, "macs.trunk: is 9223372036854775808; expected"),
         ("macs.experts.1", -1, "macs: holds a negative number"),
+        ("macs.routers.1", -1, "macs: holds a negative number"),
         ("class_counts.6", -5, "class_counts: holds -5"),
         ("input.height", 0, "input: size is 0x8; expected at least 1x1"),
         ("input.height", 10**9, "input: size is 1000000000x8; expected at least 1x1 and at most 4096x4096"),
@@ -229,6 +231,8 @@ def test_an_unknown_key_is_refused(bundle, key):
         ("variants.fp32.parity.accuracy.all", 49, "is 'fp32', which loses 0.50 points in a split"),
         ("calibration.risk", RISK | {"confidence": 1.0}, "risk.confidence: is 1.0; expected a probability in (0, 1)"),
         ("calibration.risk", RISK | {"upper_bound": 0.6}, "calibration.risk.upper_bound: is 0.6; expected at most 0.5"),
+        ("calibration.risk", RISK | {"confidence": 0.0}, "risk.confidence: is 0.0; expected a probability in (0, 1)"),
+        ("calibration.risk", RISK | {"max_risk": 0, "upper_bound": 0}, None),
         ("calibration.risk", RISK | {"max_risk": -5}, "risk.max_risk: is -5.0; expected percentage points in [0, 100]"),
         ("calibration.risk", RISK | {"max_risk": 101}, "risk.max_risk: is 101.0; expected percentage points in [0, 10"),
         ("calibration.risk", RISK | {"images": 0}, "calibration.risk.images: is 0; expected 1 or more"),
@@ -514,10 +518,11 @@ def test_a_table_out_of_order_is_refused(make_bundle):
 
 
 def test_operating_points_of_several_rules_stand_in_one_table(make_bundle):
-    """In the order of their experts, each rule with its own point for all of them."""
+    """In the order of their experts, each rule with its own point for all of them; a rule's are chosen among its own."""
     points = sorted(operating_points(3) + operating_points(3, "depth"), key=lambda point: point.mean_experts)
     calibration = dataclasses.replace(read_bundle(make_bundle()).manifest.calibration, points=tuple(points))
     manifest = read_bundle(make_bundle(calibration=calibration, rule="depth")).manifest
 
     assert manifest.rule == "depth"
     assert [point.rule for point in manifest.calibration.points[:2]] == ["router", "depth"]
+    assert manifest.default_point.rule == manifest.calibration.most_accurate("depth", 3).rule == "depth"

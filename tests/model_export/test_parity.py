@@ -80,6 +80,8 @@ def test_classes_are_compared_where_the_checkpoint_exits(predictions, lead, agre
     [
         ((0.5005, 0.9), (0.4995, 0.9), 1),
         ((0.51, 0.9), (0.49, 0.9), 1 - 1 / 400),
+        ((0.5005, 0.9), (0.47, 0.9), 1),  # it is the checkpoint that decides just so
+        ((0.53, 0.9), (0.4995, 0.9), 1 - 1 / 400),
         ((0.5005, 0.9), (0.4995, 0.1), 1),  # the first decision parts them, the second is not even taken
         ((0.9, 0.5005), (0.1, 0.4995), 1 - 1 / 400),
     ],
@@ -127,6 +129,16 @@ def test_another_decision_is_counted(predictions):
         require(wrong, "fp32")
 
 
+def test_another_exit_is_not_another_class(predictions):
+    """Classes are those after as many experts as the checkpoint asks, on both sides."""
+    data = predictions()
+    turned = dataclasses.replace(data, router_scores=1 - data.router_scores)
+    found = compare(data, turned, "router", (0.5, 0.5), COUNTS, "fp32")
+
+    assert found.experts_used_agreement < 0.1
+    assert found.top1_agreement == 1
+
+
 @pytest.mark.parametrize("broken", ["expert_logits", "router_scores"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_graphs_that_give_nan_or_infinity_are_refused(predictions, broken, value):
@@ -157,11 +169,18 @@ def test_experts_that_agree_by_a_hair_may_be_counted_either_way(predictions):
     data = predictions(seed=5)
     theirs = data.expert_logits.copy()
     theirs[1, 7] = [1.0, 1.0004, -9, -9]
+    theirs[0, 8], theirs[1, 8] = [3, 0, 2, -9], [0, 2.5, 1.0004, -9]  # the third class is best of both together
     ours = theirs.copy()
     ours[1, 7] = [1.0004, 1.0, -9, -9]
+    ours[1, 8, 2] = 0.9996  # the first is
     pair = [dataclasses.replace(data, expert_logits=logits) for logits in (theirs, ours)]
 
     assert compare(*pair, "agreement", (0.5, 0.4), COUNTS, "fp32").experts_used_agreement == 1
+    assert compare(*pair, "agreement", (0.5, 0.7), COUNTS, "fp32").experts_used_agreement == 1
+    scores = data.router_scores.copy()
+    scores[0, 7] = 0.9 if scores[0, 7] < 0.5 else 0.1
+    other = dataclasses.replace(pair[1], router_scores=scores)  # of another rule that tie is no excuse
+    assert compare(pair[0], other, "router", (0.5, 0.5), COUNTS, "fp32").experts_used_agreement == 1 - 1 / 400
 
 
 def test_accuracies_of_parity_are_each_side_s_own(predictions):
