@@ -102,7 +102,8 @@ class Checkpoint:
             has, wants = (tuple(d[name].shape) if name in d else None for d in (stored, expected))
             if has != wants:
                 raise CheckpointError(
-                    f"{self.path}: tensor {name} is {has or 'missing'}, the model wants {wants or 'none'}"
+                    f"{self.path}: tensor {name} is {'missing' if has is None else has}, "
+                    f"the model wants {'none' if wants is None else wants}"
                 )
         model.load_state_dict(expected | {name: stored[name] for name in expected if name.startswith(only)})
         if optimiser is not None:
@@ -159,8 +160,6 @@ def save_checkpoint(
     (partial / "checkpoint.json").write_text(text + "\n", encoding="utf-8")
     for file in (*partial.iterdir(), partial):
         flush(file)
-    if directory.exists():
-        _remove(directory)
     partial.rename(directory)
     flush(directory.parent)
     for older in directory.parent.glob(f"{stage}-*"):

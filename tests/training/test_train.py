@@ -1,7 +1,9 @@
 """Whole trainings: killed and resumed, logged, refused."""
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -187,13 +189,15 @@ def test_resuming_with_other_test_images_is_refused(folder, tiny_arguments, tmp_
     assert main([*arguments, "--resume"]) == 0
 
 
-def save_untrained(run: Path, epochs: int) -> None:
-    """A checkpoint of the stage "experts" with a layer of one weight."""
+def save_untrained(
+    run: Path, epochs: int, layer: torch.nn.Module | None = None, optimiser: torch.optim.Optimizer | None = None
+) -> None:
+    """A checkpoint of the stage "experts" with a layer, of one weight unless another is given."""
     info = {
         "recipe": RECIPES["ce-cifar100"].to_dict(), "classes": ["a"], "class_counts": [1], "mean": [0, 0, 0],
         "std": [1, 1, 1], "metrics": {}, "commit": "",
     }  # fmt: skip
-    save_checkpoint(run, "experts", epochs, torch.nn.Linear(1, 1), None, info)
+    save_checkpoint(run, "experts", epochs, layer or torch.nn.Linear(1, 1), optimiser, info)
 
 
 def test_checkpoints_are_ordered_by_their_epochs(tmp_path):
@@ -202,6 +206,79 @@ def test_checkpoints_are_ordered_by_their_epochs(tmp_path):
         save_untrained(tmp_path, epochs)
     assert checkpoints_of(tmp_path)["experts"].epochs_done == 10_000
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, monkeypatch):
+    """The half of the new one is not taken for a checkpoint, and is not in the way of the next try."""
+
+    def killed(file):
+        raise KeyboardInterrupt
+
+    save_untrained(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "flush", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_untrained(tmp_path, 2)
+    assert checkpoints_of(tmp_path)["experts"].epochs_done == 1
+
+    save_untrained(tmp_path, 2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["experts-0002"]
+
+
+def test_the_momentum_may_lie_in_memory_in_any_order(tmp_path):
+    """As that of convolutions that a GPU computes channels-last."""
+    run, layer = tmp_path / "run", torch.nn.Linear(2, 3)
+    momentum = torch.arange(6.0).view(2, 3).T
+    optimiser = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9)
+    optimiser.state[layer.weight]["momentum_buffer"] = momentum
+    save_untrained(run, 1, layer, optimiser)
+
+    fresh = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9)
+    checkpoints_of(run)["experts"].load_into(layer, fresh)
+    assert fresh.state[layer.weight]["momentum_buffer"].equal(momentum)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"weight": (1, 2), "bias": (1,)}, "tensor weight is (1, 1), the model wants (1, 2)"),
+        ({"weight": (1, 1), "bias": (1,), "scale": ()}, "tensor scale is missing, the model wants ()"),
+        ({"weight": (1, 1)}, "tensor bias is (1,), the model wants none"),
+    ],
+)
+def test_weights_of_another_model_are_refused_with_both_shapes(tmp_path, parameters, message):
+    """Nothing is loaded then."""
+    save_untrained(tmp_path, 1)
+    stored = checkpoints_of(tmp_path)["experts"]
+    model = torch.nn.ParameterDict({name: torch.full(shape, 9.0) for name, shape in parameters.items()})
+    with pytest.raises(CheckpointError, match=re.escape(f"{stored.path}: {message}")):
+        stored.load_into(model)
+    assert all((tensor == 9).all() for tensor in model.values())
+
+
+def test_of_a_checkpoint_some_tensors_may_be_taken_alone(tmp_path):
+    """Those whose names begin so; the model may differ in all others."""
+    save_untrained(tmp_path, 1)
+    stored = checkpoints_of(tmp_path)["experts"]
+    model = torch.nn.ParameterDict({"weight": torch.full((1, 1), 9.0), "bias": torch.full((3,), 9.0)})
+    stored.load_into(model, only="wei")
+
+    assert model["weight"].equal(load_file(stored.path / "model.safetensors")["weight"])
+    assert model["bias"].tolist() == [9, 9, 9]
+
+
+def test_images_are_compared_by_class_count_and_content(tmp_path):
+    """Classes in another order are other classes: the logits would mean others."""
+    save_untrained(tmp_path, 1)
+    stored = dataclasses.replace(checkpoints_of(tmp_path)["experts"], classes=("a", "b"), class_counts=(2, 1))
+
+    assert stored.other_images(("b", "a"), (2, 1), "") == "other classes (in another order)"
+    assert stored.other_images(("a", "c"), (2, 1), "") == "other classes (b, c)"
+    assert stored.other_images(("a", "b"), (2, 3), "") == "1 of class 'b', 3 now"
+    assert stored.other_images(("a", "b"), (2, 1), "any") is None  # an older version's does not say which
+    known = dataclasses.replace(stored, images_digest="one")
+    assert known.other_images(("a", "b"), (2, 1), "one") is None
+    assert known.other_images(("a", "b"), (2, 1), "two") == "as many, but some have changed or go by other names"
 
 
 def test_a_kill_while_an_older_checkpoint_is_deleted_leaves_the_newest(tmp_path, monkeypatch):
