@@ -518,7 +518,7 @@ def test_a_table_out_of_order_is_refused(make_bundle):
 
 
 def test_operating_points_of_several_rules_stand_in_one_table(make_bundle):
-    """In the order of their experts, each rule with its own point for all of them; a rule's are chosen among its own."""
+    """In the order of their experts, each rule with its own point for all; a rule's are chosen among its own."""
     points = sorted(operating_points(3) + operating_points(3, "depth"), key=lambda point: point.mean_experts)
     calibration = dataclasses.replace(read_bundle(make_bundle()).manifest.calibration, points=tuple(points))
     manifest = read_bundle(make_bundle(calibration=calibration, rule="depth")).manifest

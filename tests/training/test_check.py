@@ -79,6 +79,29 @@ def test_list_files_give_the_three_parts(listed):
     assert not data.report.findings
 
 
+def test_listed_classes_are_named_by_directories_that_they_have_to_themselves(tmp_path):
+    """Neither where one has two of them, nor where two have directories of one name."""
+    apart = {"x/owl/0.png": 0, "x/owl/1.png": 0, "x/emu/0.png": 1}
+    for case, (changed, names) in enumerate((
+        ({}, ["owl", "emu"]), ({"x/jay/2.png": 0}, ["class 0", "class 1"]),
+        ({"x/emu/0.png": None, "y/owl/0.png": 1}, ["class 0", "class 1"]),
+    )):  # fmt: skip
+        lines = {path: label for path, label in (apart | changed).items() if label is not None}
+        assert list(open_set(recipe_for(write_lists(tmp_path / str(case), train=lines))).classes) == names
+
+
+@pytest.mark.parametrize("label", [100, 10**20])
+def test_a_stray_label_of_any_size_is_out_of_range(listed, label):
+    """It does not make as many classes."""
+    with (listed / "Set_LT_train.txt").open("a") as file:
+        file.write(f"images/c0/7.png {label}\n")
+    findings = check_data(recipe_for(listed)).findings
+
+    assert len(findings["label out of range"]) == 1
+    assert findings["label out of range"][0].endswith(", there are 3 classes")
+    assert "empty class" not in findings
+
+
 @pytest.mark.parametrize("same_lists", [True, False])
 def test_validation_images_that_are_the_test_images_leave_the_held_out_share_to_training(tmp_path, same_lists):
     """As iNaturalist 2018 is used, whether its validation list stands there once or twice."""
@@ -276,6 +299,7 @@ def test_headers_alone_find_all_but_damage_further_in(listed):
     quick, whole = check_data(recipe_for(listed), decode=False), check_data(recipe_for(listed))
 
     assert len(whole.findings["unreadable"]) == 2
+    assert len(whole.findings["image twice"]) == 1  # those in two classes or parts are told as such
     assert len(quick.findings["unreadable"]) == 1
     assert quick.findings | {"unreadable": []} == whole.findings | {"unreadable": []}
 

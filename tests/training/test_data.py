@@ -291,6 +291,9 @@ def test_parquet_files_must_name_their_classes_alike(tmp_path, other, names):
     table = pyarrow.parquet.read_table(tmp_path / "test-00000-of-00001.parquet")
     pyarrow.parquet.write_table(table.replace_schema_metadata(None), tmp_path / f"{other}.parquet")
     assert open_set(recipe_for(tmp_path)).classes == ["cat", "dog"]
+    (tmp_path / "classes.txt").write_text("feline\ncanine\n")  # beside them, it counts
+    assert open_set(recipe_for(tmp_path)).classes == ["feline", "canine"]
+    (tmp_path / "classes.txt").unlink()
 
     features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
     table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
@@ -354,6 +357,15 @@ def test_parquet_shards_may_differ_in_all_but_the_meaning(tmp_path):
     train = open_set(recipe_for(tmp_path)).train
     assert [train.images.read(row) for row in range(2)] == [first, second]
     assert train.labels.tolist() == [1, 0]
+
+
+def test_a_part_of_a_parquet_set_without_rows_is_refused(tmp_path):
+    """There would be no figures on it, and no test images of others in its place."""
+    write_parquet(tmp_path, struct=False, names=None)
+    test = tmp_path / "test-00000-of-00001.parquet"
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(test).slice(0, 0), test)
+    with pytest.raises(DataError, match=f"{tmp_path}: no rows in {test.name}"):
+        open_set(recipe_for(tmp_path))
 
 
 def test_a_parquet_shard_that_does_not_fit_is_named(tmp_path):

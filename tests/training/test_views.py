@@ -71,7 +71,7 @@ def test_colour_jitter_and_flip_do_what_they_say():
 
 def test_erasing_puts_noise_into_a_rectangle_and_leaves_the_rest():
     """Of the share of the images that the recipe names; mean colour and deviation are those of the normalisation."""
-    recipe = dataclasses.replace(PLAIN, random_erasing=0.5)
+    recipe = dataclasses.replace(PLAIN, random_erasing=0.5, mean=(0.7, 0.5, 0.3), std=(0.1, 0.1, 0.1))
     grey = Image.new("RGB", (60, 60), (10, 20, 30))
     seen = [views.train_view(grey, recipe, seeded(seed)) for seed in range(200)]
     holes = [(view != (10, 20, 30)).any(axis=2) for view in seen]
@@ -84,7 +84,8 @@ def test_erasing_puts_noise_into_a_rectangle_and_leaves_the_rest():
         assert box.mean() > 0.95  # a noise pixel may have the image's colour
         assert 0.01 < box.size / hole.size < 0.36
     noise = np.concatenate([view[hole] for view, hole in erased])
-    assert noise.mean(axis=0) == pytest.approx(255 * np.array(PLAIN.mean), abs=3)
+    assert noise.mean(axis=0) == pytest.approx(255 * np.array(recipe.mean), abs=3)
+    assert noise.std(axis=0) == pytest.approx(255 * np.array(recipe.std), abs=3)
 
 
 def test_rand_augment_changes_three_quarters_of_the_images():
