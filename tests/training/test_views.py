@@ -59,30 +59,68 @@ def test_a_resized_crop_shows_a_part_of_the_image_at_its_own_scale():
 
 
 def test_colour_jitter_and_flip_do_what_they_say():
-    """A grey image gets another brightness within ±40 %; half of the views are mirrored."""
+    """Brightness, contrast and saturation change, the first of a grey image by ±40 %; half of the views are mirrored."""
     grey = Image.new("RGB", (60, 60), (100, 100, 100))
     brightness = [views.train_view(grey, IMAGENET, seeded(seed)).mean() for seed in range(60)]
     assert 58 <= min(brightness) < 75 < 125 < max(brightness) <= 142
+
+    halves = Image.new("RGB", (60, 60), (30, 30, 30))
+    halves.paste((120, 60, 60), (0, 0, 30, 60))
+    contrasts, saturations = [], []  # neither depends on the brightness
+    for seed in range(60):
+        view = views.train_view(halves, dataclasses.replace(PLAIN, colour_jitter=0.4), seeded(seed)).astype(float)
+        light, dark = view[16, 0], view[16, -1]
+        if light[0] > light[1] and dark[0] == dark[1]:  # the view has some of either half
+            contrasts.append(light.mean() / dark.mean())
+            saturations.append((light[0] - light[1]) / (light.mean() - dark.mean()))
+    assert len(contrasts) > 20
+    assert np.std(contrasts) > 0.3
+    assert np.std(saturations) > 0.1
 
     flipped = dataclasses.replace(PLAIN, flip=True)
     rising = [views.train_view(photograph(), flipped, seeded(seed))[0, :, 0].astype(int) for seed in range(100)]
     assert 30 < sum(row[-1] > row[0] for row in rising) < 70
 
 
+def test_a_resized_crop_may_be_turned():
+    """What comes in at the corners is black."""
+    grey = Image.new("RGB", (60, 60), (100, 100, 100))
+    turned = dataclasses.replace(PLAIN, rotation=15.0)
+    corners = [views.train_view(grey, turned, seeded(seed))[0, 0, 0] for seed in range(20)]
+
+    assert sum(corner == 0 for corner in corners) > 10
+    assert views.train_view(grey, PLAIN, seeded()).min() == 100
+
+
+@pytest.mark.parametrize(("interpolation", "overshoots"), [("bilinear", False), ("bicubic", True)])
+def test_a_resized_crop_is_scaled_by_the_filter_of_the_recipe(interpolation, overshoots):
+    """A bicubic one goes beyond the two shades of an edge."""
+    edge = Image.new("RGB", (60, 60), (60, 60, 60))
+    edge.paste((200, 200, 200), (0, 0, 30, 60))
+    recipe = dataclasses.replace(PLAIN, crop_interpolation=interpolation)
+    seen = np.stack([views.train_view(edge, recipe, seeded(seed)) for seed in range(20)])
+
+    assert (seen.min() < 60, seen.max() > 200) == (overshoots, overshoots)
+
+
 def test_erasing_puts_noise_into_a_rectangle_and_leaves_the_rest():
     """Of the share of the images that the recipe names; mean colour and deviation are those of the normalisation."""
-    recipe = dataclasses.replace(PLAIN, random_erasing=0.5, mean=(0.7, 0.5, 0.3), std=(0.1, 0.1, 0.1))
+    recipe = dataclasses.replace(PLAIN, random_erasing=0.5, mean=(0.85, 0.5, 0.15), std=(0.1, 0.1, 0.1))
     grey = Image.new("RGB", (60, 60), (10, 20, 30))
     seen = [views.train_view(grey, recipe, seeded(seed)) for seed in range(200)]
     holes = [(view != (10, 20, 30)).any(axis=2) for view in seen]
     erased = [(view, hole) for view, hole in zip(seen, holes, strict=True) if hole.any()]
 
     assert 70 < len(erased) < 130
+    boxes = []
     for _, hole in erased:
         rows, columns = np.flatnonzero(hole.any(axis=1)), np.flatnonzero(hole.any(axis=0))
         box = hole[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         assert box.mean() > 0.95  # a noise pixel may have the image's colour
-        assert 0.01 < box.size / hole.size < 0.36
+        boxes.append((box.size / hole.size, box.shape[1] / box.shape[0]))
+    shares, proportions = np.array(boxes).T
+    assert 0.01 < shares.min() < 0.05 < 0.25 < shares.max() < 0.36
+    assert proportions.min() < 0.5 < 2 < proportions.max()
     noise = np.concatenate([view[hole] for view, hole in erased])
     assert noise.mean(axis=0) == pytest.approx(255 * np.array(recipe.mean), abs=3)
     assert noise.std(axis=0) == pytest.approx(255 * np.array(recipe.std), abs=3)
@@ -97,6 +135,26 @@ def test_rand_augment_changes_three_quarters_of_the_images():
         changed += not (with_it == without).all()
 
     assert 85 < changed < 130
+
+
+def test_rand_augment_is_nearly_as_strong_as_can_be(monkeypatch):
+    """Magnitude 9 ± 0.5 of 10, which is 27 ± 1.5 of torchvision's 30; what moves in has the mean colour."""
+    asked = []
+
+    def record(operations, strength, bins, interpolation, fill):
+        asked.append((operations, strength, bins, fill))
+        return lambda image: image
+
+    monkeypatch.setattr(views.v2, "RandAugment", record)
+    recipe = dataclasses.replace(PLAIN, rand_augment=True, mean=(0.2, 0.4, 0.6))
+    for seed in range(300):
+        views.train_view(photograph(), recipe, seeded(seed))
+
+    strengths = [strength for _, strength, _, _ in asked]
+    assert np.mean(strengths) == pytest.approx(27, abs=0.3)
+    assert np.std(strengths) == pytest.approx(1.5, abs=0.3)
+    assert {(operations, bins, *fill) for operations, _, bins, fill in asked} == {(1, 31, 51, 102, 153)}
+    assert 250 < len(asked) < 350
 
 
 def test_the_inner_crop_is_resizing_to_256_and_cutting_out_224():
