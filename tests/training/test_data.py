@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.service.test_images import SIZE, deep_png, grey_png_of_4_bits, grey_tiff, transparent_chunk
+from tests.service.test_images import SIZE, chunk, deep_png, grey_png_of_4_bits, grey_tiff, transparent_chunk
 from training.data.augment import augment, transform
 from training.data.images import read_image
 from training.data.longtail import SPLITS, class_counts, draw_subset, split_of
@@ -472,18 +472,18 @@ def odd_images() -> dict[str, bytes]:
     alpha.putalpha(Image.fromarray(generator.integers(0, 256, (23, 37), dtype=np.uint8)))
     turned = Image.Exif()
     turned[0x0112] = 6
-    grey16 = Image.fromarray(generator.integers(0, 65_536, (23, 37)).astype(np.uint16))
+    grey16 = Image.fromarray(generator.integers(0, 32_768, (23, 37)).astype(np.uint16))
     colour16 = generator.integers(0, 65_536, (23, 37, 3)).astype(np.uint16)
     cases = {
         "JPEG": (colour, {"quality": 90}), "JPEG turned": (colour, {"exif": turned}),
         "JPEG CMYK": (colour.convert("CMYK"), {}),
         "PNG": (colour, {}), "PNG alpha": (alpha, {}), "PNG grey": (colour.convert("L"), {}),
         "PNG 16 bit": (grey16, {}),
-        "PNG 16 bit transparent": (grey16, {"transparency": int(np.asarray(grey16)[3, 4])}),
+        "PNG 16 bit transparent": (grey16, {"transparency": int(np.asarray(grey16)[11, 18])}),
         "PNG palette": (colour.convert("P"), {"transparency": 3}), "WEBP": (colour, {"lossless": True}),
         "GIF": (colour.convert("P"), {}), "BMP": (colour, {}), "TIFF": (colour, {}),
         "TIFF turned": (colour, {"exif": turned}),
-        "PNG bit": (colour.convert("1"), {}),
+        "PNG bit": (colour.convert("1"), {}), "PNG bit transparent": (colour.convert("1"), {"transparency": 0}),
     }  # fmt: skip
     encoded = {}
     for name, (image, options) in cases.items():
@@ -491,11 +491,15 @@ def odd_images() -> dict[str, bytes]:
         image.save(buffer, name.split()[0], **options)
         encoded[name] = buffer.getvalue()
     shades = generator.integers(0, 4096, (SIZE, SIZE))
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="3"/></x:xmpmeta>'
+    end = encoded["PNG"].index(b"IEND") - 4
+    behind = encoded["PNG"][:end] + chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp) + encoded["PNG"][end:]
     return encoded | {
         "TIFF 12 bit": grey_tiff(shades, 12, 1),
         "TIFF negative": grey_tiff(shades, 16, 0),
+        "PNG XMP behind": behind,
         "PNG 4 bit transparent": grey_png_of_4_bits(),
-        "PNG 16 bit colour transparent": deep_png(colour16, 2, transparent_chunk(*map(int, colour16[3, 4]))),
+        "PNG 16 bit colour transparent": deep_png(colour16, 2, transparent_chunk(*map(int, colour16[11, 18]))),
     }
 
 
