@@ -219,8 +219,11 @@ def _load_into(model: Model, opened: TorchFile, arch: str, stored: dict[str, Sto
         tensor = opened.tensor(stored[theirs])
         if tensor.is_floating_point() != weights[name].is_floating_point():
             raise CheckpointError(f"{path}: tensor backbone.{theirs} is of {tensor.dtype}, not {weights[name].dtype}")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{path}: tensor backbone.{theirs} holds values that are not finite")
+        tensor = tensor.to(weights[name].dtype)
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{path}: tensor backbone.{theirs} holds values that are not finite in {tensor.dtype}"
+            )
         loaded[name] = tensor.T if theirs in cosine else tensor
     model.load_state_dict(loaded)
 
