@@ -186,8 +186,6 @@ def interpret(stream: BinaryIO, storages: dict[str, Storage] | None = None) -> A
                     above_mark()
                 case "POP":
                     stack.pop()
-                case "DUP":
-                    stack.append(stack[-1])
                 case "LIST" | "FROZENSET":
                     items = above_mark()
                     stack.append(items)

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import shutil
 import struct
 import sys
@@ -102,6 +103,24 @@ def test_the_format_before_torch_1_6_is_read_too(tmp_path):
     )
     assert old.keys() == new.keys()
     assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_every_protocol_of_pickles_is_read(protocol, tmp_path):
+    """Tensors, parameters, what is there twice, and a tuple that holds a list that holds it."""
+    twice, around = torch.arange(4.0), []
+    around.append((around, 1, 2, 3))
+    content = {"twice": [twice, twice], "parameter": torch.nn.Parameter(twice + 1), "set": {5}, "around": around[0]}
+    content["none"] = torch.empty(0, 3)
+    torch.save(content, tmp_path / "model.pth", pickle_protocol=protocol)
+
+    with open_torch_file(tmp_path / "model.pth") as opened:
+        found = opened.content
+        assert [opened.tensor(tensor).tolist() for tensor in found["twice"]] == [[0, 1, 2, 3]] * 2
+        assert opened.tensor(found["parameter"]).tolist() == [1, 2, 3, 4]
+        assert opened.tensor(found["none"]).shape == (0, 3)
+        assert found["around"][0][0] is found["around"]
+        assert found.keys() == content.keys()
 
 
 def test_half_precision_and_views_are_read_as_the_numbers_they_stand_for(tmp_path):
@@ -292,6 +311,8 @@ def tensor(offset=b"K\x00", shape=b"K\x02K\x02\x86", strides=b"K\x02K\x01\x86", 
         (tensor(offset=b"J\xff\xff\xff\xff"), "whose offset, shape or strides cannot be"),
         (tensor(shape=b"K\x02\x85"), "whose offset, shape or strides cannot be"),
         (tensor(shape=b"\x88K\x02\x86"), "whose offset, shape or strides cannot be"),
+        (tensor(shape=b"(" + 9 * b"K\x01" + b"t", strides=b"(" + 9 * b"K\x01" + b"t"), "shape or strides cannot be"),
+        (tensor(numel=b"\x8a\x09" + bytes(8) + b"\x01"), "storage '0' is said to hold 18446744073709551616 numbers"),
         (tensor(strides=b"J\xff\xff\xff\x7fJ\xff\xff\xff\x7f\x86"), "that reaches number 4294967294 of storage"),
         (tensor(numel=b"J\xff\xff\xff\xff"), "storage '0' is said to hold -1 numbers"),
         (tensor(kind=b"QInt8Storage"), "is a torch.QInt8Storage; read are BFloat16Storage, BoolStorage"),
@@ -375,6 +396,13 @@ def test_compressed_and_damaged_archives_are_refused(tmp_path):
     with pytest.raises(TorchFileError, match=r"data\.pkl is compressed or encrypted"), open_torch_file(bomb):
         pass
 
+    locked = archive_of(tmp_path / "locked.pth")
+    content = bytearray(locked.read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    locked.write_bytes(content)
+    with pytest.raises(TorchFileError, match=r"data\.pkl is compressed or encrypted"), open_torch_file(locked):
+        pass
+
     large = archive_of(tmp_path / "large.pth", **{"data.pkl": bytes(2**21 + 1)})
     with pytest.raises(TorchFileError, match="said to have 2097153 bytes, too many"), open_torch_file(large):
         pass
@@ -384,6 +412,14 @@ def test_compressed_and_damaged_archives_are_refused(tmp_path):
     content[content.index(bytes(range(16)))] ^= 1
     damaged.write_bytes(content)
     with open_torch_file(damaged) as opened, pytest.raises(TorchFileError, match="Bad CRC-32"):
+        opened.tensor(opened.content)
+
+    short = archive_of(tmp_path / "short.pth", **{"data/0": bytes(12)})
+    content = bytearray(short.read_bytes())
+    size_at = content.index(b"PK\x01\x02", content.index(b"PK\x01\x02") + 1) + 24
+    content[size_at] = 16  # and 12 when packed
+    short.write_bytes(content)
+    with open_torch_file(short) as opened, pytest.raises(TorchFileError, match="storage '0' is cut short"):
         opened.tensor(opened.content)
 
     twice = archive_of(tmp_path / "twice.pth")
@@ -418,6 +454,24 @@ def test_a_file_cut_anywhere_is_refused(tmp_path):
             (tmp_path / "cut.pth").write_bytes(content[:length])
             with pytest.raises(TorchFileError, match=r"cut\.pth: "), open_torch_file(tmp_path / "cut.pth"):
                 pass
+
+
+@pytest.mark.parametrize(
+    ("pattern", "replacement", "words"),
+    [
+        (rb"M\xe9\x03\.", b"M\xea\x03.", "is a pickle, but none of torch.save"),  # the version, 1001
+        (rb"(little_endianq.)\x88", b"\\1\x89", "was written on a big-endian machine"),
+        (rb"\x28(\0{7}\0\0\x80\x3f)", b"'\\1", "storage .* has 39 numbers, its tensors say 40"),
+    ],
+)
+def test_streams_that_do_not_fit_are_refused(pattern, replacement, words, tmp_path):
+    """Of another version or byte order, or whose storages are of another size."""
+    torch.save({"a": torch.ones(40)}, tmp_path / "model.pth", _use_new_zipfile_serialization=False)
+    content, changes = re.subn(pattern, replacement, (tmp_path / "model.pth").read_bytes())
+    (tmp_path / "model.pth").write_bytes(content)
+    assert changes == 1
+    with pytest.raises(TorchFileError, match=words), open_torch_file(tmp_path / "model.pth"):
+        pass
 
 
 def test_other_files_are_refused_with_what_they_are(tmp_path):
