@@ -170,6 +170,7 @@ def renamed(state, old, new):
         (lambda s: s | {"backbone.linears.0.weight": torch.zeros(47, 40)},
          "backbone.linears.0.weight is (47, 40); ResNet32EAModel has (48, 40), or (64, 40) at full width"),
         (lambda s: s | {"backbone.linears.0.weight": torch.zeros(48)}, "linears.0.weight is (48,); expected a matrix"),
+        (lambda s: s | {"backbone.linears.0.weight": torch.zeros(48, 0)}, "weight is (48, 0); expected a matrix"),
         (lambda s: s | {"backbone.linears.1.weight": torch.zeros(40, 48)},
          "backbone.linears.1.weight is (40, 48); ResNet32EAModel with 2 experts has (48, 40)"),
         (lambda s: s | {"backbone.expert_help_pred_fc.weight": torch.zeros(1, 57)},
@@ -346,6 +347,25 @@ def test_pickles_that_torch_never_writes_are_refused(opcodes, words, tmp_path):
         pass
     assert str(refusal.value).startswith(f"{file}: ")
     assert words in str(refusal.value)
+
+
+def test_a_tensor_larger_than_its_file_is_refused(tmp_path):
+    """Before a network of its size is built, which no memory would hold."""
+
+    def text(value: str) -> bytes:
+        return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+    def number(value: int) -> bytes:
+        return b"\x8a\x08" + value.to_bytes(8, "little")
+
+    shape, strides = number(48) + number(10**12) + b"\x86", number(1) + number(48) + b"\x86"
+    head = tensor(shape=shape, strides=strides, numel=number(48 * 10**12))
+    state = b"}" + text("backbone.linears.0.weight") + head + b"s" + text("backbone.linears.1.weight") + head + b"s"
+    fields = {"arch": text("ResNet32Model"), "epoch": b"K\x01", "state_dict": state}
+    content = b"".join(text(name) + value + b"s" for name, value in fields.items())
+    file = archive_of(tmp_path / "model.pth", **{"data.pkl": b"\x80\x02}" + content + b"."})
+    with pytest.raises(CheckpointError, match=r"of shape \(48, 1000000000000\) is larger than what is stored"):
+        read_published(file, {})
 
 
 def test_nesting_of_any_depth_is_no_matter(tmp_path):
