@@ -15,7 +15,7 @@ from model_export.__main__ import main, table
 from model_export.bundle import read_bundle
 from model_export.openvino_core import openvino_core
 from model_export.parity import run_variant
-from model_export.precision import obstacle
+from model_export.precision import obstacle, parse_precisions
 from model_export.split import split
 from tests.tiny import TinyModel, write_bundle
 from training.train import trained_model
@@ -108,20 +108,32 @@ def test_bf16_runs_the_files_of_fp32_and_is_measured_by_really_running_them(mani
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_splitting_leaves_the_model_as_it_is(run, dtype):
-    """In fp32, whatever it is split into; and the trunk's normalisation is the checkpoint's to the last bit."""
+    """In fp32, whatever it is split into; the trunk's normalisation too is fp32, the checkpoint's to the last bit."""
     _, model = trained_model(run)
     images = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8)
+    model.net.trunk.mean += 0.01  # which half precision cannot hold
     with torch.no_grad():
         before, trunk_features = model.net(images).expert_logits, model.net.trunk(images)
         trunk, experts, _ = split(model, 16, dtype)
         features = trunk(images)
+        normalised = (images.permute(0, 3, 1, 2) - model.net.trunk.mean) / model.net.trunk.std
+        expected = trunk.layers(normalised.to(dtype))
         after = model.net(images).expert_logits
 
     assert torch.equal(before, after)
+    assert torch.equal(features, expected)
     assert features.dtype == dtype
     assert torch.equal(features, trunk_features) == (dtype == torch.float32)
     torch.testing.assert_close(features.float(), trunk_features, rtol=0.01, atol=0.05)
     assert {parameter.dtype for parameter in experts[0].expert.classifier.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("text", "precisions"), [("int8", ("fp32", "int8")), ("int8, bf16,fp32", ("fp32", "bf16", "int8"))]
+)
+def test_fp32_is_always_written_and_first(text, precisions):
+    """The others take files from it; in whatever order they are named."""
+    assert parse_precisions(text) == precisions
 
 
 def test_unknown_variants_are_refused_with_the_list(tmp_path, capsys):

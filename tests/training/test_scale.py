@@ -18,7 +18,7 @@ from tests.training.small_training import CASES, NORM_IN_PARTS, weights_after
 from training.__main__ import main
 from training.average import WeightAverage
 from training.checkpoint import checkpoints_of, save_checkpoint
-from training.device import refuse_without_compiler
+from training.device import autocast_dtype, refuse_without_compiler
 from training.in_parts import InParts
 from training.loop import forward_of
 from training.methods.method import Model
@@ -272,6 +272,39 @@ def test_compiling_on_a_cpu_needs_a_compiler(folder, tmp_path, capsys, monkeypat
     assert not (tmp_path / "run").exists()
     with pytest.raises(RecipeError, match=r"install one$"):  # a run that goes on keeps its recipe
         refuse_without_compiler(RECIPES["ride-cifar100"], torch.device("cpu"), resumed=True)
+
+
+def test_the_compiler_is_the_one_that_the_environment_names(monkeypatch):
+    """With a launcher before it, too, which is the program that runs; a GPU needs none of them."""
+    recipe = RECIPES["ride-cifar100"]
+    monkeypatch.setenv("CXX", f"{sys.executable} g++")
+    refuse_without_compiler(recipe, torch.device("cpu"), resumed=False)
+
+    monkeypatch.setenv("CXX", "nowhere-g++ -O2")
+    refuse_without_compiler(recipe, torch.device("cuda"), resumed=False)
+    with pytest.raises(RecipeError, match=r"needs a C\+\+ compiler \(nowhere-g\+\+\); install one"):
+        refuse_without_compiler(recipe, torch.device("cpu"), resumed=False)
+
+
+@pytest.mark.parametrize(
+    ("capability", "avx", "on_gpu", "on_cpu"),
+    [((7, 5), False, None, None), ((8, 0), True, torch.bfloat16, torch.bfloat16)],
+)
+def test_a_device_with_units_for_bf16_computes_in_it_unless_told_otherwise(
+    monkeypatch, capability, avx, on_gpu, on_cpu
+):
+    """From Ampere on, or with AVX-512 bf16; fp32 and bf16 are what they say on either."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    devices = torch.device("cuda"), torch.device("cpu")
+    of = {
+        precision: [
+            autocast_dtype(Recipe(name="t", method="single", precision=precision), device) for device in devices
+        ]
+        for precision in ("auto", "bf16", "fp32")
+    }
+
+    assert of == {"auto": [on_gpu, on_cpu], "bf16": [torch.bfloat16] * 2, "fp32": [None] * 2}
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])

@@ -1,6 +1,7 @@
 """Whole trainings: killed and resumed, logged, refused."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from training.__main__ import main
 from training.checkpoint import CheckpointError, checkpoints_of, current_commit, save_checkpoint
 from training.data.sets import load_data
 from training.evaluate import predict
+from training.files import write_atomically
 from training.recipes import RECIPES
 from training.train import trained_model
 
@@ -206,6 +208,24 @@ def test_checkpoints_are_ordered_by_their_epochs(tmp_path):
         save_untrained(tmp_path, epochs)
     assert checkpoints_of(tmp_path)["experts"].epochs_done == 10_000
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+
+
+def test_a_file_has_its_old_content_or_all_of_the_new(tmp_path, monkeypatch):
+    """Where the disk is full, the old; names of files that are not UTF-8 can be told in it."""
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = tmp_path / "error.txt"
+    file.write_text("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_atomically(file, "new")
+    assert file.read_text() == "old"
+
+    write_atomically(file, os.fsdecode(b"caf\xe9/\xc3\xa9.png"))
+    assert file.read_text(encoding="utf-8") == "caf\\udce9/é.png"
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, monkeypatch):
