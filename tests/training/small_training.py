@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from training.__main__ import main
 from training.data.samplers import shuffled
 from training.data.sets import Images
-from training.distributed import joined, rank
+from training.distributed import from_first, joined, rank, share_gradients
+from training.errors import TrainingError
 from training.loop import batches, forward_of, train_step
 from training.methods.individual import IndividualLoss
 from training.methods.method import Model, Stage
@@ -74,9 +75,28 @@ def weights_after(
     return seen, model.state_dict()
 
 
+def agreed() -> dict[str, Any]:
+    """A gradient that differs from process to process, shared, and what each has of a refusal by the first."""
+
+    def refuse() -> None:
+        raise TrainingError(f"process {rank()} refuses")
+
+    beside = nn.Parameter(torch.zeros(()))
+    share_gradients([beside])
+    (beside * (1.0 + rank())).backward()
+    try:
+        from_first(refuse)
+    except TrainingError as error:
+        return {"gradient": float(beside.grad), "refused": str(error)}
+    return {}
+
+
 if __name__ == "__main__":  # under torchrun, FILE ARGUMENTS: writes what all processes have, then trains as ride-train
     with joined():
-        result = {(norm, parts): weights_after(8, norm, accumulate=parts) for norm, parts in (*CASES, NORM_IN_PARTS)}
+        result: dict[Any, Any] = {
+            (norm, parts): weights_after(8, norm, accumulate=parts) for norm, parts in (*CASES, NORM_IN_PARTS)
+        }
+        result |= agreed()
         both = [None, None]
         torch.distributed.all_gather_object(both, result)
         if rank() == 0:

@@ -100,6 +100,11 @@ def test_processes_with_unequal_rows_take_equally_many_parts(shared_run):
     torch.testing.assert_close(one[1], other[1], rtol=0, atol=0)
 
 
+def test_processes_agree_on_gradients_and_refusals(shared_run):
+    """The mean of what each has found; what the first raises, whose work the others wait for, is raised in all."""
+    assert [(of_one["gradient"], of_one["refused"]) for of_one in shared_run[1]] == [(1.5, "process 0 refuses")] * 2
+
+
 def test_a_training_by_two_processes_has_the_losses_of_one(folder, shared_run, tmp_path):
     """Every stage of RIDE, in fp32, each decoding its own images; the first process alone prints, logs and writes."""
     run, _, output = shared_run

@@ -59,7 +59,7 @@ def test_a_resized_crop_shows_a_part_of_the_image_at_its_own_scale():
 
 
 def test_colour_jitter_and_flip_do_what_they_say():
-    """Brightness, contrast and saturation change, the first of a grey image by ±40 %; half of the views are mirrored."""
+    """Brightness, by up to ±40 %, contrast and saturation change; half of the views are mirrored."""
     grey = Image.new("RGB", (60, 60), (100, 100, 100))
     brightness = [views.train_view(grey, IMAGENET, seeded(seed)).mean() for seed in range(60)]
     assert 58 <= min(brightness) < 75 < 125 < max(brightness) <= 142
