@@ -175,7 +175,7 @@ def _widen_transparency(image: Image.Image, depth: int) -> None:
     shade = image.info.get("transparency")
     if depth == 16 and isinstance(shade, tuple):
         image.info["transparency"] = tuple(value >> 8 for value in shade)
-    elif depth < 8 and isinstance(shade, int) and image.mode == "L":  # of one bit Pillow does
+    elif depth < 8 and isinstance(shade, int) and image.mode == "L":  # with one bit Pillow does it itself
         image.info["transparency"] = shade * 255 // (2**depth - 1)
 
 
