@@ -151,9 +151,12 @@ def test_only_methods_of_the_talks_table_have_expected_signs():
     """RIDE as published, whatever its number of experts; not ours, which share its network."""
     known = {name for name in RECIPES if any(name.startswith(start) for start in EXPECTED)}
 
-    assert known == {
-        "ldam-drw-cifar100", "crt-cifar100", "tau-norm-cifar100", "ride-cifar100", "ride-cifar100-50", "ride-cifar10",
-        "ride-cifar10-50", "ride-2-cifar100", "ride-4-cifar100", "ride-6-cifar100",
+    assert {name for name in known if name.startswith("ride")} == {
+        "ride-cifar100", "ride-cifar100-50", "ride-cifar10", "ride-cifar10-50",
+        "ride-2-cifar100", "ride-4-cifar100", "ride-6-cifar100",
+    }  # fmt: skip
+    assert {name.rpartition("-cifar100")[0] for name in known if name.endswith("-cifar100")} == {
+        "ldam-drw", "crt", "tau-norm", "ride", "ride-2", "ride-4", "ride-6"
     }  # fmt: skip
 
 
