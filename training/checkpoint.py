@@ -189,7 +189,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )  # fmt: skip
     except CheckpointError:
         raise
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: not a checkpoint of this program ({type(error).__name__}: {error})") from None
 
 

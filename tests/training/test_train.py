@@ -202,6 +202,26 @@ def save_untrained(
     save_checkpoint(run, "experts", epochs, layer or torch.nn.Linear(1, 1), optimiser, info)
 
 
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ({"format": 99}, "format 99, this version reads "),
+        ({"recipe": []}, "not a checkpoint of this program (AttributeError: "),
+        ({"recipe": {"name": "a"}}, "not a checkpoint of this program (TypeError: "),
+        ({"mean": [0, 0]}, "not a checkpoint of this program (ValueError: "),
+        ("nothing", "not a checkpoint of this program (TypeError: "),
+    ],
+)
+def test_a_checkpoint_that_is_none_is_refused_by_its_file(tmp_path, damage, reason):
+    """Whatever its JSON says."""
+    save_untrained(tmp_path, 1)
+    (file,) = tmp_path.glob("checkpoints/*/checkpoint.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | damage if isinstance(damage, dict) else damage))
+
+    with pytest.raises(CheckpointError, match=re.escape(f"{file}: {reason}")):
+        checkpoints_of(tmp_path)
+
+
 def test_checkpoints_are_ordered_by_their_epochs(tmp_path):
     """Ten thousand is after nine thousand, although its text is not; older ones go."""
     for epochs in (9999, 10_000):
