@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 from PIL import Image
 
 from training.__main__ import main
-from training.data.check import check_data
+from training.data.check import check_data, examine
 from training.data.report import ERRORS, WARNINGS, DataError, Report
 from training.data.sets import load_data, summary_of
 from training.data.sources import open_set
@@ -346,6 +347,19 @@ def test_an_image_may_have_two_hundred_million_pixels(tmp_path):
 
     too_large = "not a readable image: 20001x10000 is more than 200,000,000 pixels; scale it down"
     assert check_data(recipe_for(root), decode=False).findings["unreadable"] == [f"{root}/b/0.png: {too_large}"]
+
+
+@pytest.mark.parametrize("depth", ["bytes", "headers", "pixels"])
+def test_what_is_no_regular_file_is_not_opened(tmp_path, monkeypatch, depth):
+    """A pipe, say, would keep whoever reads it waiting; here it is a socket."""
+    root = fill(tmp_path, {"a": "0.png", "b": "0.png"})
+    monkeypatch.chdir(root / "a")  # its name may not be long
+    with socket.socket(socket.AF_UNIX) as odd:
+        odd.bind("1.png")
+    image_set = open_set(recipe_for(root))
+    examine(image_set, depth, workers=0)
+
+    assert f"{root}/a/1.png: not a regular file" in image_set.report.findings["unreadable"]
 
 
 def test_worker_processes_find_the_same(listed, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import stat
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -153,6 +154,8 @@ class _Inspection(Dataset[_Finding]):
     def __getitem__(self, position: int) -> _Finding:
         name = self.images.name(position)
         try:
+            if isinstance(self.images, Files) and not stat.S_ISREG(os.stat(name).st_mode):  # a pipe would never end
+                return _Finding("unreadable", f"{name}: not a regular file")
             if isinstance(self.images, Files) and self.depth != "pixels":
                 return _Finding(digest=_look_at_file(name, self.depth))
             content = self.images.read(position)
