@@ -24,7 +24,7 @@ RIDE_LARGE = (
             name=three.name.replace("ride", f"ride-{n_experts}-distilled", 1),
             n_experts=n_experts,
             teacher=f"runs/{three.name.replace('ride', 'ride-6', 1)}",
-            loss_times_experts=True,  # as the public code, whose warm-up is longer on CIFAR only
+            loss_times_experts=True,  # as the public code; that it warms up for longer is known of CIFAR only
         )
         for three in THREE_EXPERTS
         for n_experts in (2, 3, 4)
