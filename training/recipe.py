@@ -95,6 +95,7 @@ class Recipe:
         epochs: of the experts' stage.
         batch_size: images in a step, of all processes and parts together.
         lr: of the experts' stage, where warm-up ends and `schedule` begins.
+        trunk_lr_factor: of the trunk's learning rate to the experts', in that stage; a pre-trained trunk wants less.
         weight_decay: of the experts' stage; SGD's is part of the gradient, AdamW's is not.
         warmup_epochs: lr·(1 + e)/warmup_epochs while e < warmup_epochs; half of a stage (or cycle) at most. SHIKE's
             own warm-up, under method "shike", begins at a lower rate.
@@ -240,6 +241,7 @@ class Recipe:
     epochs: Epochs = 200
     batch_size: BatchSize = 128
     lr: LearningRate = 0.1
+    trunk_lr_factor: Share = 1.0
     momentum: Annotated[float, Range(0, 0.9999)] = 0.9
     nesterov: bool = False
     weight_decay: WeightDecay = 2e-4
@@ -495,8 +497,8 @@ class Recipe:
             raise RecipeError(
                 f"backbone={self.backbone!r}: all experts share its last norm, which method 'ace' cannot train"
             )
-        if self.method in ("bbn", "oltr") and not self.backbone.endswith("_cifar"):
-            raise RecipeError(f"backbone={self.backbone!r}: method {self.method!r} is built for the CIFAR ResNets")
+        if self.method in ("bbn", "oltr") and self.backbone.startswith("swin"):
+            raise RecipeError(f"backbone={self.backbone!r}: method {self.method!r} is built for ResNets and ResNeXts")
         if self.method in ("bbn", "oltr") and self.depth_fusion:
             raise RecipeError(f"depth_fusion=true: method {self.method!r} takes the last layers apart; take false")
         for field in ("mixup", "cutmix", "label_smoothing"):
@@ -663,6 +665,11 @@ _NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Recipe], bool]], ...] = (
         tuple(name for name in _named("router_") if name != "router_epochs"),
         "routers to train, and router_epochs",
         lambda recipe: "routers" in recipe.stage_epochs(),
+    ),
+    (
+        ("trunk_lr_factor",),
+        "another method",
+        lambda recipe: recipe.method not in ("bbn", "lfme"),
     ),
     (("max_margin",), "loss='ldam'", lambda recipe: "ldam" in recipe.losses()),
     (("focal_gamma",), "a focal loss", lambda recipe: bool({"focal", "sigmoid_focal"} & recipe.losses())),

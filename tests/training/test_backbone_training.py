@@ -73,6 +73,31 @@ def test_every_family_learns(small_nets, fields):
     assert network(images).expert_logits.dtype == torch.float32
 
 
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+def test_a_trunk_learns_at_a_share_of_the_experts_rate(small_nets, optimiser):
+    """The first step moves it a tenth as far; the experts' is what it was; no other groups without such a share."""
+    steps = {}
+    for factor in (1.0, 0.1):
+        recipe = dataclasses.replace(
+            BASE, backbone="resnet50", trunk_lr_factor=factor, optimiser=optimiser, weight_decay=0.0, precision="fp32"
+        )
+        torch.manual_seed(0)
+        model, (stage, _) = build(recipe, COUNTS, *MEAN_STD)
+        stepping, network = optimiser_of(stage), loop.forward_of(model, stage, recipe)
+        for group in stepping.param_groups:
+            group["lr"] = group["factor"] * stage.lr(0)
+        before = {name: value.clone() for name, value in model.net.named_parameters()}
+        images = torch.randint(0, 256, (16, 32, 32, 3), dtype=torch.uint8)
+        model.net.train()
+        loop.train_step(network, stage, stepping, images, torch.arange(16) % 4, 0, torch.Generator())
+        steps[factor] = {name: (value - before[name]).detach() for name, value in model.net.named_parameters()}
+
+    for name, whole in steps[1.0].items():
+        share = 0.1 if name.startswith("trunk.") else 1.0
+        torch.testing.assert_close(steps[0.1][name], share * whole, rtol=2e-3, atol=1e-6)
+    assert any(whole.abs().max() > 1e-5 for name, whole in steps[1.0].items() if name.startswith("trunk."))
+
+
 def weights_of(run):
     return load_file(run / "checkpoints" / "routers-0001" / "model.safetensors")
 

@@ -1,5 +1,6 @@
 """Every backbone is the published net, cut where it should be."""
 
+import dataclasses
 import functools
 import typing
 from unittest.mock import patch
@@ -14,6 +15,7 @@ from training.methods.method import Model, build_model
 from training.models.backbones import BACKBONES
 from training.models.macs import count_macs
 from training.recipe import Recipe, RecipeError
+from training.recipes import RECIPES
 
 MEAN_STD = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 CLASSES = {"imagenet": 1000, "inaturalist": 8142}
@@ -61,6 +63,16 @@ def test_routed_costs_of_the_tables_follow_from_the_mean_number_of_experts(backb
 
     for mean, published in zip(mean_experts, giga, strict=True):
         assert (trunk + mean * experts[0]) / 1e9 == pytest.approx(published, abs=0.012)
+
+
+@pytest.mark.parametrize(("n_experts", "giga"), [(1, "11.56"), (3, "13.18")])
+def test_macs_on_places_lt_are_the_published_ones(n_experts, giga):
+    """ResNet-152 of full width: the table of SADE's authors, whose experts have the third stage in common."""
+    recipe = dataclasses.replace(RECIPES["sade-places-lt-r152"], method="ride", n_experts=n_experts)
+    with FakeTensorMode():
+        trunk, experts, _ = macs_of(build_model(recipe, 365, *MEAN_STD), 224)
+
+    assert f"{(trunk + sum(experts)) / 1e9:.2f}" == giga
 
 
 @pytest.mark.parametrize(("n_experts", "mean", "published"), [(2, 1.577, 64.8), (3, 2.084, 77.8), (4, 2.634, 91.9)])

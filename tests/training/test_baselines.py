@@ -42,9 +42,11 @@ def tiny(name, **fields):
     return dataclasses.replace(RECIPES[name], image_size=8, compile=False, **fields)
 
 
-def noise(count, seed=0):
-    """(count, 8, 8, 3), uint8."""
-    return torch.randint(0, 256, (count, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+def noise(count, seed=0, size=8):
+    """(count, size, size, 3), uint8."""
+    return torch.randint(
+        0, 256, (count, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def net_of_features(classifier):
@@ -367,9 +369,11 @@ def test_bbn_passes_one_half_after_the_other_through_the_shared_layers():
     assert torch.equal(shared.eval()(uniform), shared(torch.cat([uniform, rare]))[:4])
 
 
-def test_bbn_branches_begin_apart():
-    """The re-balancing block is no copy of the other; its batch norms begin as theirs do."""
-    layers = bbn.build(tiny("bbn-cifar100"), [9, 5, 2], *MEAN_STD)[0].net.experts[0].layers
+@pytest.mark.parametrize("backbone", ["resnet32_cifar", "resnet10"])
+def test_bbn_branches_begin_apart(backbone):
+    """The re-balancing block is no copy of the other; weights are as wide, and its batch norms begin as theirs do."""
+    recipe = dataclasses.replace(tiny("bbn-cifar100"), backbone=backbone)
+    layers = bbn.build(recipe, [9, 5, 2], *MEAN_STD)[0].net.experts[0].layers
 
     for name in ("conv1", "conv2"):
         one, other = getattr(layers.conventional, name).weight, getattr(layers.rebalancing, name).weight
@@ -392,6 +396,18 @@ def test_a_bbn_step_takes_a_batch_from_either_sampler():
     assert labels[first[:128]].float().mean().item() == pytest.approx(0.2, abs=0.08)
     assert labels[first[128:]].float().mean().item() == pytest.approx(0.8, abs=0.12)
     assert losses["loss"].item() == pytest.approx((0.75 * losses["uniform"] + 0.25 * losses["reversed"]).item())
+
+
+def test_bbn_doubles_the_last_block_of_resnet_50():
+    """Two bottlenecks of 2048 after all others, of which the last stage keeps two; the classifier sees both."""
+    with torch.device("meta"):
+        expert = bbn.build(RECIPES["bbn-inaturalist-r50"], [9, 5, 2], *MEAN_STD)[0].net.experts[0]
+
+    layers = expert.layers
+    assert (len(layers.shared[0]), len(layers.shared)) == (6, 3)
+    for branch in (layers.conventional, layers.rebalancing):
+        assert (branch.conv1.weight.shape, branch.downsample) == ((512, 2048, 1, 1), None)
+    assert expert.classifier.in_features == 4096
 
 
 def test_bbn_costs_what_its_paper_says():
@@ -501,8 +517,13 @@ def test_the_student_is_weighed_on_held_out_images():
     model.net.experts[0].classifier.load_state_dict(classifier.state_dict())
     student, images = lfme.Student(recipe, model.eval(), counts), Images(noise(4), torch.tensor([0, 1, 2, 3]))
 
+    class OnDisk:
+        """What a set too large for the memory has: batches, never all pixels at once."""
+
+        labels, in_order, __len__ = images.labels, images.in_order, lambda _: len(images)
+
     with torch.no_grad():
-        student.prepare(images, images, 0)
+        student.prepare(images, OnDisk(), 0)
 
     assert student.weights == {"many": 0, "medium": 1, "few": 1}
 
@@ -933,6 +954,24 @@ def test_the_memory_is_filled_with_class_means():
     assert classifier.concepts is first
     means = torch.stack([features[labels == c].mean(dim=0) for c in range(3)])
     assert torch.allclose(classifier.memory.centroids, means, rtol=1e-4, atol=1e-4)
+
+
+def test_oltr_has_one_more_layer_on_large_images():
+    """In the second stage, after the pooling, of as many numbers; it learns at the features' rate."""
+    recipe = dataclasses.replace(RECIPES["oltr-imagenet-lt-r10"], image_size=64)
+    model, stages = oltr.build(recipe, [9, 5, 2], *MEAN_STD)
+    expert = model.net.experts[0]
+    plain = [type(layer) for layer in expert.layers]
+    stages[1].arrange()
+
+    pool, flatten, more, cut = list(expert.layers)[-4:]
+    assert (type(pool), type(flatten), type(cut)) == (nn.AdaptiveAvgPool2d, nn.Flatten, nn.ReLU)
+    assert (more.in_features, more.out_features) == (512, 512)
+    assert [type(layer) for layer in (*list(expert.layers)[:2], pool, flatten)] == plain
+    assert any(more.weight is parameter for parameter in parameter_groups(stages[2])[0]["params"])
+    features = model.eval().net(noise(2, size=64)).expert_features
+    assert features.shape == (1, 2, 512)
+    assert (features >= 0).all()
 
 
 def test_oltr_learns_classifiers_faster_than_features_and_centroids(memory_model):

@@ -96,6 +96,18 @@ def test_overrides_take_the_type_of_the_field():
         ),
         (
             {
+                "method": "oltr",
+                "n_experts": "1",
+                "diversity_weight": "0",
+                "loss": "ce",
+                "classifier": "linear",
+                "deferred_from": "none",
+                "backbone": "swin_t",
+            },
+            "backbone='swin_t': method 'oltr' is built for ResNets and ResNeXts",
+        ),
+        (
+            {
                 "method": "ace",
                 "group_shares": "0.6,0.3",
                 "backbone": "swin_t",
@@ -120,6 +132,8 @@ def test_impossible_settings_are_refused(settings, message):
         ("ce-cifar100", {"transfer_weight": "3"}, "transfer_weight=3: has no effect on ce-cifar100 without method="),
         ("ce-cifar100", {"mutual_weight": "3"}, "without method='shike'"),
         ("ride-cifar100", {"reversed_tau": "1"}, "without method='sade'"),
+        ("bbn-cifar100", {"trunk_lr_factor": "0.1"}, "without another method"),
+        ("lfme-cifar100", {"trunk_lr_factor": "0.1"}, "without another method"),
         ("shike-cifar100", {"group_answer": "all"}, "without method='ace'"),
         ("sade-cifar100", {"complementary_weight": "2"}, "without method='ace'"),
         ("ce-cifar100", {"oltr_lr": "0.1"}, "without method='oltr'"),
@@ -206,6 +220,38 @@ def test_imagenet_lt_recipes_are_the_published_ones(name):
     assert (recipe.image_size, recipe.crop, recipe.colour_jitter, recipe.rotation) == (224, "resized", 0.4, 0)
     assert recipe.router_top_k == (30 if name.endswith("r10") else 50)
     assert (recipe.n_experts, recipe.reduced) == (3, True)
+
+
+def test_sade_on_large_sets_is_as_its_public_configurations_say():
+    """Smaller batches along a cosine on ImageNet-LT; RIDE's schedule on iNaturalist; a slow trunk on Places-LT."""
+    imagenet, inaturalist, places = (
+        RECIPES[f"sade-{where}"] for where in ("imagenet-lt-x50", "inaturalist-r50", "places-lt-r152")
+    )
+    assert (imagenet.batch_size, imagenet.weight_decay, imagenet.nesterov, imagenet.reversed_tau) == (64, 5e-4, True, 2)
+    assert [scheduled_lr(imagenet, epoch) for epoch in (0, 90)] == pytest.approx([0.025, 0.0125])
+    assert inaturalist.reversed_tau == 1
+    different = {"name", "method", "loss", "reversed_tau", "deferred_from", "diversity_weight"}
+    assert set(inaturalist.differences(RECIPES["ride-inaturalist-r50"], ())) == different
+    assert [scheduled_lr(places, epoch) for epoch in (0, 9, 10, 20, 29)] == pytest.approx(
+        [0.01, 0.01, 1e-3, 1e-4, 1e-4]
+    )
+    assert (places.trunk_lr_factor, places.weight_decay, places.reduced, places.reversed_tau) == (0.1, 4e-4, False, 1)
+    assert (places.pretrained, places.batch_size, places.epochs) == ("torchvision", 128, 30)
+    ride = RECIPES["ride-places-lt-r152"]
+    assert ride.epoch_of(ride.deferred_from) == 20
+
+
+def test_bbn_and_oltr_on_large_sets_are_as_their_public_configurations_say():
+    """BBN's is the one of twice the usual epochs; OLTR's classes of the second stage are drawn as on CIFAR."""
+    bbn, longer = RECIPES["bbn-inaturalist-r50"], RECIPES["bbn-2x-inaturalist-r50"]
+    oltr = RECIPES["oltr-imagenet-lt-r10"]
+    assert set(bbn.differences(longer, ())) == {"name", "epochs"}
+    rates = [scheduled_lr(longer, epoch) for epoch in (0, 119, 120, 160)]
+    assert rates == pytest.approx([0.05, 0.05, 5e-3, 5e-4])
+    assert (longer.batch_size, longer.weight_decay, longer.nesterov, longer.colour_jitter) == (128, 1e-4, True, 0)
+    assert [scheduled_lr(oltr, epoch) for epoch in (0, 9, 10, 20)] == pytest.approx([0.1, 0.1, 0.01, 1e-3])
+    assert (oltr.epochs, oltr.batch_size, oltr.weight_decay, oltr.colour_jitter) == (30, 128, 5e-4, 0.4)
+    assert (oltr.oltr_epochs, oltr.oltr_lr, oltr.oltr_classifier_lr) == (60, 0.01, 0.1)
 
 
 def test_inaturalist_recipe_is_the_published_one():

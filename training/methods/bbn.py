@@ -12,7 +12,7 @@ Source: Zhou et al., "BBN: Bilateral-Branch Network with Cumulative Learning", a
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import cast
 
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from training.data.samplers import uniform_and_reversed
 from training.methods.method import Losses, Model, Network, Stage, build_model, scheduled_lr
+from training.models.backbones import BACKBONES
 from training.models.classifiers import LinearClassifier
 from training.models.multi_expert import Expert, Outputs
 from training.recipe import Recipe
@@ -44,18 +45,17 @@ class Branches(nn.Module):
 
     Args:
         layers: of an expert: stages, pooling, flattening. The last block of the last stage becomes two.
+        initialise: gives the second of them weights of its own.
     """
 
-    def __init__(self, layers: nn.Sequential) -> None:
+    def __init__(self, layers: nn.Sequential, initialise: Callable[[nn.Module], None]) -> None:
         super().__init__()
         *stages, last, pool, flatten = layers
         blocks = list(cast(nn.Sequential, last))
         self.shared = nn.Sequential(*stages, *blocks[:-1])
         self.conventional = blocks[-1]
         self.rebalancing = copy.deepcopy(blocks[-1])
-        for module in self.rebalancing.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
+        initialise(self.rebalancing)
         self.pool = nn.Sequential(pool, flatten)
 
     def forward(self, trunk_features: Tensor) -> Tensor:
@@ -104,7 +104,8 @@ def build(
     """A fresh model of one expert with two branches, and its one stage."""
     model = build_model(recipe, len(class_counts), mean, std)
     expert = cast(Expert, model.net.experts[0])
-    branches = Branches(cast(nn.Sequential, expert.layers))
+    initialise = cast(Callable[[nn.Module], None], BACKBONES[recipe.backbone].initialise)
+    branches = Branches(cast(nn.Sequential, expert.layers), initialise)
     expert.layers = branches
     for shared in (model.net.trunk, branches.shared):
         _norm_halves_apart(shared)

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from training.data.longtail import FEW_BELOW, MANY_ABOVE, SPLITS, split_of
 from training.data.report import DataError
 from training.data.samplers import class_aware, of_classes
-from training.data.sets import AnyImages, Images
+from training.data.sets import AnyImages
 from training.methods.decoupled import class_mean_accuracy, features_and_logits
 from training.methods.method import Losses, Model, Network, Stage, build_model, cosine_lr, scheduled_lr
 from training.models.classifiers import LinearClassifier
@@ -143,14 +143,12 @@ class Student:
             if not of_split.any():  # nothing to judge by
                 self.weights[name] = 1.0
                 continue
-            images = Images(heldout.pixels[of_split], heldout.labels[of_split])
+            labels = heldout.labels[of_split]
             if name not in self._teacher_accuracies:
-                taught = only(features_and_logits(self.teachers[name], images).expert_logits[0], classes)
-                self._teacher_accuracies[name] = class_mean_accuracy(taught, images.labels)
-            self.weights[name] = teacher_weight(
-                class_mean_accuracy(logits[of_split], images.labels), self._teacher_accuracies[name],
-                self.recipe.lfme_threshold,
-            )  # fmt: skip
+                taught = features_and_logits(self.teachers[name], heldout).expert_logits[0][of_split]
+                self._teacher_accuracies[name] = class_mean_accuracy(only(taught, classes), labels)
+            accuracy = class_mean_accuracy(logits[of_split], labels)
+            self.weights[name] = teacher_weight(accuracy, self._teacher_accuracies[name], self.recipe.lfme_threshold)
 
     def step(
         self, network: Network, images: Tensor, labels: Tensor, epoch: int, generator: torch.Generator

@@ -168,6 +168,7 @@ def experts_stage(recipe: Recipe, model: Model, losses: Callable[..., Losses], n
         losses=losses, sampler=shuffled, lr=partial(scheduled_lr, recipe),
         momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay, alone=recipe,
         optimiser=recipe.optimiser, clip_norm=recipe.clip_norm, mixing=mixing_of(recipe, n_classes),
+        lr_factors=[(model.net.trunk, recipe.trunk_lr_factor)] if recipe.trunk_lr_factor != 1 else (),
     )  # fmt: skip
 
 

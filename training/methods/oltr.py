@@ -4,9 +4,9 @@ OLTR: a memory of class centroids lends rare classes what frequent ones taught, 
 Stage 1 is plain cross-entropy. Then the memory is filled with the class means of the training images, and stage 2
 trains everything on class-aware samples.
 
-Adapted to CIFAR: the features are the pooled last feature map itself, of 64 numbers; the authors' ImageNet network has
-one more linear layer of 512 in stage 2. The attention works on the 8x8 map in place of 7x7. Stage 1 follows the
-recipe's own schedule.
+The authors' ResNet-10 has one more linear layer in stage 2, of as many numbers as the features have. So have all our
+networks for large images. Adapted to CIFAR: the features are the pooled last feature map itself, of 64 numbers, and the
+attention works on the 8x8 map in place of 7x7. Stage 1 follows the recipe's own schedule.
 
 Source: Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", arXiv:1904.05160, and its public code.
 """
@@ -210,6 +210,8 @@ def build(
         image = torch.zeros(1, recipe.image_size, recipe.image_size, 3, dtype=torch.uint8)
         _, width, height, columns = nn.Sequential(*stages).eval()(model.net.trunk.eval()(image)).shape
     layers = nn.Sequential(*stages, ModulatedAttention(width, height * columns), pool, flatten)
+    if not recipe.backbone.endswith("_cifar"):
+        layers.extend([nn.Linear(width, width), nn.ReLU()])
     classifier = MemoryClassifier(cast(LinearClassifier, expert.classifier), recipe.oltr_reach, recipe.oltr_scale)
 
     def arrange() -> None:

@@ -9,7 +9,7 @@ from functools import partial
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from training.models import resnet_cifar
+from training.models import resnet_cifar, resnet_imagenet
 from training.models.multi_expert import Expert
 from training.models.resnet_imagenet import ResNet
 from training.models.swin import Swin
@@ -26,6 +26,7 @@ class Backbone:
         expert: recipe -> features (B, ...) to (B, D).
         n_features: D, by whether the experts are reduced.
         image_size: side of the images of the published tables, pixels.
+        initialise: gives a block that is added to an expert fresh weights, as its others have; None: none can be added.
         shared: those of an expert's layers that all experts have in common, by name.
         torchvision: whose pre-trained weights fit the backbone at full width; None: torchvision has none.
     """
@@ -34,6 +35,7 @@ class Backbone:
     expert: Callable[[Recipe], nn.Module]
     n_features: Callable[[bool], int]
     image_size: int
+    initialise: Callable[[nn.Module], None] | None = None
     shared: tuple[str, ...] = ()
     torchvision: str | None = None
 
@@ -48,7 +50,7 @@ def _resnet_cifar(blocks: int) -> Backbone:
     return Backbone(
         trunk=lambda recipe: resnet_cifar.trunk(blocks),
         expert=lambda recipe: resnet_cifar.expert_layers(recipe.reduced, blocks),
-        n_features=lambda reduced: 48 if reduced else 64, image_size=32,
+        n_features=lambda reduced: 48 if reduced else 64, image_size=32, initialise=resnet_cifar.initialise,
     )  # fmt: skip
 
 
@@ -56,7 +58,7 @@ def _resnet(net: ResNet, torchvision: str | None = None) -> Backbone:
     return Backbone(
         trunk=lambda recipe: net.trunk(recipe.reduced, recipe.share_stage3),
         expert=lambda recipe: net.expert(recipe.reduced, recipe.share_stage3),
-        n_features=net.n_features, image_size=224, torchvision=torchvision,
+        n_features=net.n_features, image_size=224, initialise=resnet_imagenet.initialise, torchvision=torchvision,
     )  # fmt: skip
 
 

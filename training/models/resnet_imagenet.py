@@ -50,7 +50,7 @@ class ResNet:
         )  # fmt: skip
         if share_stage3:
             layers["layer3"] = self._stage(2, reduced)
-        return _initialised(nn.Sequential(layers))
+        return _fresh(layers)
 
     def expert(self, reduced: bool, share_stage3: bool) -> nn.Sequential:
         """Features of the trunk -> (B, D): the stages that are left and the global average."""
@@ -58,7 +58,7 @@ class ResNet:
         if not share_stage3:
             layers["layer3"] = self._stage(2, reduced)
         layers |= {"layer4": self._stage(3, reduced), "avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
-        return _initialised(nn.Sequential(layers))
+        return _fresh(layers)
 
     def n_features(self, reduced: bool) -> int:
         """D: 1536 of 2048 with bottlenecks, 384 of 512 with basic blocks."""
@@ -82,9 +82,14 @@ def _planes(reduced: bool) -> tuple[int, int, int, int]:
     return REDUCED_PLANES if reduced else PLANES
 
 
-def _initialised(layers: nn.Sequential) -> nn.Sequential:
-    """Convolutions from a normal distribution of variance 2/(k²·width); every batch norm starts as the identity."""
+def _fresh(layers: OrderedDict[str, nn.Module]) -> nn.Sequential:
+    sequence = nn.Sequential(layers)
+    initialise(sequence)
+    return sequence
+
+
+def initialise(layers: nn.Module) -> None:
+    """Draw convolutions from a normal distribution of variance 2/(k²·width); batch norms are the identity already."""
     for module in layers.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return layers

@@ -11,6 +11,7 @@ from training.recipes.ace_cifar100 import ACE_CIFAR100
 from training.recipes.ace_cifar100_50 import ACE_CIFAR100_50
 from training.recipes.balanced_softmax_cifar100 import BALANCED_SOFTMAX_CIFAR100
 from training.recipes.baselines_cifar import BASELINES_CIFAR
+from training.recipes.baselines_large import BASELINES_LARGE
 from training.recipes.bbn_cifar100 import BBN_CIFAR100
 from training.recipes.cb_focal_cifar100 import CB_FOCAL_CIFAR100
 from training.recipes.ce_cifar100 import CE_CIFAR100
@@ -22,6 +23,7 @@ from training.recipes.lfme_cifar100 import LFME_CIFAR100
 from training.recipes.logit_adjustment_cifar100 import LOGIT_ADJUSTMENT_CIFAR100
 from training.recipes.lws_cifar100 import LWS_CIFAR100
 from training.recipes.m2m_cifar100 import M2M_CIFAR100
+from training.recipes.multi_expert_large import MULTI_EXPERT_LARGE
 from training.recipes.ncm_cifar100 import NCM_CIFAR100
 from training.recipes.oltr_cifar100 import OLTR_CIFAR100
 from training.recipes.ride_2_cifar100 import RIDE_2_CIFAR100
@@ -63,5 +65,6 @@ RECIPES = {
         BBN_CIFAR100, OLTR_CIFAR100, LFME_CIFAR100, M2M_CIFAR100,
         RIDE_IMAGENET_LT_R10, RIDE_IMAGENET_LT_R50, RIDE_IMAGENET_LT_X50, RIDE_INATURALIST_R50,
         RIDE_SWIN_T, RIDE_SWIN_S, *RIDE_LARGE, *BASELINES_CIFAR, *DECOUPLED_LARGE,
+        *MULTI_EXPERT_LARGE, *BASELINES_LARGE,
     )
 }  # fmt: skip
