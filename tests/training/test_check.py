@@ -279,6 +279,14 @@ def spoil(root: Path) -> None:
     (root / "Set_LT_train.txt").write_text(train)
 
 
+def test_a_label_of_thousands_of_digits_is_told(listed):
+    """More than Python takes for a number."""
+    with (listed / "Set_LT_train.txt").open("a") as lines:
+        lines.write("images/c1/3.png " + 5000 * "1" + "\n")
+
+    assert "is not a path, a space, a whole number" in check_data(recipe_for(listed)).findings["malformed"][0]
+
+
 EXPECTED = {
     "missing": "images/c0/0.png",
     "unreadable": "images/c0/2.png: not a readable image",
@@ -410,6 +418,7 @@ def test_gaps_and_nulls_of_a_parquet_set_are_told_at_once(tmp_path):
     rows = ("row 1 has no image bytes", "row 5 has no image bytes", "row 2 has no label", "row 4 has label 9")
     for what in (*rows, "label 1 (b)"):
         assert what in str(refused.value)
+    assert str(refused.value).count("row 2") == 1
 
 
 def test_classes_that_a_part_of_a_parquet_set_lacks_are_told(tmp_path):

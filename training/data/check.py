@@ -19,7 +19,7 @@ from training.data.images import FORMATS, refuse_large
 from training.data.images import decode as decode_image
 from training.data.limits import available_cores
 from training.data.report import Report
-from training.data.sources import Encoded, Files, ImageSet, open_set
+from training.data.sources import Encoded, Files, ImageSet, label_text, open_set
 from training.recipe import Recipe
 
 Depth = Literal["bytes", "headers", "pixels"]
@@ -130,7 +130,7 @@ def _tell_same(image_set: ImageSet, members: list[tuple[str, int]], listed: bool
 
 
 def _class_of(image_set: ImageSet, label: int) -> str:
-    return f"class {image_set.classes[label]!r}" if 0 <= label < len(image_set.classes) else f"label {label}"
+    return f"class {image_set.classes[label]!r}" if 0 <= label < len(image_set.classes) else label_text(label)
 
 
 @dataclass(frozen=True)

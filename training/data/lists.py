@@ -19,6 +19,7 @@ PART_WORDS = {
     "test": ("test", "testing"),
 }
 TRIED_PATHS = 20
+LONGEST_LABEL = 4000  # digits, what Python converts
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def read_list(file: Path, report: Report) -> ListFile:
             continue
         path, _, label = line.strip().rpartition(" ")
         parts = path.strip().split("/")
-        if not path.strip() or not label.removeprefix("-").isdecimal():
+        if not path.strip() or not label.removeprefix("-").isdecimal() or len(label) > LONGEST_LABEL:
             wrong.append(f"{file.name} line {number}: {line[:80]!r} is not a path, a space, a whole number")
         elif os.path.isabs(path) or ".." in parts:
             wrong.append(f"{file.name} line {number}: {path[:80]!r} leaves the image root")

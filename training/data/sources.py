@@ -20,6 +20,7 @@ from training.recipe import Recipe
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
+NO_LABEL = np.iinfo(np.int64).min  # of a row that has none
 MOST_NAMES = 20
 
 
@@ -343,14 +344,13 @@ def _names_of_directories(entries: ListFile, n_classes: int) -> list[str] | None
 
 def _open_parquet(name: str, directory: Path) -> ImageSet:
     """train*.parquet, val*.parquet, test*.parquet; bytes or the {bytes, path} struct of Hugging Face."""
-    report = Report()
-    train, naming = _read_parquet(directory, _parquet_files(directory, "train"), report)
+    train, naming = _read_parquet(directory, _parquet_files(directory, "train"))
     sources = {"train": train}
     for part in ("heldout", "test"):
         if files := _parquet_files(directory, part):
-            sources[part], others = _read_parquet(directory, files, report)
+            sources[part], others = _read_parquet(directory, files)
             naming |= others
-    return _checked(name, directory, _names_beside(directory) or _agreed_names(naming), sources, report)
+    return _checked(name, directory, _names_beside(directory) or _agreed_names(naming), sources, Report())
 
 
 def _agreed_names(naming: dict[Path, list[str]]) -> list[str] | None:
@@ -376,7 +376,7 @@ def _parquet_files(directory: Path, part: str) -> list[Path]:
     return sorted(file for file in files if file.name.lower().startswith(PART_WORDS[part]))
 
 
-def _read_parquet(directory: Path, files: list[Path], report: Report) -> tuple[Source, dict[Path, list[str]]]:
+def _read_parquet(directory: Path, files: list[Path]) -> tuple[Source, dict[Path, list[str]]]:
     """Their rows, and the class names that each of the files carries, if it does."""
     import pyarrow
 
@@ -390,9 +390,7 @@ def _read_parquet(directory: Path, files: list[Path], report: Report) -> tuple[S
     if not len(table):
         raise DataError(f"{directory}: no rows in {', '.join(file.name for file in files)}")
     rows = Rows(str(directory), table["image"])
-    without = np.flatnonzero(table["label"].is_null().to_numpy())
-    report.add_all("malformed", (f"{rows.name(int(row))} has no label" for row in without))
-    labels = table["label"].cast(pyarrow.int64(), safe=False).fill_null(-1).to_numpy()
+    labels = table["label"].cast(pyarrow.int64(), safe=False).fill_null(NO_LABEL).to_numpy()
     return Source(labels, rows), {file: names for file, (_, names) in read.items() if names}
 
 
@@ -486,9 +484,9 @@ def _checked(
         raise DataError(f"{directory}: classes without a name of their own: {shown}; give each another")
     for source in sources.values():
         wrong = np.flatnonzero((source.labels < 0) | (source.labels >= len(names))).tolist()
+        told = ((source.images.name(p), label_text(source.labels[p])) for p in wrong)
         report.add_all(
-            "label out of range",
-            (f"{source.images.name(p)} has label {source.labels[p]}, there are {len(names)} classes" for p in wrong),
+            "label out of range", (f"{image} has {label}, there are {len(names)} classes" for image, label in told)
         )
     present = sources["train"].counts(len(names))
     report.add_all(
@@ -503,6 +501,11 @@ def _checked(
                 "class without such images", (f"no {what} images of label {c} ({names[c]})" for c in lacking)
             )
     return ImageSet(name, names, sources["train"], sources.get("heldout"), sources.get("test"), report)
+
+
+def label_text(label: int) -> str:
+    """A label as messages say it."""
+    return "no label" if label == NO_LABEL else f"label {label}"
 
 
 def _open_torchvision(name: str) -> ImageSet:
