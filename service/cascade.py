@@ -193,7 +193,9 @@ class Cascade:
                 finished += self._run_expert(group, report)
         except Exception as error:
             self.failures += 1
-            return [(job, error) for job in (*jobs, *(job for one in groups for job in one.jobs))]
+            fates: dict[Job, Outcome | Exception] = dict.fromkeys(jobs, error)
+            fates |= {job: error for one in groups for job in one.jobs}
+            return list((fates | dict(finished)).items())
         finally:
             self.step_began = None
         self.failures = 0

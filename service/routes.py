@@ -22,7 +22,7 @@ from service.logs import log
 from service.metrics import CLIENT_GONE, image_macs
 from service.operating_point import MODES, Mode
 from service.protocol import LINGER_S, Exchange
-from service.uploads import Body, MemoryLease, Upload, read_uploads
+from service.uploads import Body, MemoryLease, Upload, read_uploads, uploads_in
 from service.watch import Watch
 
 MAX_PARAMETERS: Final = 16
@@ -76,27 +76,36 @@ class ClassifyRoute:
 
     def fast_path(self, query: bytes, headers: Headers, data: bytes, exchange: Exchange) -> bool:
         """
-        Answer, without a task, a request whose body is one image that is quickly decoded.
+        Answer, without a task, a request whose body, or whose form's only file, is an image that is quickly decoded.
 
         Returns:
             Whether it will be answered. Anything else, and whatever is to be refused, is left to `__call__`.
         """
-        if dict(headers).get(b"content-type", b"").startswith(b"multipart/"):
-            return False
         started, classifier = time.perf_counter(), self._classifier
+        if len(data) > self._settings.max_bytes:
+            return False
         lease = classifier.upload_memory.lease()
         try:
             classifier.check_ready()
             choice = self._choice(query)
             lease.grow(len(data))
-            begun = classifier.begin(data, choice) if len(data) <= self._settings.max_bytes else None
+            upload = self._only_upload(headers, data)
+            begun = classifier.begin(upload.data, choice) if upload is not None else None
         except Exception:  # it will happen again on the normal path, which says so
-            begun = None
-        if begun is None:
+            upload = begun = None
+        if upload is None or begun is None:
             lease.release()
             return False
-        _FastRequest(self, exchange, request_id_of(headers), Upload(None, data), choice, started, lease, *begun)
+        _FastRequest(self, exchange, request_id_of(headers), upload, choice, started, lease, *begun)
         return True
+
+    def _only_upload(self, headers: Headers, data: bytes) -> Upload | None:
+        """The one file in a body; None where a form has none, or several."""
+        content_type = dict(headers).get(b"content-type", b"")
+        if not content_type.startswith(b"multipart/"):
+            return Upload(None, data)
+        uploads = uploads_in(content_type.decode("latin-1"), data, max_images=self._settings.max_images)
+        return uploads[0] if len(uploads) == 1 else None
 
     async def _answer(self, query: bytes, body: Body, request_id: str, started: float) -> tuple[int, dict[str, Any]]:
         """Receive and classify; the status and body to send. Raises ServiceError where no image was looked at."""

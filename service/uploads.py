@@ -132,8 +132,7 @@ async def read_uploads(body: Body, lease: MemoryLease, *, max_bytes: int, max_im
     """
     if body.declared > max_bytes:
         raise _too_large(body.declared, max_bytes)
-    kind, options = parse_options_header(body.content_type)
-    reader = _Multipart(options.get(b"boundary", b""), max_images) if kind == b"multipart/form-data" else _Raw()
+    reader = _reader_of(body.content_type, max_images)
     received = 0
     try:
         async for chunk in body.chunks():
@@ -151,6 +150,21 @@ async def read_uploads(body: Body, lease: MemoryLease, *, max_bytes: int, max_im
             f"body of {received:,} bytes holds no file; send an image as the body, or as multipart/form-data",
         )
     return uploads
+
+
+def uploads_in(content_type: str, data: bytes, *, max_images: int) -> list[Upload]:
+    """The files in a body that is here as a whole; what `read_uploads` raises but for sizes and hang-ups."""
+    reader = _reader_of(content_type, max_images)
+    try:
+        reader.write(data)
+        return reader.finish()
+    finally:
+        reader.close()
+
+
+def _reader_of(content_type: str, max_images: int) -> "_Raw | _Multipart":
+    kind, options = parse_options_header(content_type)
+    return _Multipart(options.get(b"boundary", b""), max_images) if kind == b"multipart/form-data" else _Raw()
 
 
 def _too_large(size: int, limit: int) -> ServiceError:

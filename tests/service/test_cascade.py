@@ -222,6 +222,28 @@ def test_what_an_engine_raises_is_the_fate_of_those_in_the_step():
     assert not work.busy
 
 
+@pytest.mark.parametrize("batches", [1, 2])
+def test_whoever_had_left_when_the_engine_raises_is_told_of_too(batches):
+    """Once, as a job that nobody waits for; the others of its step get the error."""
+    engine = TableEngine()
+    work = cascade(schedule=AtWill(8, [True] * (batches - 1)), engine=engine)
+    stays, leaves, third = (job(row, (0, 0, 0)) for row in range(3))
+    assert work.step([stays, leaves]) == []
+    if batches == 2:
+        assert work.wants(1) == 1
+        assert work.step([third]) == []
+    leaves.abandoned = True
+    engine.expert = lambda *_: 1 / 0
+
+    fates = work.step([])
+
+    others = (stays, third)[:batches]
+    told = {one: type(error) for one, error in fates}
+    assert told == {leaves: AbandonedError, **dict.fromkeys(others, ZeroDivisionError)}
+    assert len(fates) == len(told)
+    assert not work.busy
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_nan_is_the_fate_of_its_image_alone(rule):
     """By whatever rule the others stop."""

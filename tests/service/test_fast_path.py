@@ -100,6 +100,36 @@ async def test_both_ways_give_the_same_answer(monkeypatch, service, query, taken
 CHANCE = ("x-request-id", "content-length", "date")
 
 
+def form(*files):
+    """The body of a form with these (name, bytes), and its header; the boundary is b."""
+    parts = [
+        b'--b\r\nContent-Disposition: form-data; name="f"; filename="%s"\r\n\r\n%s\r\n' % (name, data)
+        for name, data in files
+    ]
+    return b"".join(parts) + b"--b--\r\n", b"Content-Type: multipart/form-data; boundary=b"
+
+
+async def test_a_form_of_one_file_takes_the_fast_path(monkeypatch, service, taken):
+    """With the answer of the normal one, its file's name included; the bytes that it holds are given back."""
+    async with listening(service) as connect:
+        whole = request(*form((b"cat.png", FILES[0])))
+        short, long = await ask(connect, whole), await ask(connect, whole[:-9], whole[-9:])
+    assert taken == [True]
+    assert (short[0], short[2]["results"][0]["filename"]) == (200, "cat.png")
+    assert without_chance(short[2]) == without_chance(long[2])
+    assert service.classifier.upload_memory.held == 0
+
+
+@pytest.mark.parametrize("files", [(), ((b"a", FILES[0]), (b"b", FILES[1])), ((b"a", FILES[0]), (b"b", b"junk"))])
+async def test_forms_of_no_or_several_files_go_the_long_way(served, taken, files):
+    """An answer, or a refusal, for each."""
+    service, connect = served
+    status, _, answer = await ask(connect, request(*form(*files)))
+    assert (taken, status) == ([False], 200 if files else 422)
+    assert [result["filename"] for result in answer.get("results", ())] == [name.decode() for name, _ in files]
+    assert service.classifier.upload_memory.held == service.metric("queue_images") == 0
+
+
 @pytest.mark.parametrize(
     ("body", "headers", "query", "code"),
     [
