@@ -81,8 +81,9 @@ class Settings(BaseSettings):
         ge=0,
         le=1024,
         description="Processes that answer requests. 0 takes one for each core that there is (affinity and cgroup "
-        "quota), and one alone on a GPU. On the CPU, one per core answers the most images per second; fewer need "
-        "less memory. max-queue and max-inflight-bytes are totals, divided among the workers.",
+        "quota); on a GPU one less, or one alone where there are fewer than four cores. On the CPU, one per core "
+        "answers the most images per second; fewer need less memory. max-queue and max-inflight-bytes are totals, "
+        "divided among the workers.",
     )
     shared_engine: Literal["auto", "on", "off"] = Field(
         "auto",

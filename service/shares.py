@@ -11,9 +11,19 @@ from service.settings import GPU_PROVIDERS, Settings, SettingsError
 LIMITS: Final = (("max_queue", "max_images", 2), ("max_inflight_bytes", "max_bytes", 1))
 
 
+MANY_CORES: Final = 4  # from which a GPU's process is relieved of HTTP and decoding
+
+
 def choose_workers(settings: Settings) -> int:
-    """Those that the settings want; else one for each core, or one alone where a GPU does the work."""
-    return settings.workers or (1 if _on_gpu(settings) else available_cores())
+    """
+    Those that the settings want; else one for each core.
+
+    Where a GPU does the work, all cores but the one that feeds it, or a single worker where there are few.
+    """
+    cores = available_cores()
+    if settings.workers or not _on_gpu(settings):
+        return settings.workers or cores
+    return cores - 1 if cores >= MANY_CORES else 1
 
 
 def choose_shared_engine(settings: Settings, workers: int) -> bool:

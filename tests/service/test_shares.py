@@ -24,17 +24,20 @@ def machine(monkeypatch):
     ("given", "cores", "cuda", "workers"),
     [
         ({}, 8, False, 8),
-        ({}, 8, True, 1),
+        ({}, 16, True, 15),
+        ({}, 4, True, 3),
+        ({}, 3, True, 1),
+        ({}, 1, True, 1),
         ({"provider": "cpu"}, 8, True, 8),
-        ({"provider": "cuda"}, 8, False, 1),
-        ({"provider": "tensorrt"}, 8, False, 1),
+        ({"provider": "cuda"}, 8, False, 7),
+        ({"provider": "tensorrt"}, 2, False, 1),
         ({"provider": "openvino"}, 8, True, 8),
         ({"workers": 3}, 8, True, 3),
         ({"workers": 9}, 2, False, 9),
     ],
 )
-def test_there_is_a_worker_for_each_core_and_one_for_a_gpu(machine, given, cores, cuda, workers):
-    """Unless the settings say how many."""
+def test_there_is_a_worker_for_each_core_that_no_gpu_is_fed_by(machine, given, cores, cuda, workers):
+    """Or one alone, where few cores feed a GPU; unless the settings say how many."""
     machine(cores, cuda)
 
     assert choose_workers(Settings(**given)) == workers
