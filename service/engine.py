@@ -183,6 +183,8 @@ class DeviceEngine(OnnxEngine):
         plain = "cuda" if provider == "tensorrt" else provider  # TensorRT takes no tensors of any rank
         self._take = self._session(GATHER_GRAPHS[dtype], plain)
         self._join = self._session(CONCAT_GRAPHS[dtype], plain)
+        if provider == "tensorrt":  # whose first run shall be of the largest batch, as `warm_up_sizes` says why
+            return
         image = bundle.manifest.input
         try:
             self.trunk(np.zeros((1, image.height, image.width, 3), np.uint8))

@@ -50,23 +50,31 @@ def measure_profile(engine: RunningEngine, manifest: Manifest, rule: Rule, max_b
     blank = np.zeros((manifest.input.height, manifest.input.width, 3), np.uint8)
     thresholds = (0.0,) * (manifest.n_experts - 1)
 
+    def failure(images: int, error: Exception) -> EngineError:
+        log(logging.ERROR, "warm_up_failed", error=error)
+        return EngineError(
+            f"a batch of {images} images fails on {engine.provider}: {error}; where memory is short, "
+            "lower RIDE_MAX_BATCH"
+        )
+
     def run(limits: Sequence[int]) -> None:
         """A batch of images that may have so many experts each."""
         for outcome in cascade.run([Job(blank, thresholds, limit, 0.0, 1, 0.0) for limit in limits]):
             if isinstance(outcome, NotFiniteError):
                 raise outcome
             if isinstance(outcome, Exception):
-                log(logging.ERROR, "warm_up_failed", error=outcome)
-                raise EngineError(
-                    f"a batch of {len(limits)} images fails on {engine.provider}: {outcome}; where memory is short, "
-                    "lower RIDE_MAX_BATCH"
-                ) from outcome
+                raise failure(len(limits), outcome) from outcome
 
     for size in warm_up_sizes(max_batch, on_gpu=on_gpu):
         for _ in range(PROFILE_RUNS):
             run([manifest.n_experts] * size)
     if max_batch > 1:  # half of them stop after one expert, so that a batch is compacted as well
         run([1 + row % 2 for row in range(max_batch)])
+        half = np.stack([blank] * (max_batch // 2))
+        try:  # as survivors of two batches that meet
+            engine.join([engine.trunk(half), engine.trunk(half)])
+        except Exception as error:
+            raise failure(2 * len(half), error) from error
     return Profile(watch.shortest)
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from service.batcher import Batcher, BatcherStoppedError, QueueFullError
 from service.cascade import best_classes
 from service.classifier import DECODING_S, Choice
+from service.engine import DeviceEngine, open_engine
 from service.schedule import Schedule
 from service.uploads import Upload
 from tests.service.conftest import PATIENCE_S, encode, start, until
@@ -153,6 +154,11 @@ async def test_answers_stay_with_their_requests(service):
         assert [result["experts_used"] for result in results] == [one.experts_used for one in expected]
 
 
+def open_device_engine(bundle, variant, *, provider, threads):
+    """What runs on a GPU, on the CPU."""
+    return DeviceEngine(bundle, "fp32", provider="cpu", threads=threads)
+
+
 REQUESTS = st.tuples(
     st.lists(st.integers(0, len(IMAGES) - 1), min_size=1, max_size=5),
     st.one_of(st.none(), st.floats(0, 1), st.sampled_from([0.0, 1.0, *SCORES])),
@@ -162,21 +168,24 @@ REQUESTS = st.tuples(
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
+    opened=st.sampled_from([open_engine, open_device_engine]),
     thread=st.sampled_from(["on", "off"]),
     merge=st.sampled_from(["on", "off"]),
     max_batch=st.integers(1, 9),
     waves=st.lists(st.tuples(st.booleans(), st.lists(REQUESTS, min_size=1, max_size=6)), min_size=1, max_size=3),
 )
-def test_an_answer_does_not_depend_on_its_company(tiny_bundle, thread, merge, max_batch, waves):
+def test_an_answer_does_not_depend_on_its_company(tiny_bundle, opened, thread, merge, max_batch, waves):
     """
-    Any interleaving, batch split, thresholds and limits, with steps in a thread or not: that of the image alone.
+    Any interleaving, batch split, thresholds and limits, with steps in a thread or not, with features in numpy arrays
+    or, as on a GPU, bound to a device and filled up: that of the image alone.
 
     Probabilities to 1e-5; the number of experts exactly, unless a router's score is within 1e-5 of its threshold.
     """
 
     async def serve():
         answers = []
-        async with start(tiny_bundle, max_batch=max_batch, engine_thread=thread, merge=merge) as service:
+        options = {"max_batch": max_batch, "engine_thread": thread, "merge": merge}
+        async with start(tiny_bundle, opened=opened, **options) as service:
             for held, requests in waves:
                 hold = held and thread == "on"  # the event loop cannot be held: nobody would let it go
                 wishes = [

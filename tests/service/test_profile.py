@@ -6,7 +6,7 @@ import pytest
 
 from model_export.bundle import read_bundle
 from service import shares
-from service.engine import OnnxEngine, open_engine
+from service.engine import EngineError, OnnxEngine, open_engine
 from service.profile import main
 from service.warm_up import measure_profile
 from tests.service.conftest import WatchedEngine
@@ -41,6 +41,24 @@ def test_the_warm_up_spares_requests_what_is_slow_at_first(tiny_bundle):
 
     assert ("expert_1", 3) in engine.runs
     assert profile.longest_step(6) < 0.2
+
+
+def test_the_warm_up_joins_survivors_of_two_batches(tiny_bundle):
+    """They meet on a GPU, where that fails as a batch may."""
+
+    class Joining(WatchedEngine):
+        def join(self, features):
+            joined.append([len(one) for one in features])
+            return super().join(features)
+
+    bundle, joined = read_bundle(tiny_bundle), []
+    engine = Joining(open_engine(bundle, None, provider="cpu", threads=1))
+    measure_profile(engine, bundle.manifest, "router", 6, on_gpu=False)
+    assert joined == [[3, 3]]
+
+    engine.join = lambda features: 1 / 0
+    with pytest.raises(EngineError, match="a batch of 6 images fails on cpu: division by zero"):
+        measure_profile(engine, bundle.manifest, "router", 6, on_gpu=False)
 
 
 @pytest.mark.parametrize(("shared_engine", "threads"), [("on", 4), ("off", 2)])
