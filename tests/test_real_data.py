@@ -9,7 +9,9 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from benchmarks.images import LARGE, make_images
 from model_export.bundle import MAX_VARIANT_LOSS, InputSpec, read_bundle
+from model_export.calibrate import accuracy_of
 from model_export.parity import run_variant
 from service.images import decode
 from service.settings import DEFAULT_BUNDLE
@@ -76,17 +78,47 @@ def test_the_shipped_model_is_as_good_as_it_says(cifar100):
 
 @needs("cifar100")
 def test_the_shipped_int8_variant_is_faithful_on_images_that_calibrated_nothing(cifar100):
-    """Measured on held-out images when it was made, it keeps its accuracy on the test images as well."""
+    """
+    Measured on held-out images when it was made, it keeps its accuracy on the test images as well, in every split.
+
+    A split of 3,000 images may lose 0.2 points more by chance, or by the rounding of another processor.
+    """
     manifest = read_bundle(DEFAULT_BUNDLE).manifest
     images = cifar100.test.pixels.numpy()
     int8 = run_variant(DEFAULT_BUNDLE, manifest.variants["int8"], images, len(manifest.classes))
     used = route(int8.router_scores, manifest.thresholds)
-    right = mean_logits(int8.expert_logits, used).argmax(axis=1) == cifar100.test.labels.numpy()
+    predictions = Predictions(int8.expert_logits, int8.router_scores, cifar100.test.labels.numpy())
+    measured = accuracy_of(predictions, used, manifest.class_counts)
 
     recorded = manifest.provenance["test"]["routed"]
     assert manifest.variants["int8"].faithful
-    assert 100 * right.mean() == pytest.approx(recorded["all"], abs=MAX_VARIANT_LOSS)
+    assert recorded["all"] - measured.all <= MAX_VARIANT_LOSS
+    for split in ("many", "medium", "few"):
+        assert recorded[split] - getattr(measured, split) <= MAX_VARIANT_LOSS + 0.2, split
     assert used.mean() == pytest.approx(recorded["mean_experts"]["all"], abs=0.02)
+
+
+@needs("cifar100")
+def test_scaled_decoding_keeps_the_accuracy_on_enlarged_images():
+    """Within 0.1 points, on 1,000 test images as JPEGs of 640x480; few change their class."""
+    manifest, count = read_bundle(DEFAULT_BUNDLE).manifest, 1000
+    column = pyarrow.parquet.read_table(ROOT / "cifar100" / "test.parquet", columns=["label"])["label"]
+    labels = column.to_numpy()[np.random.default_rng(0).permutation(len(column))[:count]]
+    jpegs = make_images(LARGE, count=count).jpegs
+
+    whole, scaled = (
+        np.stack([decode(jpeg, manifest.input, 10**6, scaled=how) for jpeg in jpegs]) for how in (False, True)
+    )
+    assert (whole != scaled).any(axis=(1, 2, 3)).all()
+    found = []
+    for pixels in (whole, scaled):
+        graphs = run_variant(DEFAULT_BUNDLE, manifest.variants["fp32"], pixels, len(manifest.classes))
+        found.append(mean_logits(graphs.expert_logits, np.full(count, manifest.n_experts)).argmax(axis=1))
+
+    before, after = ((classes == labels).mean() for classes in found)
+    assert before > 0.3
+    assert before - after <= 0.001
+    assert (found[0] != found[1]).mean() < 0.04
 
 
 @needs("photos")

@@ -418,8 +418,9 @@ def test_crop_takes_the_centre_and_stretch_takes_all():
 def test_an_image_of_any_size_is_cropped(side):
     """As in training; scale times side may be rounded up, beyond the image, as for 225x300 at 224."""
     spec = InputSpec(side, side, "crop", "bilinear", (0.5,) * 3, (0.2,) * 3)
+    pixels = np.random.default_rng(side).integers(0, 256, (933, 700, 3), dtype=np.uint8)
     for shorter in (225, 450, *range(1, 700, 7)):
-        image = Image.new("RGB", (shorter, 4 * shorter // 3), (shorter % 256, 7, 9))
+        image = Image.fromarray(pixels[: 4 * shorter // 3, :shorter])
         for turned in (image, image.transpose(Image.Transpose.ROTATE_90)):
             served = np.asarray(fit(turned, spec))
             np.testing.assert_array_equal(served, np.asarray(training.data.images.fit(turned, side, side)))

@@ -566,6 +566,7 @@ def test_sigterm_under_load_loses_nobody(serve):
 
     assert codes == [0]
     assert results.keys() <= {200, 503, "refused"}
+    assert "before this image's turn came" not in server.log_path.read_text()  # 503 is for those who come later
     assert not any(map(alive, pids))
 
 
