@@ -47,6 +47,12 @@ def ride_serve(bundle: Path, options: Sequence[str] = ()) -> Iterator[Running]:
         yield Running(server, listening["url"], start_s, model["variant"], model["provider"])
 
 
+def our_labels(body: bytes) -> list[str]:
+    """Those of the only image in an answer, best first."""
+    (result,) = json.loads(body)["results"]
+    return [prediction["label"] for prediction in result["predictions"]]
+
+
 def _logged(server: Server, event: str) -> dict[str, Any] | None:
     """The first log line of this event; half a line is not read yet."""
     for line in server.log().splitlines(keepends=True):

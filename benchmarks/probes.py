@@ -17,7 +17,7 @@ BURST: Final = 64
 IDLE_S: Final = 10.0
 SETTLE_S: Final = 1.0
 SIGTERM_LOAD_S: Final = 3.0
-SHARES_OF_SATURATION: Final = (0.5, 0.7, 0.8, 0.9)
+SHARES_OF_SATURATION: Final = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1)
 
 
 def burst(bundle: Path, images: Sequence[bytes], seconds: float) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def sigterm(bundle: Path, images: Sequence[bytes]) -> dict[str, Any]:
 def rising_rates(
     bundle: Path, images: Sequence[bytes], saturation: float, seconds: float, seed: int
 ) -> list[dict[str, Any]]:
-    """Open loops at shares of the closed loop's throughput."""
+    """Open loops at shares of the closed loop's throughput, up to where requests must be refused."""
     with ride_serve(bundle) as ours:
         requests = raw_requests(ours.target(), images)
         return [

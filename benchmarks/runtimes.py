@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from model_export.openvino_core import openvino_core
 
 Graph: TypeAlias = Callable[[Mapping[str, NDArray[Any]]], list[NDArray[Any]]]
-PROVIDERS: Final = ("cpu", "openvino")
+PROVIDERS: Final = ("cpu", "openvino", "cuda")
 
 
 def open_graph(path: Path, provider: str, precision: str, threads: int) -> Graph:
@@ -24,18 +24,33 @@ def open_graph(path: Path, provider: str, precision: str, threads: int) -> Graph
     """
     if provider == "openvino":
         return _openvino(path, precision, threads)
-    session = open_session(path, threads)
+    session = open_session(path, threads, provider)
     return lambda inputs: session.run(None, inputs)
 
 
-def open_session(path: Path, threads: int) -> ort.InferenceSession:
-    """A session on the CPU, with so many threads that do not spin."""
+def open_session(path: Path, threads: int, provider: str = "cpu") -> ort.InferenceSession:
+    """
+    A session of onnxruntime, with so many threads that do not spin.
+
+    Args:
+        provider: "cpu" or "cuda"; with the latter, too, inputs and outputs lie on the host.
+
+    Raises:
+        RuntimeError: where CUDA does not work.
+    """
+    wanted = ["CPUExecutionProvider"]
+    if provider == "cuda":
+        ort.preload_dlls()
+        wanted = ["CUDAExecutionProvider", *wanted]
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(path, options, providers=wanted)
+    if session.get_providers()[0] != wanted[0]:
+        raise RuntimeError(f"onnxruntime could not start {wanted[0]}; ride-profile --provider {provider} says why")
+    return session
 
 
 def _openvino(path: Path, precision: str, threads: int) -> Graph:

@@ -22,9 +22,11 @@ from typing import Any, Final
 from benchmarks import probes
 from benchmarks.contestants.catalogue import CONTESTANTS, Contestant
 from benchmarks.contestants.run import (
+    CHECKED,
     ContestantError,
-    Work,
     best_setting,
+    check,
+    first_labels,
     install,
     measure,
     merged_graph,
@@ -37,7 +39,7 @@ from benchmarks.images import LARGE, SMALL, make_images
 from benchmarks.load import CONCURRENCIES, LoadResult, closed_loop
 from benchmarks.machine import describe
 from benchmarks.messages import multipart_requests, raw_requests
-from benchmarks.ours import Running, ride_serve
+from benchmarks.ours import Running, our_labels, ride_serve
 from benchmarks.processes import end_like_an_error
 from benchmarks.report import FP32, ROUTED_FP32, write_report
 from benchmarks.runtimes import PROVIDERS
@@ -109,8 +111,11 @@ def ours(bench: Bench, round_number: int) -> None:
 
 
 def ours_fp32(bench: Bench, round_number: int) -> None:
-    """In fp32 on onnxruntime's CPU provider: all experts, which is what the contestants serve, and routed."""
+    """In fp32 on onnxruntime's CPU provider: all experts, as the contestants serve and checked as they are; routed."""
     with ride_serve(bench.bundle, ("--provider", "cpu", "--variant", "fp32")) as running_service:
+        for size in (SMALL, LARGE):
+            target, jpegs = running_service.target("?threshold=0"), bench.images(size)[:CHECKED]
+            check(our_labels, target, raw_requests(target, jpegs), first_labels(bench.graph, jpegs))
         _load_ours(bench, running_service, ROUTED_FP32, SMALL, round_number)
         for size in (SMALL, LARGE):
             _load_ours(bench, running_service, FP32, size, round_number, "?threshold=0")
@@ -137,9 +142,8 @@ def other(bench: Bench, contestant: Contestant, round_number: int) -> None:
     """A contestant, with its best setting; one that failed in an earlier round is not tried again."""
     if contestant.title in bench.absent:
         return
-    work = Work(bench.graph)
     try:
-        with running(contestant, best_setting(contestant), work) as target:
+        with running(contestant, best_setting(contestant), bench.graph) as target:
             for size in (SMALL, LARGE):
                 for count in bench.plan.clients(size):
                     result = measure(contestant, target, size, count, bench.plan.load_s, bench.seed)
@@ -178,7 +182,7 @@ def prepare(bench: Bench) -> list[Contestant]:
         try:
             install(contestant)
             if bench.plan.full:
-                note_tuned(contestant, tune(contestant, Work(bench.graph), bench.plan.load_s))
+                note_tuned(contestant, tune(contestant, bench.graph, bench.plan.load_s))
             present.append(contestant)
         except ContestantError as error:
             bench.absent[contestant.title] = str(error)

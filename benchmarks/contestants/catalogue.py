@@ -67,21 +67,21 @@ class Contestant:
         """The interpreter of its own environment."""
         return VENVS / self.name / "bin" / "python"
 
-    def command(self, setting: Setting, graph: Path, port: int, draft: bool) -> list[str]:
+    def command(self, setting: Setting, graph: Path, port: int) -> list[str]:
         """What starts it."""
         if self.name == "bentoml":
             service = "benchmarks.contestants.bentoml.server:Classify"
             return [str(self.python), "-m", "bentoml", "serve", service, "--host", "127.0.0.1", "--port", str(port)]
         return [
             str(self.python), "-m", f"benchmarks.contestants.{self.name}.server", "--graph", str(graph),
-            "--port", str(port), *(["--draft"] if draft else []),
+            "--port", str(port),
             "--workers", str(setting.workers), "--threads", str(setting.threads), "--batch", str(setting.batch),
             "--wait-ms", str(setting.wait_ms),
         ]  # fmt: skip
 
-    def environment(self, setting: Setting, graph: Path, draft: bool) -> dict[str, str]:
+    def environment(self, setting: Setting, graph: Path) -> dict[str, str]:
         """Its environment variables: no thread pools besides the graph's, no telemetry, and where libpython is."""
-        settings = asdict(setting) | {"graph": str(graph), "draft": draft}
+        settings = asdict(setting) | {"graph": str(graph)}
         return {
             "BENCHMARK_SETTINGS": json.dumps(settings),
             "OMP_NUM_THREADS": "1",

@@ -3,15 +3,17 @@
 import argparse
 import json
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.decoding import decoder
 from benchmarks.runtimes import open_session
 from model_export.bundle import InputSpec
+from service.images import decode
 
+MAX_PIXELS: Final = 10**7
 TOP_K: Final = 5
 
 
@@ -20,7 +22,6 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--graph", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--draft", action="store_true")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=1)
@@ -29,13 +30,14 @@ def options() -> argparse.Namespace:
 
 
 class Model:
-    """A merged graph and the decoder in front of it."""
+    """A merged graph and, in front of it, the decoder of our service, which decodes large images scaled."""
 
-    def __init__(self, graph: Path, threads: int, draft: bool) -> None:
+    def __init__(self, graph: Path, threads: int) -> None:
         self._session = open_session(graph, threads)
         metadata = self._session.get_modelmeta().custom_metadata_map
         self.classes: list[str] = json.loads(metadata["classes"])
-        self.decode = decoder(InputSpec(**json.loads(metadata["input"])), draft=draft)
+        spec = InputSpec(**json.loads(metadata["input"]))
+        self.decode = partial(decode, spec=spec, max_pixels=MAX_PIXELS, scaled=True)
         self._decoders = ThreadPoolExecutor(threads) if threads > 1 else None
 
     def classify(self, jpegs: list[bytes]) -> list[list[dict[str, Any]]]:
@@ -53,4 +55,4 @@ class Model:
 
 def open_model(arguments: argparse.Namespace) -> Model:
     """The model that the command line asks for."""
-    return Model(arguments.graph, arguments.threads, arguments.draft)
+    return Model(arguments.graph, arguments.threads)

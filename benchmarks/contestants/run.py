@@ -13,9 +13,9 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -43,14 +43,6 @@ class ContestantError(RuntimeError):
     """A contestant cannot take part; says why."""
 
 
-@dataclass(frozen=True)
-class Work:
-    """What all contestants serve: a merged graph, and how it is fed."""
-
-    graph: Path
-    draft: bool = True
-
-
 def install(contestant: Contestant) -> None:
     """
     Make or refresh a contestant's environment.
@@ -74,7 +66,7 @@ def install(contestant: Contestant) -> None:
 
 
 @contextmanager
-def running(contestant: Contestant, setting: Setting, work: Work) -> Iterator[Target]:
+def running(contestant: Contestant, setting: Setting, graph: Path) -> Iterator[Target]:
     """
     Started, its answers checked; stopped with all its children when the block is left.
 
@@ -83,37 +75,45 @@ def running(contestant: Contestant, setting: Setting, work: Work) -> Iterator[Ta
     """
     port = free_port()
     target = Target("127.0.0.1", port, contestant.path)
-    jpegs = make_images(SMALL).jpegs[:CHECKED]
-    requests = contestant.requests(target, jpegs)
+    jpegs = {size: make_images(size).jpegs[:CHECKED] for size in SIZES}
+    requests = {size: contestant.requests(target, files) for size, files in jpegs.items()}
 
     def answers() -> bool:
         try:
-            return ask(target, requests[0])[0] == 200
+            return ask(target, requests[SMALL][0])[0] == 200
         except OSError:
             return False
 
     with Server(
-        contestant.command(setting, work.graph, port, work.draft),
-        contestant.environment(setting, work.graph, work.draft),
+        contestant.command(setting, graph, port),
+        contestant.environment(setting, graph),
     ) as server:
         try:
             server.wait_until(answers)
         except StartError as error:
             raise ContestantError(str(error)) from error
-        check(contestant, target, requests, first_labels(work, jpegs))
+        for size, files in jpegs.items():
+            check(contestant.labels, target, requests[size], first_labels(graph, files))
         yield target
 
 
-def first_labels(work: Work, jpegs: Sequence[bytes]) -> list[str]:
+def first_labels(graph: Path, jpegs: Sequence[bytes]) -> list[str]:
     """What onnxruntime says, one image at a time."""
-    model = Model(work.graph, available_cores(), work.draft)
+    model = Model(graph, available_cores())
     return [model.classify([jpeg])[0][0]["label"] for jpeg in jpegs]
 
 
-def check(contestant: Contestant, target: Target, requests: Sequence[bytes], expected: Sequence[str]) -> None:
-    """Raise ContestantError unless every image was answered, each time as expected."""
+def check(
+    labels: Callable[[bytes], list[str]], target: Target, requests: Sequence[bytes], expected: Sequence[str]
+) -> None:
+    """
+    Raise ContestantError unless every image was answered, each time as expected.
+
+    Args:
+        labels: in the body of an answer, best first.
+    """
     bodies = fetch(target, requests, connections=CHECK_CONNECTIONS, seconds=CHECK_S)
-    wrong = {index for index, body in bodies if contestant.labels(body)[0] != expected[index]}
+    wrong = {index for index, body in bodies if labels(body)[0] != expected[index]}
     missing = set(range(len(requests))) - {index for index, _ in bodies}
     if wrong or missing:
         raise ContestantError(f"{len(wrong)} of {len(requests)} images answered wrongly, {len(missing)} not at all")
@@ -127,13 +127,13 @@ def measure(
     return closed_loop(target, requests, connections=connections, seconds=seconds)
 
 
-def tune(contestant: Contestant, work: Work, seconds: float) -> dict[str, Any]:
+def tune(contestant: Contestant, graph: Path, seconds: float) -> dict[str, Any]:
     """Try every setting with 64 clients; all rates, and the best setting."""
     tried = []
     for setting in contestant.settings:
         row: dict[str, Any] = {"setting": asdict(setting), "rate": 0.0}
         try:
-            with running(contestant, setting, work) as target:
+            with running(contestant, setting, graph) as target:
                 row["rate"] = measure(contestant, target, SMALL, max(CONCURRENCIES), seconds).rate
         except ContestantError as error:
             row["error"] = str(error).replace(f"{ROOT}/", "")
@@ -189,8 +189,8 @@ def main() -> None:
     if unknown := set(options.names) - set(names):
         parser.error(f"{min(unknown)!r} is no contestant; there are {', '.join(names)}")
     end_like_an_error()
-    with merged_graph(DEFAULT_BUNDLE, "fp32") as graph:
-        work = Work((options.graph or graph).resolve())
+    with merged_graph(DEFAULT_BUNDLE, "fp32") as merged:
+        graph = (options.graph or merged).resolve()
         results: dict[str, Any] = {}
         for contestant in CONTESTANTS:
             if options.names and contestant.name not in options.names:
@@ -198,9 +198,9 @@ def main() -> None:
             try:
                 install(contestant)
                 if options.tune:
-                    note_tuned(contestant, tune(contestant, work, options.seconds))
+                    note_tuned(contestant, tune(contestant, graph, options.seconds))
                 setting = best_setting(contestant)
-                with running(contestant, setting, work) as target:
+                with running(contestant, setting, graph) as target:
                     results[contestant.name] = {"setting": str(setting)} | {
                         str(count): asdict(measure(contestant, target, options.size, count, options.seconds))
                         for count in CONCURRENCIES

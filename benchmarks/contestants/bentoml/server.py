@@ -17,7 +17,7 @@ class Classify:
     """JPEGs in, their top 5 out."""
 
     def __init__(self) -> None:
-        self.model = Model(Path(SETTINGS["graph"]), SETTINGS["threads"], SETTINGS["draft"])
+        self.model = Model(Path(SETTINGS["graph"]), SETTINGS["threads"])
 
     @bentoml.api(batchable=True, max_batch_size=SETTINGS["batch"], max_latency_ms=SETTINGS["wait_ms"])
     def classify(self, images: list[Path]) -> list[list[dict[str, Any]]]:
