@@ -6,11 +6,13 @@ The engine by itself, in this process: images per second for each batch size, ag
 
 No HTTP, no decoding: the service's cascade and engine on pixels that are ready. The bound is what an image would take
 if each of its stages ran at the batch size that suits it best: the trunk, and every expert as often as the thresholds
-call for it. Answers are compared with those of the fp32 graphs on the CPU.
+call for it. Answers are compared with those of the fp32 graphs on the CPU; the command fails where fp32 or fp16 on
+another device say something else (`TOLERANCES`).
 """
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -37,6 +39,9 @@ BATCHES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 REPEATS: Final = 5  # of each stage at each size, the median counts
 COMPARED: Final = 256  # images whose answers are compared
 RANDOM_CLASSES: Final = 100
+# By variant: how far the first probability may be from the CPU's, and the least share of images with the same class,
+# and with as many experts. What int8 and bf16 may lose, parity says.
+TOLERANCES: Final = {"fp32": (1e-3, 0.99), "fp16": (2e-2, 0.98)}
 
 
 @dataclass(frozen=True)
@@ -273,8 +278,28 @@ def _agreement(found: Sequence[Outcome], expected: Sequence[Outcome]) -> dict[st
         "images": len(pairs),
         "same_first_class": float(np.mean([one.classes[0] == other.classes[0] for one, other in pairs])),
         "same_experts_used": len(alike) / len(pairs),
-        "largest_difference": max(abs(one.probabilities[0] - other.probabilities[0]) for one, other in same),
+        "largest_difference": max(
+            (abs(one.probabilities[0] - other.probabilities[0]) for one, other in same), default=math.inf
+        ),
     }
+
+
+def beyond_tolerance(result: EngineResult) -> str | None:
+    """What is not as on the CPU; None where all is."""
+    if result.variant not in TOLERANCES:
+        return None
+    difference, share = TOLERANCES[result.variant]
+    found = result.agreement
+    wrong = [
+        f"{name} {found[name]:.3f}, at least {share}"
+        for name in ("same_first_class", "same_experts_used")
+        if found[name] < share
+    ]
+    if not found["largest_difference"] <= difference:
+        wrong.append(f"largest_difference {found['largest_difference']:.1e}, at most {difference:g}")
+    if not wrong:
+        return None
+    return f"{result.variant} on {result.provider} is not what fp32 is on the CPU: {'; '.join(wrong)}"
 
 
 def _median(run: Callable[[], object]) -> float:
@@ -341,9 +366,12 @@ def main() -> None:
             batches=options.batches, seconds=options.seconds, seed=options.seed, like=like,
         )  # fmt: skip
     print(table(result))
+    failure = beyond_tolerance(result)
     if options.out is not None:
         more = {"engine": asdict(result), "measured": describe(options.seed, {"threads": options.threads})}
         options.out.write_text(json.dumps(more, indent=2) + "\n", encoding="utf-8")
+    if failure:
+        raise SystemExit(failure)
 
 
 if __name__ == "__main__":

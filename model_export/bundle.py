@@ -139,7 +139,9 @@ class Parity:
     How close a variant comes to its checkpoint on held-out images, at the default rule and thresholds.
 
     Attributes:
-        top1_agreement, experts_used_agreement: shares of the images, in [0, 1].
+        top1_agreement: share of the images, in [0, 1], whose class is the checkpoint's, after as many experts as the
+            checkpoint uses.
+        experts_used_agreement: share of the images that use as many experts.
         accuracy: of the variant; of the checkpoint it is `checkpoint_accuracy`.
         mean_experts: of the variant; of the checkpoint it is `checkpoint_mean_experts`.
     """

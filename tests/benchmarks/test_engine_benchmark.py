@@ -1,10 +1,12 @@
 """The benchmark of the engine by itself: what it runs, and as what it counts it."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from benchmarks import engine as benchmark
-from benchmarks.engine import measure_engine, random_bundle, table
+from benchmarks.engine import beyond_tolerance, measure_engine, random_bundle, table
 from model_export.bundle import read_bundle
 
 REACH = [1.0, 0.7, 0.3]
@@ -35,6 +37,23 @@ def test_every_figure_is_of_what_the_thresholds_let_run(measure):
     assert all(rate > 0 for rates in (result.routed, result.merged, result.all_experts) for rate in rates.values())
     assert result.agreement["same_first_class"] == result.agreement["same_experts_used"] == 1
     assert result.agreement["largest_difference"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [({}, None), ({"largest_difference": 2e-3}, "largest_difference 2.0e-03, at most 0.001"),
+     ({"largest_difference": float("nan")}, "largest_difference nan"),
+     ({"same_first_class": 0.98}, "same_first_class 0.980, at least 0.99"),
+     ({"same_experts_used": 0.5}, "same_experts_used 0.500")],
+)  # fmt: skip
+def test_answers_that_are_not_the_cpus_fail_the_command(measure, change, told):
+    """In fp32; of int8 the parity of its export speaks."""
+    result = measure(like=REACH)
+    other = dataclasses.replace(result, provider="cuda", agreement=result.agreement | change)
+
+    failure = beyond_tolerance(other)
+    assert failure is None if told is None else f"fp32 on cuda is not what fp32 is on the CPU: {told}" in failure
+    assert beyond_tolerance(dataclasses.replace(other, variant="int8")) is None
 
 
 def test_an_expert_that_no_image_reaches_is_not_measured(measure):
