@@ -105,7 +105,7 @@ def _listed(value: object) -> list[object]:
 def _variant_lines(manifest: Manifest) -> Iterator[str]:
     checkpoint = manifest.variants["fp32"].parity
     yield f"variants on {checkpoint.images} held-out images, routed by the default:"
-    yield "  (closer than 0.001 to another decision counts as the same; the class is that after the checkpoint's experts)"
+    yield "  (closer than 0.001 to another decision counts as the same; classes are those after the checkpoint's exits)"
     yield "             all   many  medium   few  experts  same class  same experts  logits within"
     yield f"  checkpoint {_cells(checkpoint.checkpoint_accuracy)} {checkpoint.checkpoint_mean_experts:8.3f}"
     for name, variant in manifest.variants.items():
