@@ -95,7 +95,8 @@ class Recipe:
         epochs: of the experts' stage.
         batch_size: images in a step, of all processes and parts together.
         lr: of the experts' stage, where warm-up ends and `schedule` begins.
-        trunk_lr_factor: of the trunk's learning rate to the experts', in that stage; a pre-trained trunk wants less.
+        features_lr_factor: of the learning rate of all layers but the classifiers to theirs, in that stage; less than 1
+            where they are pre-trained.
         weight_decay: of the experts' stage; SGD's is part of the gradient, AdamW's is not.
         warmup_epochs: lr·(1 + e)/warmup_epochs while e < warmup_epochs; half of a stage (or cycle) at most. SHIKE's
             own warm-up, under method "shike", begins at a lower rate.
@@ -176,6 +177,8 @@ class Recipe:
         oltr_reach: numerator of an image's reach; the denominator is its distance to the nearest centroid.
         oltr_scale: of the cosine classifier.
         lfme_epochs, lfme_lr, lfme_weight_decay: of each teacher; cosine schedule.
+        lfme_batch_size: of the teacher of the many classes; that of the medium ones has half as large batches, that of
+            the few ones a quarter.
         lfme_temperature: of the distillation.
         lfme_threshold: share of a teacher's accuracy that the student must reach before its weight falls from 1.
         m2m_from: share of `epochs` from which minority images are generated, on class-balanced batches.
@@ -241,7 +244,7 @@ class Recipe:
     epochs: Epochs = 200
     batch_size: BatchSize = 128
     lr: LearningRate = 0.1
-    trunk_lr_factor: Share = 1.0
+    features_lr_factor: Share = 1.0
     momentum: Annotated[float, Range(0, 0.9999)] = 0.9
     nesterov: bool = False
     weight_decay: WeightDecay = 2e-4
@@ -335,6 +338,7 @@ class Recipe:
 
     # LFME
     lfme_epochs: Epochs = 120
+    lfme_batch_size: BatchSize = 128
     lfme_lr: LearningRate = 0.1
     lfme_weight_decay: WeightDecay = 5e-4
     lfme_temperature: Scale = 2.0
@@ -499,6 +503,11 @@ class Recipe:
             )
         if self.method in ("bbn", "oltr") and self.backbone.startswith("swin"):
             raise RecipeError(f"backbone={self.backbone!r}: method {self.method!r} is built for ResNets and ResNeXts")
+        if self.pretrained is not None and self.method in ("bbn", "lfme", "m2m"):
+            raise RecipeError(
+                f"pretrained={self.pretrained}: method {self.method!r} has layers or networks besides, "
+                "which would begin afresh; take none"
+            )
         if self.method in ("bbn", "oltr") and self.depth_fusion:
             raise RecipeError(f"depth_fusion=true: method {self.method!r} takes the last layers apart; take false")
         for field in ("mixup", "cutmix", "label_smoothing"):
@@ -667,19 +676,47 @@ _NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Recipe], bool]], ...] = (
         lambda recipe: "routers" in recipe.stage_epochs(),
     ),
     (
-        ("trunk_lr_factor",),
+        ("features_lr_factor",),
         "another method",
-        lambda recipe: recipe.method not in ("bbn", "lfme"),
+        lambda recipe: recipe.method not in ("ace", "bbn", "lfme"),
     ),
     (("max_margin",), "loss='ldam'", lambda recipe: "ldam" in recipe.losses()),
     (("focal_gamma",), "a focal loss", lambda recipe: bool({"focal", "sigmoid_focal"} & recipe.losses())),
     (("logit_tau",), "loss='logit_adjusted'", lambda recipe: "logit_adjusted" in recipe.losses()),
-    (("logit_tau",), "an empty expert_taus", lambda recipe: not recipe.expert_taus),
+    (
+        ("logit_tau",),
+        "an empty expert_taus",
+        lambda recipe: (
+            not recipe.expert_taus or (recipe.retrain_epochs > 0 and recipe.retrain_loss == "logit_adjusted")
+        ),
+    ),
     (("effective_beta",), "deferred_from", lambda recipe: recipe.deferred_from is not None),
     (
         ("lr_drops", "lr_drop_factor"),
         "schedule='step'",
-        lambda recipe: recipe.schedule == "step" and recipe.method != "shike",
+        lambda recipe: recipe.schedule == "step",
+    ),
+    (("warmup_start",), "warmup_epochs", lambda recipe: bool(recipe.warmup_epochs)),
+    (
+        ("momentum", "nesterov"),
+        "optimiser='sgd'",
+        lambda recipe: recipe.optimiser == "sgd" or (recipe.retrain_epochs > 0 and recipe.retrain in ("crt", "lws")),
+    ),
+    (("cosine_scale",), "classifier='cosine'", lambda recipe: recipe.classifier == "cosine"),
+    (("router_epochs",), "several experts", lambda recipe: recipe.n_experts > 1),
+    (("crop_padding",), "crop='padded'", lambda recipe: recipe.crop == "padded"),
+    (("crop_interpolation",), "crop='resized'", lambda recipe: recipe.crop == "resized"),
+    (("group_norm_rows",), "a group_norm_power", lambda recipe: bool(recipe.group_norm_power)),
+    (("complementary_form",), "a complementary_weight", lambda recipe: bool(recipe.complementary_weight)),
+    (
+        ("image_root", "train_list", "val_list", "test_list"),
+        "images of your own",
+        lambda recipe: recipe.data not in ("cifar10", "cifar100"),
+    ),
+    (
+        tuple(name for name in _named("retrain_") if name != "retrain_epochs"),
+        "retrain='crt' or 'lws'",
+        lambda recipe: recipe.retrain in ("crt", "lws"),
     ),
     (
         ("imbalance", "holdout_per_class", "subset_order"),

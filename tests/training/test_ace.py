@@ -58,9 +58,6 @@ def test_learning_rates_follow_the_images_of_a_group():
         *zip(model.net.experts, (1, 0.1865, 0.0281), strict=True)
     ]
     assert small_model(group_lr_scaling=False)[1].lr_factors == ()
-    slower, stage = small_model(trunk_lr_factor=0.5)
-    assert stage.lr_factors[0] == (slower.net.trunk, 0.5)
-    assert [module for module, _ in stage.lr_factors[1:]] == list(slower.net.experts)
 
 
 def test_each_expert_is_judged_on_its_group_alone():

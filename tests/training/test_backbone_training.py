@@ -74,12 +74,13 @@ def test_every_family_learns(small_nets, fields):
 
 
 @pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
-def test_a_trunk_learns_at_a_share_of_the_experts_rate(small_nets, optimiser):
-    """The first step moves it a tenth as far; the experts' is what it was; no other groups without such a share."""
+@pytest.mark.parametrize("family", [{"backbone": "resnet50"}, {"backbone": "swin_t", "colour_jitter": 0.0}])
+def test_features_learn_at_a_share_of_the_classifiers_rate(small_nets, optimiser, family):
+    """The first step moves them a tenth as far, the classifiers as far as ever."""
     steps = {}
     for factor in (1.0, 0.1):
         recipe = dataclasses.replace(
-            BASE, backbone="resnet50", trunk_lr_factor=factor, optimiser=optimiser, weight_decay=0.0, precision="fp32"
+            BASE, **family, features_lr_factor=factor, optimiser=optimiser, weight_decay=0.0, precision="fp32"
         )
         torch.manual_seed(0)
         model, (stage, _) = build(recipe, COUNTS, *MEAN_STD)
@@ -93,9 +94,10 @@ def test_a_trunk_learns_at_a_share_of_the_experts_rate(small_nets, optimiser):
         steps[factor] = {name: (value - before[name]).detach() for name, value in model.net.named_parameters()}
 
     for name, whole in steps[1.0].items():
-        share = 0.1 if name.startswith("trunk.") else 1.0
+        share = 1.0 if ".classifier." in name else 0.1
         torch.testing.assert_close(steps[0.1][name], share * whole, rtol=2e-3, atol=1e-6)
-    assert any(whole.abs().max() > 1e-5 for name, whole in steps[1.0].items() if name.startswith("trunk."))
+    for part in ("trunk.", "experts.1.layers", "experts.1.classifier"):
+        assert any(whole.abs().max() > 1e-5 for name, whole in steps[1.0].items() if name.startswith(part))
 
 
 def weights_of(run):

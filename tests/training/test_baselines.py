@@ -20,9 +20,11 @@ from training.methods.decoupled import (
     NearestMeanClassifier,
     ScaledClassifier,
     class_mean_accuracy,
-    features_and_logits,
+    class_means,
+    features_of,
     fit_nearest_means,
     fit_tau_norm,
+    logits_of,
     tau_normalised,
 )
 from training.methods.individual import IndividualLoss
@@ -284,6 +286,17 @@ def test_lws_trains_only_the_scales_and_starts_from_the_classifier():
     assert trained is model.net.experts[0].classifier.scales[0]
 
 
+def test_class_means_are_those_of_their_images():
+    """In any order of the images."""
+    features, labels = (
+        torch.randn(7, 3, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([2, 0, 1, 0, 2, 2, 1]),
+    )
+
+    means = class_means(features, labels, 3)
+    torch.testing.assert_close(means, torch.stack([features[labels == c].mean(dim=0) for c in range(3)]))
+
+
 def test_features_of_all_images_come_batch_by_batch(monkeypatch):
     """In their order, of every expert, as from one batch of all."""
     recipe = dataclasses.replace(RECIPES["ride-cifar100"], image_size=8, backbone="resnet20_cifar")
@@ -291,10 +304,10 @@ def test_features_of_all_images_come_batch_by_batch(monkeypatch):
     images = Images(torch.randint(0, 256, (5, 8, 8, 3), dtype=torch.uint8), torch.zeros(5, dtype=torch.long))
     monkeypatch.setattr("training.methods.decoupled.FEATURE_BATCH", 2)
     with torch.no_grad():
-        found, whole = features_and_logits(net, images), net(images.pixels)
+        logits, features, whole = logits_of(net, images), features_of(net, images), net(images.pixels)
 
-    torch.testing.assert_close(found.expert_logits, whole.expert_logits, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(found.expert_features, whole.expert_features, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits, whole.expert_logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(features, whole.expert_features, atol=1e-4, rtol=1e-4)
 
 
 def test_the_accuracy_that_choices_are_made_by_is_the_mean_over_classes():
@@ -558,7 +571,7 @@ def test_lfme_teachers_see_their_classes_and_the_student_all_alike():
     120 epochs along a cosine, each image of the split once, rarer ones in smaller batches; then the common schedule on
     class-aware draws.
     """
-    recipe = dataclasses.replace(RECIPES["lfme-cifar100"], weight_decay=1e-4)
+    recipe = dataclasses.replace(RECIPES["lfme-cifar100"], weight_decay=1e-4, batch_size=256)
     _, stages = lfme.build(recipe, [150, 50, 10], *MEAN_STD)
     labels = torch.repeat_interleave(torch.arange(3), torch.tensor([150, 50, 10]))
 
@@ -567,7 +580,7 @@ def test_lfme_teachers_see_their_classes_and_the_student_all_alike():
         assert torch.equal(order.sort().values, torch.nonzero(labels == label).flatten())
         assert (stage.epochs, stage.weight_decay) == (120, 5e-4)
         assert [stage.lr(epoch) for epoch in (0, 40, 60)] == pytest.approx([0.1, 0.075, 0.05])
-    assert [stage.batch_size for stage in stages] == [128, 64, 32, 128]
+    assert [stage.batch_size for stage in stages] == [128, 64, 32, 256]
     assert (stages[3].sampler, stages[3].epochs, stages[3].weight_decay) == (class_aware, 200, 1e-4)
     assert [stages[3].lr(epoch) for epoch in (0, 5, 160)] == pytest.approx([0.02, 0.1, 1e-3])
 

@@ -13,6 +13,7 @@ from training.models.macs import count_macs
 from training.models.multi_expert import Outputs
 from training.models.resnet_cifar import BasicBlock
 from training.models.router import Routers
+from training.recipe import Recipe
 from training.recipes import RECIPES
 
 MEAN_STD = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -133,6 +134,15 @@ def test_linear_classifiers_begin_with_the_gain_of_relu():
     classifier.reset_parameters()
     assert classifier.weight.abs().max().item() <= 1 / 8
     assert classifier.weight.var().item() * 64 * 3 == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize(("backbone", "narrow"), [("resnet10", True), ("resnet32_cifar", False)])
+def test_linear_classifiers_of_large_networks_begin_as_torchs(backbone, narrow):
+    """As in the public code of the methods on large sets; on CIFAR as in LDAM's, which is wider."""
+    recipe = Recipe(name="test", method="single", backbone=backbone, classifier="linear")
+    weight = build_model(recipe, 50, (0.5,) * 3, (0.25,) * 3).net.experts[0].classifier.weight
+
+    assert (weight.abs().max().item() <= 1 / weight.shape[1] ** 0.5) == narrow
 
 
 def test_cosine_weights_begin_as_directions_to_all_sides():

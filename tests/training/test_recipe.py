@@ -96,6 +96,19 @@ def test_overrides_take_the_type_of_the_field():
         ),
         (
             {
+                "method": "lfme",
+                "n_experts": "1",
+                "diversity_weight": "0",
+                "loss": "ce",
+                "classifier": "linear",
+                "deferred_from": "none",
+                "rotation": "0",
+                "pretrained": "a.pth",
+            },
+            "pretrained=a.pth: method 'lfme' has layers or networks besides, which would begin afresh; take none",
+        ),
+        (
+            {
                 "method": "oltr",
                 "n_experts": "1",
                 "diversity_weight": "0",
@@ -132,8 +145,8 @@ def test_impossible_settings_are_refused(settings, message):
         ("ce-cifar100", {"transfer_weight": "3"}, "transfer_weight=3: has no effect on ce-cifar100 without method="),
         ("ce-cifar100", {"mutual_weight": "3"}, "without method='shike'"),
         ("ride-cifar100", {"reversed_tau": "1"}, "without method='sade'"),
-        ("bbn-cifar100", {"trunk_lr_factor": "0.1"}, "without another method"),
-        ("lfme-cifar100", {"trunk_lr_factor": "0.1"}, "without another method"),
+        ("bbn-cifar100", {"features_lr_factor": "0.1"}, "without another method"),
+        ("lfme-cifar100", {"features_lr_factor": "0.1"}, "without another method"),
         ("shike-cifar100", {"group_answer": "all"}, "without method='ace'"),
         ("sade-cifar100", {"complementary_weight": "2"}, "without method='ace'"),
         ("ce-cifar100", {"oltr_lr": "0.1"}, "without method='oltr'"),
@@ -159,6 +172,22 @@ def test_impossible_settings_are_refused(settings, message):
         ("ce-cifar100", {"effective_beta": "0.9"}, "without deferred_from"),
         ("shike-cifar100", {"lr_drops": "0.5"}, "without schedule='step'"),
         ("ride-retrained-cifar100", {"lr_drop_factor": "0.5"}, "without schedule='step'"),
+        ("ace-cifar100", {"features_lr_factor": "0.1"}, "without another method"),
+        ("bbn-cifar100", {"warmup_start": "0.5", "warmup_epochs": "0"}, "warmup_start=0.5: .* without warmup_epochs"),
+        ("ce-cifar100", {"cosine_scale": "20"}, "without classifier='cosine'"),
+        ("ce-cifar100", {"router_epochs": "3"}, "without several experts"),
+        ("ride-swin-t", {"momentum": "0.8"}, "without optimiser='sgd'"),
+        ("ride-swin-t", {"crop_padding": "2"}, "without crop='padded'"),
+        ("ride-cifar100", {"crop_interpolation": "bicubic"}, "without crop='resized'"),
+        ("ace-cifar100", {"group_norm_rows": "all", "group_norm_power": "0"}, "without a group_norm_power"),
+        (
+            "ace-cifar100",
+            {"complementary_form": "length", "complementary_weight": "0"},
+            "without a complementary_weight",
+        ),
+        ("ce-cifar100", {"train_list": "a.txt"}, "without images of your own"),
+        ("tau-norm-cifar100", {"retrain_lr": "0.2"}, "without retrain='crt' or 'lws'"),
+        ("ncm-cifar100", {"retrain_loss": "ldam"}, "without retrain='crt' or 'lws'"),
         ("ride-own", {"imbalance": "10"}, "without profile='exp' or 'step'"),
         ("ride-cifar100", {"test_share": "0.2"}, "without profile='natural'"),
     ],
@@ -235,7 +264,8 @@ def test_sade_on_large_sets_is_as_its_public_configurations_say():
     assert [scheduled_lr(places, epoch) for epoch in (0, 9, 10, 20, 29)] == pytest.approx(
         [0.01, 0.01, 1e-3, 1e-4, 1e-4]
     )
-    assert (places.trunk_lr_factor, places.weight_decay, places.reduced, places.reversed_tau) == (0.1, 4e-4, False, 1)
+    assert (places.features_lr_factor, places.weight_decay, places.reduced) == (0.1, 4e-4, False)
+    assert places.reversed_tau == 1
     assert (places.pretrained, places.batch_size, places.epochs) == ("torchvision", 128, 30)
     ride = RECIPES["ride-places-lt-r152"]
     assert ride.epoch_of(ride.deferred_from) == 20

@@ -99,5 +99,5 @@ def build(
     experts = experts_stage(recipe, model, AceLoss(recipe, class_counts, groups), len(class_counts))
     if recipe.group_lr_scaling:
         factors = list(zip(model.net.experts, lr_factors(groups, class_counts), strict=True))
-        experts = dataclasses.replace(experts, lr_factors=[*experts.lr_factors, *factors])
+        experts = dataclasses.replace(experts, lr_factors=factors)
     return model, [experts, *later_stages(recipe, model, class_counts)]

@@ -72,8 +72,7 @@ class NearestMeanClassifier(LinearClassifier):
         """
         self.centre.copy_(features.mean(dim=0) if kind == "cl2n" else torch.zeros_like(self.centre))
         self.unit_length.fill_(kind != "un")
-        members = F.one_hot(labels, self.out_features).to(features.dtype)  # (N, C)
-        means = members.T @ self.transform(features) / members.sum(dim=0).unsqueeze(1)
+        means = class_means(self.transform(features), labels, self.out_features)
         self.weight.copy_(2 * means)
         self.bias.copy_(-means.square().sum(dim=1))
 
@@ -106,11 +105,20 @@ def class_mean_accuracy(logits: Tensor, labels: Tensor) -> float:
     return 100 * float((right / images)[images > 0].double().mean())
 
 
-def features_and_logits(net: MultiExpertNet, images: AnyImages) -> Outputs:
-    """Of all experts for the images as they are, in fp32: logits (E, N, C) and features (E, N, D)."""
-    found: list[Outputs] = [net(pixels) for pixels in images.in_order(FEATURE_BATCH)]
-    logits, features = ([getattr(each, name) for each in found] for name in ("expert_logits", "expert_features"))
-    return Outputs(torch.cat(logits, dim=1), torch.cat(features, dim=1))
+def class_means(features: Tensor, labels: Tensor, n_classes: int) -> Tensor:
+    """Mean feature of each class: (N, D), (N,) -> (C, D); every class has an image."""
+    sums = features.new_zeros(n_classes, features.shape[1]).index_add_(0, labels, features)
+    return sums / torch.bincount(labels, minlength=n_classes).unsqueeze(1)
+
+
+def features_of(net: MultiExpertNet, images: AnyImages) -> Tensor:
+    """Of all experts for the images as they are, in fp32: (E, N, D)."""
+    return torch.cat([net(pixels).expert_features for pixels in images.in_order(FEATURE_BATCH)], dim=1)
+
+
+def logits_of(net: MultiExpertNet, images: AnyImages) -> Tensor:
+    """Of all experts for the images as they are, in fp32: (E, N, C)."""
+    return torch.cat([net(pixels).expert_logits for pixels in images.in_order(FEATURE_BATCH)], dim=1)
 
 
 def fit_tau_norm(net: MultiExpertNet, tau: float | None, train: AnyImages, heldout: AnyImages) -> dict[str, Any]:
@@ -123,7 +131,7 @@ def fit_tau_norm(net: MultiExpertNet, tau: float | None, train: AnyImages, heldo
     Returns:
         {"tau", "heldout_accuracy"}: by expert.
     """
-    features = features_and_logits(net, heldout).expert_features
+    features = features_of(net, heldout)
     found: dict[str, Any] = {"tau": {}, "heldout_accuracy": {}}
     for index, expert in enumerate(net.experts):
         classifier = cast(LinearClassifier, expert.classifier)
@@ -150,7 +158,7 @@ def fit_nearest_means(net: MultiExpertNet, kind: str, train: AnyImages, heldout:
     Returns:
         {"features", "heldout_accuracy"}: by expert.
     """
-    seen, unseen = (features_and_logits(net, images).expert_features for images in (train, heldout))
+    seen, unseen = (features_of(net, images) for images in (train, heldout))
     found: dict[str, Any] = {"features": {}, "heldout_accuracy": {}}
     for index, expert in enumerate(net.experts):
         classifier = cast(NearestMeanClassifier, expert.classifier)

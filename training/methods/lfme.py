@@ -25,7 +25,7 @@ from training.data.longtail import FEW_BELOW, MANY_ABOVE, SPLITS, split_of
 from training.data.report import DataError
 from training.data.samplers import class_aware, of_classes
 from training.data.sets import AnyImages
-from training.methods.decoupled import class_mean_accuracy, features_and_logits
+from training.methods.decoupled import class_mean_accuracy, logits_of
 from training.methods.method import Losses, Model, Network, Stage, build_model, cosine_lr, scheduled_lr
 from training.models.classifiers import LinearClassifier
 from training.models.multi_expert import MultiExpertNet, Outputs
@@ -132,12 +132,12 @@ class Student:
     def prepare(self, train: AnyImages, heldout: AnyImages, epoch: int) -> None:
         """Weigh each teacher by how far the student's accuracy on its classes is below its own."""
         if self.lowest is None:
-            seen = {name: features_and_logits(net, train).expert_logits[0] for name, net in self.teachers.items()}
+            seen = {name: logits_of(net, train)[0] for name, net in self.teachers.items()}
             confidence = self._confidence(seen, train.labels)
             self._least = self._least.to(confidence.device)
             self.lowest = torch.ones_like(self._least).scatter_reduce(0, train.labels, confidence, "amin")
             self.highest = torch.zeros_like(self._least).scatter_reduce(0, train.labels, confidence, "amax")
-        logits = features_and_logits(self.net, heldout).expert_logits[0]
+        logits = logits_of(self.net, heldout)[0]
         for name, classes in self.classes.items():
             of_split = torch.isin(heldout.labels, torch.tensor(classes, device=heldout.labels.device))
             if not of_split.any():  # nothing to judge by
@@ -145,7 +145,7 @@ class Student:
                 continue
             labels = heldout.labels[of_split]
             if name not in self._teacher_accuracies:
-                taught = features_and_logits(self.teachers[name], heldout).expert_logits[0][of_split]
+                taught = logits_of(self.teachers[name], heldout)[0][of_split]
                 self._teacher_accuracies[name] = class_mean_accuracy(only(taught, classes), labels)
             accuracy = class_mean_accuracy(logits[of_split], labels)
             self.weights[name] = teacher_weight(accuracy, self._teacher_accuracies[name], self.recipe.lfme_threshold)
@@ -205,7 +205,7 @@ def build(
         cast(LinearClassifier, net.experts[0].classifier).reset_parameters()
     stages = [
         Stage(
-            name=name, epochs=recipe.lfme_epochs, batch_size=max(recipe.batch_size // BATCH_SHARES[name], 1),
+            name=name, epochs=recipe.lfme_epochs, batch_size=max(recipe.lfme_batch_size // BATCH_SHARES[name], 1),
             part=teachers[name],
             losses=None, step=partial(teacher_step, classes[name]), network=teachers[name],
             sampler=of_classes(classes[name]), lr=partial(cosine_lr, recipe.lfme_lr, recipe.lfme_epochs),

@@ -134,7 +134,10 @@ def build_model(recipe: Recipe, n_classes: int, mean: Sequence[float], std: Sequ
             layers = FusionLayers(index, width, recipe.image_size)
         if recipe.classifier == "cosine":
             return Expert(layers, CosineClassifier(width, n_classes, recipe.cosine_scale))
-        return Expert(layers, LinearClassifier(width, n_classes))
+        classifier = LinearClassifier(width, n_classes)
+        if not recipe.backbone.endswith("_cifar"):
+            classifier.reset_parameters()
+        return Expert(layers, classifier)
 
     trunk_layers = TwoLevelTrunk() if recipe.depth_fusion else backbone.trunk(recipe)
     parts = Trunk(trunk_layers, mean, std), [expert(index) for index in range(recipe.n_experts)]
@@ -163,13 +166,18 @@ def build_model(recipe: Recipe, n_classes: int, mean: Sequence[float], std: Sequ
 
 def experts_stage(recipe: Recipe, model: Model, losses: Callable[..., Losses], n_classes: int) -> Stage:
     """The first stage of a method: the whole network, every image once an epoch, optimiser and schedule as given."""
+    slower = recipe.features_lr_factor != 1
     return Stage(
         name="experts", epochs=recipe.epochs, batch_size=recipe.batch_size, part=model.net,
         losses=losses, sampler=shuffled, lr=partial(scheduled_lr, recipe),
         momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay, alone=recipe,
         optimiser=recipe.optimiser, clip_norm=recipe.clip_norm, mixing=mixing_of(recipe, n_classes),
-        lr_factors=[(model.net.trunk, recipe.trunk_lr_factor)] if recipe.trunk_lr_factor != 1 else (),
+        lr_factors=[(_all_but_classifiers(model.net), recipe.features_lr_factor)] if slower else (),
     )  # fmt: skip
+
+
+def _all_but_classifiers(net: MultiExpertNet) -> nn.ModuleList:
+    return nn.ModuleList([net.trunk, *(cast(Expert, expert).layers for expert in net.experts)])
 
 
 def mixing_of(recipe: Recipe, n_classes: int) -> Mixing | None:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from training.data.samplers import class_aware
 from training.data.sets import AnyImages
-from training.methods.decoupled import features_and_logits
+from training.methods.decoupled import class_means, features_of
 from training.methods.method import FitStage, Losses, Model, Stage, build_model
 from training.methods.single import single_stage
 from training.models.classifiers import LinearClassifier
@@ -193,9 +193,8 @@ class MemoryLoss:
 
 def fill(model: Model, memory: Memory, train: AnyImages, heldout: AnyImages) -> dict[str, Any]:
     """Set the centroids to the class means of the training images' features."""
-    features = features_and_logits(model.net, train).expert_features[0]
-    members = F.one_hot(train.labels, len(memory.centroids)).to(features.dtype)  # (N, C)
-    memory.centroids.copy_(members.T @ features / members.sum(dim=0).unsqueeze(1))
+    features = features_of(model.net, train)[0]
+    memory.centroids.copy_(class_means(features, train.labels, len(memory.centroids)))
     return {"mean_length": float(memory.centroids.norm(dim=1).mean())}
 
 

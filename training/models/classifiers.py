@@ -38,7 +38,7 @@ class LinearClassifier(nn.Linear):
     An ordinary classifier with bias; fp32 under autocast, like the cosine one.
 
     It begins as in LDAM's network, with normal weights after Kaiming; `reset_parameters` draws torch's own, less than
-    half as wide, for those that are no part of that network.
+    half as wide, for networks for large images and those that are no part of LDAM's.
     """
 
     def __init__(self, n_features: int, n_classes: int) -> None:

@@ -7,6 +7,7 @@ from training.recipe import IMAGENET_MEAN, IMAGENET_STD, Recipe
 
 CE_IMAGENET_LT = Recipe(
     # Paper: arXiv:1910.09217; figures: published.py. The views, colour jitter on ImageNet-LT alone, are from memory.
+    # The public code is one epoch ahead along each cosine, so that it trains the last one at a rate of 0.
     # Run:   ride-train ce-imagenet-lt-r50 --data path/to/imagenet-lt
     #        ride-train crt-imagenet-lt-r50 --data path/to/imagenet-lt --set first_stage=runs/ce-imagenet-lt-r50
     #        (without first_stage it trains the same cross-entropy model first)

@@ -26,12 +26,12 @@ SADE_INATURALIST_R50 = dataclasses.replace(
 SADE_PLACES_LT_R152 = Recipe(
     # SADE, 3 experts of full width with three stages in common, pre-trained ResNet-152, Places-LT by its list files.
     # Its public configuration says that the third stage is not shared; its table's 13.18 G are those of one that is.
-    # The pre-trained weights are torchvision's; the authors' are Caffe's, and not easily had.
+    # The pre-trained weights are torchvision's newest (IMAGENET1K_V2); the authors' are Caffe's.
     # Run:   ride-train sade-places-lt-r152 --data path/to/places-lt
     name="sade-places-lt-r152", method="sade", loss="ce", data="", profile="natural",
     image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD, backbone="resnet152", pretrained="torchvision",
     n_experts=3, share_stage3=True, reversed_tau=1.0,
-    epochs=30, batch_size=128, lr=0.01, trunk_lr_factor=0.1, warmup_epochs=0, nesterov=True, weight_decay=4e-4,
+    epochs=30, batch_size=128, lr=0.01, features_lr_factor=0.1, warmup_epochs=0, nesterov=True, weight_decay=4e-4,
     lr_drops=(1 / 3, 2 / 3), lr_drop_factor=0.1,
     crop="resized", colour_jitter=0.4, test_fit="inner_crop",
     router_top_k=50,
@@ -47,16 +47,17 @@ RIDE_PLACES_LT_R152 = dataclasses.replace(
 
 ACE_IMAGENET_LT_R50 = dataclasses.replace(
     # ACE, 3 experts of full width, for all classes, the 615 and the 136 rarest. Its paper's settings are not known to
-    # us, not even the number of experts: schedule and views are RIDE's, the loss is that of `ace-cifar100`.
+    # us, not even the number of experts: schedule and views are RIDE's, the loss is that of `ace-cifar100`, but its
+    # second term weighs less: with features of 2048 numbers the second expert would diverge within a few steps.
     # Paper: arXiv:2108.02385; figures: published.py. The routers are ours.
     # Run:   ride-train ace-imagenet-lt-r50 --data path/to/imagenet-lt
     RIDE_IMAGENET_LT_R50, name="ace-imagenet-lt-r50", method="ace", loss="ce", classifier="linear", reduced=False,
-    group_shares=(0.615, 0.136), complementary_weight=0.1,
+    group_shares=(0.615, 0.136), complementary_weight=0.01,
     deferred_from=None, diversity_weight=0.0, diversity_gamma=Recipe.diversity_gamma, nesterov=False,
 )  # fmt: skip
 
 ACE_INATURALIST_R50 = dataclasses.replace(
-    ACE_IMAGENET_LT_R50, name="ace-inaturalist-r50", group_shares=(0.897, 0.396),
+    ACE_IMAGENET_LT_R50, name="ace-inaturalist-r50", group_shares=(0.897, 0.396), complementary_weight=0.003,
     mean=RIDE_INATURALIST_R50.mean, std=RIDE_INATURALIST_R50.std, colour_jitter=0.0,
     batch_size=RIDE_INATURALIST_R50.batch_size, lr=RIDE_INATURALIST_R50.lr,
 )  # fmt: skip
