@@ -267,9 +267,10 @@ def _floors(figures: Figures) -> str:
 
 def _open_loops(rows: Sequence[dict[str, Any]]) -> str:
     return _table(
-        ("share of saturation", "asked/s", "answered/s", "p50 ms", "p90 ms", "p99 ms", "max ms", "sent late p99 ms"),
+        ("share of saturation", "asked/s", "answered/s", "answers",
+         "p50 ms", "p90 ms", "p99 ms", "max ms", "sent late p99 ms"),
         [
-            (f"{row['share']:.0%}", f"{row['asked_rate']:.0f}", f"{row['rate']:.0f}",
+            (f"{row['share']:.0%}", f"{row['asked_rate']:.0f}", f"{row['rate']:.0f}", _outcomes(row["outcomes"]),
              *(f"{row[name]:.2f}" for name in ("p50_ms", "p90_ms", "p99_ms", "max_ms", "late_p99_ms")))
             for row in rows
         ],

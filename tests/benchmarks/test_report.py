@@ -97,9 +97,9 @@ def test_without_contestants_nothing_is_claimed():
     assert missed(document(rows=rows)) == ["against the contestants"]
 
 
-@pytest.mark.parametrize("name", ["quick", "full"])
+@pytest.mark.parametrize("name", ["quick", "full", "quick-same-decoder"])
 def test_the_pages_are_what_the_json_beside_them_gives(name, tmp_path):
-    """Every figure on these two is one that was measured."""
+    """Every figure on these is one that was measured."""
     page = write_report(json.loads((RESULTS / f"{name}.json").read_text()), tmp_path, name)
 
     assert page + "\n" == (tmp_path / f"{name}.md").read_text() == (RESULTS / f"{name}.md").read_text()
