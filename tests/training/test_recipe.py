@@ -292,6 +292,12 @@ def test_inaturalist_recipe_is_the_published_one():
     assert (recipe.mean, recipe.std) == ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192))
 
 
+def test_recipes_on_inaturalist_hold_out_as_little_as_they_can():
+    """A hundredth, but one of a class at least: its validation images are the test images already."""
+    shares = {recipe.holdout_share for name, recipe in RECIPES.items() if "inaturalist" in name}
+    assert shares == {0.01}
+
+
 @pytest.mark.parametrize(("where", "decay", "epochs"), [("imagenet-lt-x50", 5e-4, 10), ("inaturalist-r50", 1e-4, 30)])
 def test_recipes_of_retrained_classifiers_on_large_sets_are_the_published_ones(where, decay, epochs):
     """90 epochs along a cosine from 0.2 to 0 at full width, then classifiers on class-aware samples."""

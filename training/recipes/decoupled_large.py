@@ -24,6 +24,7 @@ CE_LARGE = {
     "inaturalist-r50": dataclasses.replace(
         CE_IMAGENET_LT,
         name="ce-inaturalist-r50",
+        holdout_share=0.01,
         mean=(0.466, 0.471, 0.380),
         std=(0.195, 0.194, 0.192),
         weight_decay=1e-4,

@@ -58,8 +58,8 @@ ACE_IMAGENET_LT_R50 = dataclasses.replace(
 
 ACE_INATURALIST_R50 = dataclasses.replace(
     ACE_IMAGENET_LT_R50, name="ace-inaturalist-r50", group_shares=(0.897, 0.396), complementary_weight=0.003,
-    mean=RIDE_INATURALIST_R50.mean, std=RIDE_INATURALIST_R50.std, colour_jitter=0.0,
-    batch_size=RIDE_INATURALIST_R50.batch_size, lr=RIDE_INATURALIST_R50.lr,
+    holdout_share=RIDE_INATURALIST_R50.holdout_share, mean=RIDE_INATURALIST_R50.mean, std=RIDE_INATURALIST_R50.std,
+    colour_jitter=0.0, batch_size=RIDE_INATURALIST_R50.batch_size, lr=RIDE_INATURALIST_R50.lr,
 )  # fmt: skip
 
 MULTI_EXPERT_LARGE = (
