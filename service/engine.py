@@ -183,13 +183,16 @@ class DeviceEngine(OnnxEngine):
         plain = "cuda" if provider == "tensorrt" else provider  # TensorRT takes no tensors of any rank
         self._take = self._session(GATHER_GRAPHS[dtype], plain)
         self._join = self._session(CONCAT_GRAPHS[dtype], plain)
-        if provider == "tensorrt":  # whose first run shall be of the largest batch, as `warm_up_sizes` says why
-            return
+        if provider != "tensorrt":  # for whose sake `warm_up_sizes` begins with the largest batch
+            self._try(bundle)
+
+    def _try(self, bundle: Bundle) -> None:
+        """One image through the trunk."""
         image = bundle.manifest.input
         try:
             self.trunk(np.zeros((1, image.height, image.width, 3), np.uint8))
         except Exception as error:  # such as that the GPU is too old, or too new, for this build
-            raise EngineError(f"{PROVIDERS[provider]} opens the graphs but does not run them: {error}") from error
+            raise EngineError(f"{PROVIDERS[self.provider]} opens the graphs but does not run them: {error}") from error
 
     def trunk(self, images: NDArray[np.uint8]) -> DeviceFeatures:
         """(B, H, W, 3) to features, on the device."""

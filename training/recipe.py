@@ -677,8 +677,10 @@ _NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Recipe], bool]], ...] = (
     ),
     (
         ("features_lr_factor",),
-        "another method",
-        lambda recipe: recipe.method not in ("ace", "bbn", "lfme"),
+        "another method than 'bbn' or 'lfme', or 'ace' with group_lr_scaling",
+        lambda recipe: (
+            recipe.method not in ("bbn", "lfme") and not (recipe.method == "ace" and recipe.group_lr_scaling)
+        ),
     ),
     (("max_margin",), "loss='ldam'", lambda recipe: "ldam" in recipe.losses()),
     (("focal_gamma",), "a focal loss", lambda recipe: bool({"focal", "sigmoid_focal"} & recipe.losses())),

@@ -11,6 +11,12 @@ from training.methods.method import scheduled_lr
 from training.recipe import Recipe, RecipeError, refuse_without_effect
 from training.recipes import RECIPES
 
+# What the methods of one plain expert need of RIDE's recipe.
+PLAIN = {
+    "n_experts": "1", "diversity_weight": "0", "loss": "ce", "classifier": "linear", "deferred_from": "none",
+    "rotation": "0",
+}  # fmt: skip
+
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Recipe)])
 def test_every_field_is_described(field):
@@ -82,41 +88,15 @@ def test_overrides_take_the_type_of_the_field():
             "deferred_from=0.5: method 'bbn' has no such epoch; take none",
         ),
         (
-            {
-                "method": "bbn",
-                "n_experts": "1",
-                "diversity_weight": "0",
-                "loss": "ce",
-                "classifier": "linear",
-                "deferred_from": "none",
-                "rotation": "0",
-                "depth_fusion": "true",
-            },
+            PLAIN | {"method": "bbn", "depth_fusion": "true"},
             "depth_fusion=true: method 'bbn' takes the last layers apart; take false",
         ),
         (
-            {
-                "method": "lfme",
-                "n_experts": "1",
-                "diversity_weight": "0",
-                "loss": "ce",
-                "classifier": "linear",
-                "deferred_from": "none",
-                "rotation": "0",
-                "pretrained": "a.pth",
-            },
+            PLAIN | {"method": "lfme", "pretrained": "a.pth"},
             "pretrained=a.pth: method 'lfme' has layers or networks besides, which would begin afresh; take none",
         ),
         (
-            {
-                "method": "oltr",
-                "n_experts": "1",
-                "diversity_weight": "0",
-                "loss": "ce",
-                "classifier": "linear",
-                "deferred_from": "none",
-                "backbone": "swin_t",
-            },
+            PLAIN | {"method": "oltr", "backbone": "swin_t"},
             "backbone='swin_t': method 'oltr' is built for ResNets and ResNeXts",
         ),
         (
@@ -172,7 +152,7 @@ def test_impossible_settings_are_refused(settings, message):
         ("ce-cifar100", {"effective_beta": "0.9"}, "without deferred_from"),
         ("shike-cifar100", {"lr_drops": "0.5"}, "without schedule='step'"),
         ("ride-retrained-cifar100", {"lr_drop_factor": "0.5"}, "without schedule='step'"),
-        ("ace-cifar100", {"features_lr_factor": "0.1"}, "without another method"),
+        ("ace-cifar100", {"features_lr_factor": "0.1"}, "or 'ace' with group_lr_scaling"),
         ("bbn-cifar100", {"warmup_start": "0.5", "warmup_epochs": "0"}, "warmup_start=0.5: .* without warmup_epochs"),
         ("ce-cifar100", {"cosine_scale": "20"}, "without classifier='cosine'"),
         ("ce-cifar100", {"router_epochs": "3"}, "without several experts"),
@@ -252,7 +232,7 @@ def test_imagenet_lt_recipes_are_the_published_ones(name):
 
 
 def test_sade_on_large_sets_is_as_its_public_configurations_say():
-    """Smaller batches along a cosine on ImageNet-LT; RIDE's schedule on iNaturalist; a slow trunk on Places-LT."""
+    """Smaller batches along a cosine on ImageNet-LT; RIDE's schedule on iNaturalist; slow features on Places-LT."""
     imagenet, inaturalist, places = (
         RECIPES[f"sade-{where}"] for where in ("imagenet-lt-x50", "inaturalist-r50", "places-lt-r152")
     )
@@ -290,6 +270,13 @@ def test_inaturalist_recipe_is_the_published_one():
 
     assert (recipe.lr, recipe.batch_size, recipe.diversity_gamma, recipe.colour_jitter) == (0.2, 512, 0.015, 0)
     assert (recipe.mean, recipe.std) == ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192))
+
+
+def test_features_may_be_slower_under_ace_without_rates_of_its_own():
+    """With them, the experts' rates are theirs."""
+    settings = {"features_lr_factor": "0.1", "group_lr_scaling": "false"}
+
+    refuse_without_effect([RECIPES["ace-cifar100"].override(settings)], settings)
 
 
 def test_recipes_on_inaturalist_hold_out_as_little_as_they_can():
