@@ -220,7 +220,7 @@ def _without_directories(fields: dict[str, Any]) -> dict[str, Any]:
 def _finished(run: Path, data: str | None, settings: Mapping[str, str]) -> _Subject:
     """The model of a run directory, whose recipe says all."""
     checkpoint, model = trained_model(run)
-    images = load_data(checkpoint.recipe.with_images_at(data, dict(settings)))
+    images = load_data(checkpoint.recipe.with_images_at(data, dict(settings)), checked=True)
     refuse_other_images(checkpoint, images)
     return _Subject(checkpoint, model, images)
 
@@ -229,13 +229,14 @@ def _published(file: Path, data: str | None, settings: Mapping[str, str], wish: 
     """The model of one of the authors' files, with the classes and their counts of the images that are given."""
     published = read_published(file, {**settings, **({} if data is None else {"data": data})})
     recipe = published.recipe
-    if recipe.profile == "natural" and open_set(recipe).test is None:
+    image_set = open_set(recipe)
+    if recipe.profile == "natural" and image_set.test is None:
         raise BundleError(
             f"{recipe.data}: has no test images of its own, and all others may be what {file} was trained on; put the "
             "test images of its data set into test/"
         )
     images = load_data(recipe)
-    if recipe.profile == "natural" and "training images" in images.heldout_note:
+    if recipe.profile == "natural" and image_set.heldout is None:
         if wish.max_risk is not None:
             raise BundleError(
                 f"--max-risk {wish.max_risk:g}: the held-out images are a share of the training images of "

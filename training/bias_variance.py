@@ -298,7 +298,7 @@ def _save_predictions(run: Path) -> None:
         return
     checkpoint, model = trained_model(run)
     device = best_device()
-    predictions = predict(model.to(device), load_data(checkpoint.recipe).test.to(device))
+    predictions = predict(model.to(device), load_data(checkpoint.recipe, checked=True).test.to(device))
     logits = torch.from_numpy(predictions.expert_logits).mean(dim=0)
     partial = run / "predictions.partial.npz"
     np.savez_compressed(

@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -77,7 +78,10 @@ def run_stage(
         if stage.prepare is not None:
             with torch.no_grad():
                 stage.prepare(train, heldout, epoch)
-        (model.net if stage.norms_follow else stage.part).train()
+        stage.part.train()
+        if stage.norms_follow:
+            for norm in (part for part in model.net.modules() if isinstance(part, _BatchNorm)):
+                norm.train()
         for group in optimiser.param_groups:
             group["lr"] = group["factor"] * stage.lr(epoch)
         line = _run_epoch(network, stage, train, recipe, epoch, optimiser, scaler, after_step)
@@ -231,8 +235,9 @@ def forward_of(model: Model, stage: Stage, recipe: Recipe) -> Callable[[Tensor],
         ):
             own = images[own_rows(len(images))]
             outputs = network(own, len(images) // world_size()) if in_parts else network(own)
-            outputs = gather_outputs(outputs, len(images))
-            return outputs if stage.teacher is None else outputs._replace(teacher_logits=stage.teacher(images))
+            if stage.teacher is not None:
+                outputs = outputs._replace(teacher_logits=stage.teacher(own))
+            return gather_outputs(outputs, len(images))
 
     return forward
 

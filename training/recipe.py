@@ -447,10 +447,6 @@ class Recipe:
             raise RecipeError(f"cycles={self.cycles}: must divide epochs={self.epochs}")
         if self.accumulate > self.batch_size:
             raise RecipeError(f"accumulate={self.accumulate}: must be at most batch_size={self.batch_size}")
-        if "routers" in self.stage_epochs() and self.accumulate > self.router_batch_size:
-            raise RecipeError(
-                f"accumulate={self.accumulate}: must be at most router_batch_size={self.router_batch_size}"
-            )
 
     def _refuse_experts(self) -> None:
         """What a method does not do with its experts."""
@@ -548,7 +544,7 @@ class Recipe:
                 )
             if self.retrain != "crt" and self.classifier != "linear":
                 raise RecipeError(f"classifier={self.classifier!r}: retrain={self.retrain!r} needs the linear one")
-            if self.retrain == "crt" and self.retrain_loss == "ldam" and self.classifier != "cosine":
+            if self.retrain in ("crt", "lws") and self.retrain_loss == "ldam" and self.classifier != "cosine":
                 raise RecipeError("retrain_loss='ldam': the margins of LDAM need the cosine classifier")
         if self.method in ("bbn", "oltr", "lfme") and (self.classifier, self.loss) != ("linear", "ce"):
             raise RecipeError(
@@ -663,6 +659,12 @@ _NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Recipe], bool]], ...] = (
         "a diversity_weight",
         lambda recipe: bool(recipe.diversity_weight),
     ),
+    (
+        ("collaborative", "loss_times_experts", "distill_each"),
+        "two experts or more",
+        lambda recipe: recipe.n_experts > 1,
+    ),
+    (("router_shared",), "three experts or more", lambda recipe: recipe.n_experts > 2),
     (("tau",), "retrain='tau_norm'", lambda recipe: recipe.retrain == "tau_norm"),
     (("ncm_features",), "retrain='ncm'", lambda recipe: recipe.retrain == "ncm"),
     (
@@ -692,7 +694,7 @@ _NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Recipe], bool]], ...] = (
             not recipe.expert_taus or (recipe.retrain_epochs > 0 and recipe.retrain_loss == "logit_adjusted")
         ),
     ),
-    (("effective_beta",), "deferred_from", lambda recipe: recipe.deferred_from is not None),
+    (("effective_beta", "diversity_gamma"), "deferred_from", lambda recipe: recipe.deferred_from is not None),
     (
         ("lr_drops", "lr_drop_factor"),
         "schedule='step'",

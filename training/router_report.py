@@ -116,7 +116,7 @@ def report(
         raise ReportError(f"{run}: its routers were never trained (router_epochs=0)")
     if max_mean_experts is not None and not max_mean_experts >= 1:  # NaN is not
         raise ReportError(f"--max-mean-experts {max_mean_experts:g}: every image uses one expert at least")
-    images = load_data(recipe.with_images_at(data, settings or {}))
+    images = load_data(recipe.with_images_at(data, settings or {}), checked=True)
     refuse_other_images(checkpoint, images)
     device = best_device()
     model.to(device)

@@ -26,6 +26,7 @@ from training.loop import DivergedError, fit_stage, rates_of, run_stage
 from training.methods import ace, bbn, lfme, m2m, oltr, ride, sade, shike, single
 from training.methods.method import FitStage, Method, Model, Stage
 from training.methods.teacher import refuse_other_teachers
+from training.models.backbones import BACKBONES
 from training.pretrained import start_from
 from training.recipe import NO_EFFECT_FIELDS, PLACE_FIELDS, SINGLE_PROCESS_METHODS, Decoding, Recipe, RecipeError
 
@@ -76,6 +77,13 @@ def _train(recipe: Recipe, run: Path, device: torch.device, held: ExitStack) -> 
     mean, std = (recipe.mean, recipe.std) if recipe.mean and recipe.std else channel_statistics(data.train)
     if rank() == 0:
         print(f"{recipe.data}: {_sizes(data)}", file=sys.stderr)
+        usual = BACKBONES[recipe.backbone].image_size
+        if recipe.image_size < usual:
+            print(
+                f"image_size={recipe.image_size}: {recipe.backbone} is usually trained on images of {usual}x{usual} "
+                f"pixels: --set image_size={usual} --set crop=resized --set test_fit=inner_crop",
+                file=sys.stderr,
+            )
     torch.manual_seed(recipe.seed)
     model, stages = _built(recipe, data.counts, mean, std, done)
     model.to(device)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from training.__main__ import main
 from training.data.samplers import shuffled
 from training.data.sets import Images
-from training.distributed import from_first, joined, rank, share_gradients
+from training.distributed import from_first, joined, rank, share_gradients, world_size
 from training.errors import TrainingError
 from training.loop import batches, forward_of, train_step
 from training.methods.individual import IndividualLoss
@@ -43,7 +43,7 @@ class SmallNet(nn.Module):
 def weights_after(
     steps: int, norm: bool, scaler: torch.amp.GradScaler | None = None, **fields: Any
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses of the steps, and all weights after them; the loss is normalised by the sum of class weights."""
+    """Losses of the steps, by labels, class weights and a teacher, and all weights after them."""
     recipe = Recipe(
         name="t", method="single", deferred_from=0.0, batch_size=14, router_batch_size=14, precision="fp32",
         compile=False, **fields,
@@ -61,9 +61,15 @@ def weights_after(
     individual.class_weights = individual.class_weights.double()
 
     def losses(outputs: Outputs, labels: Tensor, epoch: int) -> dict[str, Tensor]:
-        return {"loss": torch.stack([individual(beside * z, labels, epoch) for z in outputs.expert_logits]).sum()}
+        assert outputs.teacher_logits is not None
+        own = torch.stack([individual(beside * z, labels, epoch) for z in outputs.expert_logits]).sum()
+        return {"loss": own + (outputs.expert_logits - outputs.teacher_logits).square().mean()}
 
-    stage = Stage("t", 1, 14, model, losses, shuffled, lambda _: 0.1, 0.9, False, 0.0)
+    def teacher(own: Tensor) -> Tensor:
+        assert len(own) <= 14 // world_size(), "a process needs to ask it of its own rows only"
+        return own.double().mean(dim=(1, 2)) / 255
+
+    stage = Stage("t", 1, 14, model, losses, shuffled, lambda _: 0.1, 0.9, False, 0.0, teacher=teacher)
     optimiser = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     network = forward_of(model, stage, recipe)
     seen: list[float] = []

@@ -336,6 +336,15 @@ def test_torchvision_is_asked_only_for_what_it_has(monkeypatch):
         dataclasses.replace(RECIPES["ride-cifar100"], pretrained="torchvision")
 
 
+def test_a_network_for_large_images_on_small_ones_is_no_surprise(small_nets, folder, tmp_path, capsys):
+    """ride-own has 32x32 images unless told otherwise; a ResNet-50 on them would disappoint without a word."""
+    recipe = dataclasses.replace(BASE, data=str(folder), epochs=1, router_epochs=1, crop="padded", colour_jitter=0.0)
+    train(recipe, tmp_path / "run")
+    assert "image_size=32: resnet50 is usually trained on images of 224x224 pixels: --set" in capsys.readouterr().err
+    train(dataclasses.replace(recipe, backbone="resnet20_cifar"), tmp_path / "cifar")
+    assert "is usually trained" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("left", "accumulate"), [(1, 1), (5, 4)])
 def test_one_image_left_over_ends_no_training(small_nets, folder, tmp_path, left, accumulate):
     """At 32x32 a ResNet's last feature map is one pixel, which batch norm cannot normalise for an image alone."""

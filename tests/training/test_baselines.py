@@ -1016,6 +1016,7 @@ def test_oltr_learns_classifiers_faster_than_features_and_centroids(memory_model
         ("m2m-cifar100", {"m2m_from": "1"}, "m2m_from=1.0: of epochs=200, one at least"),
         ("m2m-cifar100", {"m2m_beta": "1"}, "m2m_beta=1.0: must be from 0"),
         ("crt-cifar100", {"retrain_loss": "ldam"}, "need the cosine classifier"),
+        ("lws-cifar100", {"retrain_loss": "ldam"}, "need the cosine classifier"),
         ("crt-cifar100", {"retrain": "svm"}, "must be one of crt, lws, tau_norm, ncm"),
     ],
 )

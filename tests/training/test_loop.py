@@ -9,6 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 from training.data.sets import Images
 from training.log import Log
@@ -62,6 +63,33 @@ def test_rates_momentum_decay_and_average_are_the_stages(nesterov, averaged, tmp
     log.close()
 
     assert model.net.weight.detach().numpy()[0] == pytest.approx(by_hand(nesterov)[averaged], rel=1e-5)
+
+
+def test_frozen_parts_are_in_evaluation_mode_but_for_batch_norms_that_follow(tmp_path):
+    """A path that is dropped at random would be noise in features that nothing adapts to it."""
+    frozen = nn.ModuleDict({"norm": nn.BatchNorm2d(2), "path": StochasticDepth(0.5, "row")})
+    model = Model(nn.ModuleDict({"frozen": frozen, "head": nn.Linear(2, 1)}), None)
+    modes = []
+
+    def step(network, images, labels, *_):
+        modes.append((frozen["norm"].training, frozen["path"].training, model.net["head"].training))
+        zeros = torch.zeros(1, len(labels), 1)
+        return Outputs(zeros, zeros), {"loss": model.net["head"].weight.square().sum()}
+
+    images = Images(torch.zeros(4, 8, 8, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.long))
+    log = Log.open(tmp_path, {})
+    for follow in (False, True):
+        stage = Stage(
+            "t", 1, 4, model.net["head"], None, lambda labels, _: torch.arange(len(labels)), RATES.__getitem__,
+            MOMENTUM, False, DECAY, step=step, norms_follow=follow,
+        )  # fmt: skip
+        run_stage(
+            model, stage, images, images, RECIPE, start=None, run=tmp_path / str(follow), log=log,
+            info={"recipe": RECIPE.to_dict()}, evaluate=lambda _: {},
+        )  # fmt: skip
+    log.close()
+
+    assert modes == [(False, False, True), (True, False, True)]
 
 
 def test_the_log_has_means_over_images(tmp_path):

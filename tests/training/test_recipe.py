@@ -134,6 +134,9 @@ def test_impossible_settings_are_refused(settings, message):
         ("ldam-drw-cifar100", {"m2m_gamma": "0.5"}, "without method='m2m'"),
         ("ride-cifar100", {"distill_weight": "2"}, "without a teacher"),
         ("ride-cifar100", {"diversity_gamma": "0.1", "diversity_weight": "0"}, "without a diversity_weight"),
+        ("shike-cifar100", {"method": "ride", "diversity_weight": "0.6", "diversity_gamma": "0.1"}, "without deferred"),
+        ("ride-cifar100", {"n_experts": "1", "diversity_weight": "0", "collaborative": "true"}, "without two experts"),
+        ("ride-2-cifar100", {"router_shared": "true"}, "without three experts or more"),
         ("ce-cifar100", {"retrain_lr": "0.2"}, "without retrain_epochs"),
         ("ce-cifar100", {"retrain": "lws"}, "without retrain_epochs"),
         ("crt-cifar100", {"tau": "1"}, "without retrain='tau_norm'"),
@@ -239,7 +242,7 @@ def test_sade_on_large_sets_is_as_its_public_configurations_say():
     assert (imagenet.batch_size, imagenet.weight_decay, imagenet.nesterov, imagenet.reversed_tau) == (64, 5e-4, True, 2)
     assert [scheduled_lr(imagenet, epoch) for epoch in (0, 90)] == pytest.approx([0.025, 0.0125])
     assert inaturalist.reversed_tau == 1
-    different = {"name", "method", "loss", "reversed_tau", "deferred_from", "diversity_weight"}
+    different = {"name", "method", "loss", "reversed_tau", "deferred_from", "diversity_weight", "diversity_gamma"}
     assert set(inaturalist.differences(RECIPES["ride-inaturalist-r50"], ())) == different
     assert [scheduled_lr(places, epoch) for epoch in (0, 9, 10, 20, 29)] == pytest.approx(
         [0.01, 0.01, 1e-3, 1e-4, 1e-4]

@@ -48,9 +48,10 @@ def reversed_frequency(labels: Tensor, generator: torch.Generator) -> Tensor:
 
 def uniform_and_reversed(batch_size: int) -> Callable[[Tensor, torch.Generator], Tensor]:
     """
-    A sampler, (2N,): of every `batch_size` images the first half are `shuffled`, the other half `reversed_frequency`.
+    A sampler: of every `batch_size` images the first half are `shuffled`, the other half `reversed_frequency`.
 
-    The last batch is as short as the images left over make it, and in halves too.
+    Images left over make no batch, as in the public code, but where there is no other: each half is normalised by
+    itself, which one image cannot be.
 
     Args:
         batch_size: even, of the stage.
@@ -60,8 +61,9 @@ def uniform_and_reversed(batch_size: int) -> Callable[[Tensor, torch.Generator],
 
     def sampler(labels: Tensor, generator: torch.Generator) -> Tensor:
         uniform, rare = shuffled(labels, generator), reversed_frequency(labels, generator)
-        halves = zip(uniform.split(batch_size // 2), rare.split(batch_size // 2), strict=True)
-        return torch.cat([torch.cat(pair) for pair in halves])
+        half = min(batch_size // 2, len(labels))
+        whole = len(labels) // half * half
+        return torch.stack([uniform[:whole].view(-1, half), rare[:whole].view(-1, half)], dim=1).flatten()
 
     return sampler
 

@@ -22,7 +22,7 @@ from training.data.longtail import SPLITS, class_counts, draw_subset, split_of
 from training.data.report import DataError, Report
 from training.data.sources import ImageSet, Source, open_set
 from training.data.streamed import StreamedImages, fits_in_memory
-from training.distributed import from_first
+from training.distributed import from_first, world_size
 from training.recipe import Decoding, Recipe
 
 STATISTICS_IMAGES = 5000  # of a streamed set
@@ -112,12 +112,14 @@ def load_data(recipe: Recipe, *, checked: bool = False) -> Data:
     The images of `recipe`, checked and split; decoded, where they fit in memory.
 
     Args:
-        checked: every image was decoded before, by an earlier start of the same training: streamed ones are looked at
-            by their headers only.
+        checked: every image was decoded before, at the start of the same training: streamed ones are looked at by
+            their headers only.
 
     Raises:
         DataError: for a set that is missing or too small, or with everything that is wrong with its images at once.
     """
+    if world_size() > 1:
+        from_first(lambda: open_set(recipe) and None)  # what has to be downloaded is there for the others
     image_set = open_set(recipe)
     total = sum(len(source) for source in image_set.parts().values())
     fits = from_first(lambda: fits_in_memory(total, recipe))  # all processes must agree

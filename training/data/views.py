@@ -37,7 +37,7 @@ def train_view(image: Image.Image, recipe: Recipe, generator: torch.Generator) -
     """
     if recipe.crop == "padded":
         pixels = torch.from_numpy(np.array(fit(image, recipe.image_size, recipe.image_size))).unsqueeze(0)
-        return _padded_crops(pixels, recipe, generator)[0].numpy()
+        return train_views(pixels, recipe, generator)[0].numpy()
     with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         return np.array(_pipeline(recipe)(image))
@@ -50,22 +50,15 @@ def evaluation_view(image: Image.Image, recipe: Recipe) -> np.ndarray:
 
 def train_views(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
     """
-    A batch of decoded images as a training step sees them; with padded crops on the device that holds them.
+    A batch of decoded images, with padded crops, as a training step sees them; on the device that holds them.
 
     Args:
-        images: (B, H, W, 3), uint8.
+        images: (B, S, S, 3), uint8.
         generator: on the CPU.
 
     Returns:
-        (B, S, S, 3), uint8, on the same device.
+        (B, S, S, 3), uint8.
     """
-    if recipe.crop == "padded":
-        return _padded_crops(images, recipe, generator)
-    seen = [train_view(Image.fromarray(image), recipe, generator) for image in images.cpu().numpy()]
-    return torch.from_numpy(np.stack(seen)).to(images.device)
-
-
-def _padded_crops(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
     return augment(
         images, generator, crop_padding=recipe.crop_padding, flip=recipe.flip, rotation=recipe.rotation,
         auto_augment=recipe.auto_augment, cutout=recipe.cutout,

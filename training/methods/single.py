@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from training.methods.decoupled import retrain_stage
 from training.methods.individual import IndividualLoss
 from training.methods.method import FitStage, Losses, Model, Stage, build_model, experts_stage
+from training.methods.ride import later_stages
 from training.models.multi_expert import Outputs
 from training.recipe import Recipe
 
@@ -29,10 +29,7 @@ def build(
 ) -> tuple[Model, list[Stage | FitStage]]:
     """A fresh model of one expert; its stage, and the classifier's where the recipe retrains it."""
     model = build_model(recipe, len(class_counts), mean, std)
-    stages: list[Stage | FitStage] = [single_stage(recipe, model, class_counts)]
-    if recipe.retrain_epochs:
-        stages.append(retrain_stage(recipe, model, class_counts))
-    return model, stages
+    return model, [single_stage(recipe, model, class_counts), *later_stages(recipe, model, class_counts)]
 
 
 def single_stage(recipe: Recipe, model: Model, class_counts: Sequence[int]) -> Stage:

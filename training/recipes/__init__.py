@@ -1,8 +1,7 @@
 """
 The recipes by name: a file each, with source, command and the figure to expect.
 
-Rows that differ from another one in their images or their number of experts alone share a file, and so do many of
-those on large sets.
+Most of those on large sets share one, and so do the baselines on CIFAR that differ in their images alone.
 """
 
 from training.recipes.ace_4_cifar100 import ACE_4_CIFAR100

@@ -20,7 +20,7 @@ SADE_IMAGENET_LT_X50 = Recipe(
 SADE_INATURALIST_R50 = dataclasses.replace(
     # All else as RIDE there.
     RIDE_INATURALIST_R50, name="sade-inaturalist-r50", method="sade", loss="ce", reversed_tau=1.0,
-    deferred_from=None, diversity_weight=0.0,
+    deferred_from=None, diversity_weight=0.0, diversity_gamma=Recipe.diversity_gamma,
 )  # fmt: skip
 
 SADE_PLACES_LT_R152 = Recipe(
