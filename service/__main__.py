@@ -103,8 +103,7 @@ def _stop_early(sig: int, frame: FrameType | None) -> NoReturn:
 def _allow_open_files() -> None:
     """As many as the system lets us have: each connection is one, and one too many is reset without a word."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):  # macOS names a limit that it does not grant
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _return_memory() -> None:

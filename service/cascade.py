@@ -135,7 +135,7 @@ Finished: TypeAlias = list[tuple[Job, Outcome | Exception]]
 
 class Cascade:
     """
-    Answers jobs, one stage a step. Not thread-safe: one step at a time, as the engine.
+    Answers jobs, step by step. Not thread-safe: one step at a time, as the engine.
 
     A fresh batch passes trunk and first expert in one step; its survivors then wait for their next one, alone or, where
     the schedule says that it pays, for company.

@@ -113,7 +113,7 @@ class Classifier:
             registry, manifest, self.operation, lambda: self._batcher.waiting, settings.max_queue, counters
         )
         self._decoders = ThreadPoolExecutor(self.threads, thread_name_prefix="ride-decode")
-        self._decoded_s = 0.0  # in this turn of the event loop, by requests of several images
+        self._decoded_s = 0.0  # in this turn of the event loop
         self._in_flight = 0
         self.engine_watch: EngineWatch | None = None  # once the engine runs, in this process
         self._idle = asyncio.Event()
@@ -341,11 +341,16 @@ class Classifier:
             cascade, threaded = await asyncio.to_thread(self._prepare)
             self._batcher.start(cascade, threaded=threaded)
             self.engine_watch = EngineWatch(cascade, max(LONGEST_STEP_S, self.settings.timeout_s))
+            self._engine_started(self.provider, self.variant)
         else:
-            self.provider, self.variant = await self._remote.connect()
+            await self._remote.connect(self._engine_started)
             threaded = True
-        self.metrics.engine_started(variant=self.variant, provider=self.provider, onnxruntime=RUNTIME_VERSION)
         return threaded
+
+    def _engine_started(self, provider: str, variant: str) -> None:
+        """What runs, here or in the engine's process, whose successor may have found another provider."""
+        self.provider, self.variant = provider, variant
+        self.metrics.engine_started(variant=variant, provider=provider, onnxruntime=RUNTIME_VERSION)
 
     def profile(self) -> Profile:
         """

@@ -17,7 +17,7 @@ def available_cores(root: Path = Path("/")) -> int:
     Args:
         root: where /proc and /sys lie; only tests change it.
     """
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    affinity = len(os.sched_getaffinity(0))
     quotas = [*_quotas_v2(root), *_quotas_v1(root)]
     return max(1, min([affinity, *map(int, quotas)]))
 

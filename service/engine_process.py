@@ -12,8 +12,7 @@ from typing import Any, Final
 
 import uvloop
 
-from service.batcher import BatcherStoppedError
-from service.cascade import AbandonedError, Job, NotFiniteError, Outcome
+from service.cascade import Job, NotFiniteError, Outcome
 from service.classifier import Classifier
 from service.health import end_if_broken
 from service.logs import log
@@ -24,7 +23,6 @@ from service.wire import Connection, pack
 
 BEAT_EVERY_S: Final = 1.0
 LAST_CALL_S: Final = 0.1  # after which fronts that have connected, but were not let in yet, have been
-EXPECTED: Final = (NotFiniteError, AbandonedError, BatcherStoppedError)  # failures that need no stack trace
 CREDENTIALS: Final = struct.Struct("3i")  # of the process that connected: its id, and those of its user and group
 
 
@@ -120,7 +118,7 @@ class EngineProcess:
 
     def explain(self, error: BaseException) -> tuple[str, str]:
         """A failure as a front gets it; a surprising one is logged here, once for all that it befell."""
-        if isinstance(error, Exception) and not isinstance(error, EXPECTED) and error is not self._logged:
+        if isinstance(error, Exception) and not isinstance(error, NotFiniteError) and error is not self._logged:
             self._logged = error
             log(logging.ERROR, "batch_failed", error=error)
         return type(error).__name__, str(error)

@@ -3,8 +3,9 @@
 import logging
 import os
 import time
-from typing import Final, Protocol
+from typing import Final
 
+from service.cascade import Cascade
 from service.logs import log
 
 MOST_FAILURES: Final = 20  # steps in a row
@@ -12,28 +13,15 @@ LONGEST_STEP_S: Final = 60.0
 PAUSE_S: Final = 2.0  # longer between two looks: this process was paused, and the step with it
 
 
-class Steps(Protocol):
-    """
-    What runs the engine, step by step.
-
-    Attributes:
-        failures: how many steps in a row the engine failed as a whole.
-        step_began: time.monotonic() when the step began that runs now; None between two.
-    """
-
-    failures: int
-    step_began: float | None
-
-
 class EngineWatch:
     """Looks at an engine from time to time, from another thread than the one that may hang in it."""
 
-    def __init__(self, steps: Steps, longest_step_s: float = LONGEST_STEP_S) -> None:
+    def __init__(self, cascade: Cascade, longest_step_s: float = LONGEST_STEP_S) -> None:
         """
         Args:
             longest_step_s: seconds that a step may take.
         """
-        self._steps = steps
+        self._cascade = cascade
         self._longest_step_s = longest_step_s
         self._step: float | None = None  # the one that ran at the last look
         self._seconds = 0.0  # for which it has been seen to run
@@ -41,13 +29,13 @@ class EngineWatch:
 
     def trouble(self) -> str | None:
         """What is wrong for good; None where nothing is. To be asked every second or more often."""
-        now, began = time.monotonic(), self._steps.step_began
+        now, began = time.monotonic(), self._cascade.step_began
         passed = min(now - self._looked, PAUSE_S)
         self._looked = now
         self._seconds = self._seconds + passed if began is not None and began == self._step else 0.0
         self._step = began
-        if self._steps.failures >= MOST_FAILURES:
-            return f"the engine failed {self._steps.failures} times in a row"
+        if self._cascade.failures >= MOST_FAILURES:
+            return f"the engine failed {self._cascade.failures} times in a row"
         if self._seconds > self._longest_step_s:
             return f"a step of the engine has not ended for {self._seconds:.0f} s"
         return None

@@ -13,7 +13,7 @@ import orjson
 LOGGER = logging.getLogger("ride")
 COMMON: dict[str, Any] = {}  # fields of every line that this process writes
 PATIENCE_MS: Final = 10  # for whoever reads the log
-PIECE: Final = 1024  # characters, of four bytes at most: a page
+PAGE: Final = 4096  # bytes: what a pipe takes whole, if at all
 
 
 class JsonFormatter(logging.Formatter):
@@ -66,11 +66,12 @@ class LossyHandler(logging.StreamHandler[TextIO]):
             line = self.format(record) + self.terminator
             if self._cut:
                 line, self._cut = self.terminator + line, False
-            for start in range(0, len(line), PIECE):
+            piece = PAGE if line.isascii() else PAGE // 4  # characters, of four bytes at most
+            for start in range(0, len(line), piece):
                 if start and not self._has_room():
                     self._lost, self._cut = lost + 1, True  # what this line was to say has to be said again
                     return
-                self.stream.write(line[start : start + PIECE])
+                self.stream.write(line[start : start + piece])
                 self.flush()
         except Exception:  # as StreamHandler: whoever logs shall not fail because a disk is full
             self.handleError(record)

@@ -74,7 +74,7 @@ class HistogramCells:
     def family(self, sums: Sequence[float]) -> Metric:
         """As Prometheus reads it."""
         family = HistogramMetricFamily(f"ride_{self.name}", self.text, labels=[self.label] if self.label else [])
-        names = [bound_name(bound) for bound in (*self.bounds, math.inf)]
+        names = [*(repr(float(bound)) for bound in self.bounds), "+Inf"]  # 1.0, not 1: part of a series' name
         for value, first in self.cells.items():
             end = first + len(names)
             counts = accumulate(sums[first:end])
@@ -292,7 +292,7 @@ class Metrics:
                 family.add_metric(list(labels.values()), 1)
             yield family
         pids = [int(pid) for pid in counters.column(PID) if pid]
-        yield from process_families(pids, pids[-1], sums[DEAD_CPU_S])
+        yield from process_families(pids, sums[DEAD_CPU_S])
 
     def _macs(self, sums: Sequence[float]) -> Iterator[Metric]:
         """What images cost follows from how many of them used how many experts."""
@@ -319,7 +319,9 @@ class Metrics:
         ):
             yield GaugeMetricFamily(f"ride_{name}", text, value=value)
         yield CounterMetricFamily(
-            "ride_worker_restarts", "Worker processes that took the place of one that died.", value=sums[RESTARTS]
+            "ride_worker_restarts",
+            "Deaths of workers, or of the engine's process, after which another one is started.",
+            value=sums[RESTARTS],
         )
 
     def _calibration(self) -> Iterator[Metric]:
@@ -342,11 +344,6 @@ class Metrics:
 def shared_counters(manifest: Manifest, workers: int, *, shared_engine: bool = False) -> Counters:
     """Counters for the processes of a service."""
     return Counters(workers, Layout(manifest).size, shared_engine=shared_engine)
-
-
-def bound_name(bound: float) -> str:
-    """A bucket's bound as prometheus_client writes it: 1.0, not 1, for that is part of a series' name."""
-    return "+Inf" if bound == math.inf else repr(float(bound))
 
 
 def image_macs(manifest: Manifest, experts_used: int, rule: Rule) -> int:

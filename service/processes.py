@@ -2,6 +2,7 @@
 
 import os
 import resource
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,17 +17,7 @@ TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
 
-def _booted() -> int:
-    """When the machine started, in seconds since 1970; 0 where there is no /proc."""
-    try:
-        lines = (PROC / "stat").read_text().splitlines()
-    except OSError:
-        return 0
-    return next(int(line.split()[1]) for line in lines if line.startswith("btime "))
-
-
-# Once, and before the fork: when the clock is set, Linux moves it, and the service would seem to have started anew.
-BOOTED: Final = _booted()
+STARTED: Final = time.time()  # of the service: before the fork, and not moved where the clock is set
 
 
 class _Spare:
@@ -62,29 +53,27 @@ SPARE: Final = _Spare()  # a fork gives each process its own
 
 @dataclass(frozen=True, slots=True)
 class ProcessFigures:
-    """One process: processor time in seconds since its start, memory in bytes, start in seconds since 1970."""
+    """One process: processor time in seconds since its start, memory in bytes."""
 
     cpu_s: float
     resident_bytes: int
     virtual_bytes: int
     open_files: int
-    started: float
 
 
-def process_families(pids: Iterable[int], first: int, dead_cpu_s: float) -> Iterator[Metric]:
+def process_families(pids: Iterable[int], dead_cpu_s: float) -> Iterator[Metric]:
     """
     The metrics named process_*, as prometheus_client names them, over several processes, and how near the one with most
     open files is to the limit; none where there is no /proc.
 
     Args:
-        first: whose start is the start of the service.
         dead_cpu_s: processor seconds of those that are no more, so that the sum does not fall.
     """
     with SPARE.given_up():
-        found = {pid: process for pid in pids if (process := read_process(pid)) is not None}
-    if first not in found:
+        figures = [process for pid in pids if (process := read_process(pid)) is not None]
+    if not figures:
         return
-    figures, most_files = found.values(), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     yield CounterMetricFamily(
         "process_cpu_seconds",
         "User and system time of all processes of the service.",
@@ -105,9 +94,9 @@ def process_families(pids: Iterable[int], first: int, dead_cpu_s: float) -> Iter
         (
             "max_fds",
             "File descriptors that may be open, in all processes.",
-            len(found) * most_files,
+            len(figures) * most_files,
         ),
-        ("start_time_seconds", "Start of the service, in seconds since 1970.", found[first].started),
+        ("start_time_seconds", "Start of the service, in seconds since 1970.", STARTED),
     ):
         yield GaugeMetricFamily(f"process_{name}", text, value=value)
     yield GaugeMetricFamily(
@@ -133,5 +122,4 @@ def read_process(pid: int) -> ProcessFigures | None:
         resident_bytes=int(fields[21]) * PAGE_BYTES,
         virtual_bytes=int(fields[20]),
         open_files=open_files,
-        started=BOOTED + int(fields[19]) / TICKS_PER_S,
     )

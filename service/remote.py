@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from model_export.bundle import InputSpec
 from service.batcher import MAX_RETRY_S, Batcher, BatcherStoppedError
-from service.cascade import AbandonedError, Job, NotFiniteError, Outcome
+from service.cascade import Job, NotFiniteError, Outcome
 from service.engine import EngineError
 from service.errors import ServiceError
 from service.logs import log
@@ -22,8 +22,6 @@ from service.slots import Slots
 from service.sockets import BACKLOG
 from service.wire import Connection, Packer
 
-# What the engine's process may answer in place of an outcome, by name; anything else becomes a RemoteError.
-FAILURES: Final = {kind.__name__: kind for kind in (NotFiniteError, AbandonedError, BatcherStoppedError)}
 JOBS: Final = Packer(Job, without=("image", "abandoned"))
 OUTCOMES: Final = Packer(Outcome)
 RECONNECT_S: Final = 0.5
@@ -63,7 +61,8 @@ class RemoteBatcher(Batcher[Job, Outcome]):
         self._pending: dict[int, tuple[asyncio.Future[Outcome], float]] = {}  # by slot; since when
         self._image_s = 0.0  # from submission to answer
         self._engine: _ToEngine | None = None  # None while its process is not there
-        self._ready: asyncio.Future[tuple[str, str]]
+        self._ready: asyncio.Future[None]
+        self._greeted: Callable[[str, str], None]
         self._keeper: asyncio.Task[None] | None = None
 
     @property
@@ -76,20 +75,21 @@ class RemoteBatcher(Batcher[Job, Outcome]):
         """As the batcher's: as long as the images that are answered now, their work included."""
         return self._image_s if self.waiting else 0.0
 
-    async def connect(self) -> tuple[str, str]:
+    async def connect(self, greeted: Callable[[str, str], None]) -> None:
         """
         Wait until the engine's process is ready; stay connected from then on.
 
-        Returns:
-            The provider and the variant that it runs.
+        Args:
+            greeted: gets the provider and the variant that it runs, and those of each successor.
 
         Raises:
             EngineError: where there will be none.
         """
         self._loop = asyncio.get_running_loop()
         self._ready = self._loop.create_future()
+        self._greeted = greeted
         self._keeper = asyncio.create_task(self._stay_connected())
-        return await self._ready
+        await self._ready
 
     async def stop(self) -> None:
         """Leave the engine's process. What is not finished gets BatcherStoppedError."""
@@ -170,8 +170,9 @@ class RemoteBatcher(Batcher[Job, Outcome]):
             self._answer(message)
             return
         self._engine = engine
+        self._greeted(*message)
         if not self._ready.done():
-            self._ready.set_result((message[0], message[1]))
+            self._ready.set_result(None)
 
     def _answer(self, answers: list[Any]) -> None:
         """[slot, fields of Outcome] or [slot, name of a failure, text] each."""
@@ -186,7 +187,7 @@ class RemoteBatcher(Batcher[Job, Outcome]):
                 future.set_result(OUTCOMES.data(answer[0]))
             else:
                 name, text = answer
-                future.set_exception(FAILURES.get(name, RemoteError)(text))
+                future.set_exception((NotFiniteError if name == NotFiniteError.__name__ else RemoteError)(text))
 
     def _fail_pending(self, error: Exception) -> None:
         for slot, (future, _) in self._pending.items():

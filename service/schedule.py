@@ -42,13 +42,10 @@ class Profile:
         }
 
     def seconds(self, stage: str, images: float) -> float:
-        """Of a batch of this size: measured, or between two that were; 0 for none."""
+        """Of a batch of this size, at most the largest that was measured: measured, or between two; 0 for none."""
         if images <= 0:
             return 0.0
-        sizes, times = self._points[stage]
-        if images > sizes[-1]:
-            return float(times[-1] * images / sizes[-1])
-        return float(np.interp(images, sizes, times))
+        return float(np.interp(images, *self._points[stage]))
 
     def longest_step(self, images: int) -> float:
         """Seconds of the longest step that a batch of this size can take: trunk and first expert, or a later expert."""

@@ -197,7 +197,7 @@ class Settings(BaseSettings):
         description="Take the cheapest operating point of the bundle's table that loses at most so many percentage "
         "points against all experts.",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
+    log_level: Literal["info", "warning", "error"] = Field(
         "info",
         description="Least severe line to log. warning still shows every refused request; error only our failures.",
     )

@@ -412,9 +412,9 @@ def test_nobody_waits_for_ever_while_fresh_images_keep_coming(max_experts):
 
 
 def test_a_profile_reads_between_its_measurements():
-    """Linear between sizes, in proportion beyond the largest."""
-    measured = Profile({"trunk": {1: 1.0, 3: 2.0}, "expert_0": {1: 4.0}, "expert_1": {1: 7.0, 2: 7.0}})
+    """Linear between sizes."""
+    measured = Profile({"trunk": {1: 1.0, 3: 2.0}, "expert_0": {1: 4.0, 3: 12.0}, "expert_1": {1: 7.0, 3: 7.0}})
 
-    assert [measured.seconds("trunk", images) for images in (0, 1, 2, 3, 6)] == [0, 1, 1.5, 2, 4]
+    assert [measured.seconds("trunk", images) for images in (0, 1, 2, 3)] == [0, 1, 1.5, 2]
     assert measured.longest_step(1) == 7
     assert measured.longest_step(3) == 2 + 12

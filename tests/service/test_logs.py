@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import threading
+from types import SimpleNamespace
 
 from service.logs import JsonFormatter, LossyHandler
 from tests.service.conftest import PATIENCE_S
@@ -45,3 +46,16 @@ def test_long_lines_that_nobody_reads_are_cut_or_lost_instead_of_waited_for():
     assert json.loads(last)["lines_lost_before"] == 21 - len(whole)
     assert end == ""
     assert "lines_lost_before" not in after
+
+
+def test_a_line_of_a_page_is_written_at_once():
+    """Or lines of two workers would mix in the pipe that they share."""
+    written = []
+    handler = LossyHandler(SimpleNamespace(write=written.append, flush=lambda: None))
+    handler.setFormatter(JsonFormatter())
+    logger = logging.Logger("test")
+    logger.addHandler(handler)
+    for event in ("x" * 3900, "€" * 900):
+        logger.warning(event)
+
+    assert [json.loads(line)["event"] for line in written] == ["x" * 3900, "€" * 900]

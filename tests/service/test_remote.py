@@ -17,7 +17,7 @@ import uvloop
 
 from model_export.bundle import InputSpec
 from service.batcher import BatcherStoppedError, QueueFullError
-from service.cascade import AbandonedError, Job, NotFiniteError, Outcome
+from service.cascade import Job, NotFiniteError, Outcome
 from service.engine import EngineError
 from service.engine_process import EngineProcess
 from service.errors import ServiceError
@@ -149,6 +149,7 @@ class Linked:
         self.batcher = self.link.batcher
         self.front_of = front_of
         self.futures = []
+        self.greetings = []
         self.start_engine()
 
     def start_engine(self):
@@ -158,6 +159,10 @@ class Linked:
         listening.setblocking(False)
         self.process = EngineProcess(self.engine, self.link.slots, listening, self.front_of)
         self.serving = asyncio.create_task(self.process.serve())
+
+    async def connect(self):
+        """The front to the engine, and to its successors."""
+        await self.batcher.connect(lambda *greeting: self.greetings.append(greeting))
 
     async def kill_engine(self):
         """Its connections break, and nobody accepts new ones."""
@@ -191,7 +196,8 @@ class Linked:
 async def linked():
     """Connected, with three places and two slots more."""
     linked = Linked()
-    assert await linked.batcher.connect() == ("cuda", "fp16")
+    await linked.connect()
+    assert linked.greetings == [("cuda", "fp16")]
     yield linked
     await linked.batcher.stop()
     outcomes = await asyncio.gather(*linked.futures, return_exceptions=True)
@@ -226,7 +232,7 @@ async def test_jobs_and_outcomes_cross_unchanged(linked):
 @pytest.mark.anyio
 @pytest.mark.parametrize(
     ("raised", "arrives"),
-    [(NotFiniteError("NaN"), NotFiniteError), (AbandonedError("x"), AbandonedError), (OSError("disk"), RemoteError)],
+    [(NotFiniteError("NaN"), NotFiniteError), (OSError("disk"), RemoteError)],
 )
 async def test_a_failure_arrives_as_what_the_front_expects(linked, raised, arrives, caplog):
     """With its text; what nobody expects is a RemoteError, and logged once for all that it befell."""
@@ -356,7 +362,9 @@ async def test_when_the_engine_dies_its_jobs_get_503_and_the_next_one_takes_over
         await linked.batcher.submit(job())
 
     linked.start_engine()
+    linked.engine.provider, linked.engine.variant = "cpu", "int8"  # all that it found
     await until(linked.is_connected)
+    assert linked.greetings == [("cuda", "fp16"), ("cpu", "int8")]
     futures = await linked.submit(job(6), job(7))
     linked.engine.jobs[1][2].set_result(outcome(7))
     assert await futures[1] == outcome(7)
@@ -384,7 +392,7 @@ async def test_where_the_engine_is_gone_for_good_the_start_fails():
     link.listening.close()
 
     with pytest.raises(EngineError, match=r"the engine's process has ended \(Connection refused\)"):
-        await link.batcher.connect()
+        await link.batcher.connect(print)
     await link.batcher.stop()
 
 
@@ -405,7 +413,7 @@ async def test_the_engine_stays_until_the_last_front_has_left():
     """However early it is told to stop: fronts need it to drain."""
     linked = Linked()
     linked.process.stop()
-    await linked.batcher.connect()
+    await linked.connect()
     (future,) = await linked.submit(job())
     await asyncio.sleep(0.3)
     assert not linked.serving.done()
