@@ -16,15 +16,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import CollectorRegistry
 
 from benchmarks.engine import NullObserver, default_share, reach_of
 from model_export.bundle import Bundle, read_bundle
 from service.cascade import Cascade, Floats, Job, Rows
-from service.classifier import Classifier
 from service.engine import open_engine
 from service.schedule import Profile, Schedule
 from service.settings import DEFAULT_BUNDLE, Settings
+from service.warm_up import warm_up
 
 LOADS = (0.5, 0.8, 0.95, 1.05, 1.3)  # of what the device can do when it finishes one batch before the next
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -96,8 +95,8 @@ def simulate(
 
 def measure_profile(bundle: Bundle) -> Profile:
     """Of this processor, one thread, as the service measures it when it warms up."""
-    settings = Settings(provider="cpu", threads=1, max_batch=SIZES[-1])
-    return Classifier(bundle, settings, CollectorRegistry(), open_engine).profile()
+    engine = open_engine(bundle, None, provider="cpu", threads=1)
+    return warm_up(engine, bundle.manifest, Settings(max_batch=SIZES[-1]), bundle.manifest.rule).profile
 
 
 def imagined_gpu(stages: Sequence[str]) -> Profile:

@@ -15,7 +15,7 @@ from typing import Final, NoReturn
 from prometheus_client import CollectorRegistry
 
 from model_export.bundle import Bundle, BundleError, read_bundle
-from service.classifier import GPU_BATCH, Classifier
+from service.classifier import Classifier
 from service.counters import PID, READY, Counters
 from service.engine import open_engine
 from service.engine_process import EngineProcess
@@ -27,6 +27,7 @@ from service.settings import Settings, SettingsError, read_settings, unknown_var
 from service.shares import choose_shared_engine, choose_workers, engine_share_of, share_of
 from service.sockets import open_sockets
 from service.supervisor import STOP_SIGNALS, Supervisor
+from service.warm_up import GPU_BATCH
 
 LAST_STANDARD_STREAM: Final = 2
 LARGE_BYTES: Final = 4 << 20

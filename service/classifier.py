@@ -27,16 +27,14 @@ from service.logs import log
 from service.metrics import Metrics
 from service.operating_point import choose_operation
 from service.remote import RemoteBatcher
-from service.schedule import Profile, Schedule
-from service.settings import GPU_PROVIDERS, Settings, SettingsError
+from service.schedule import Schedule
+from service.settings import Settings
 from service.uploads import Upload, UploadMemory
-from service.warm_up import RunningEngine, measure_profile
+from service.warm_up import RunningEngine, choose_variant, warm_up
 
 State = Literal["starting", "ready", "draining", "failed"]
 NOT_READY: Final = "graphs are being loaded and run for the first time; retry in 1 s"
 LONG_STEP_S: Final = 0.025  # for which the event loop shall not stand still
-CPU_BATCH: Final = 16  # its features still fit into the cache
-GPU_BATCH: Final = 64
 MOST_WAITING: Final = 0.5  # of the time for a request: who waited longer would rarely be answered in the rest of it
 DECODING_S: Final = 0.005  # of one request after the other in the event loop, before it looks at others
 
@@ -96,11 +94,7 @@ class Classifier:
         self.bundle = bundle
         self.settings = settings
         self.operation = choose_operation(manifest, settings)
-        if settings.variant not in (None, *manifest.variants):
-            raise SettingsError(
-                f"RIDE_VARIANT is {settings.variant!r}, {manifest.name} has the variants {sorted(manifest.variants)}"
-            )
-        self.variant = settings.variant or manifest.default_variant  # the engine may choose another
+        self.variant = choose_variant(manifest, settings)
         self.threads = settings.threads or available_cores()
         self._alone = counters is None
         self.provider = ""  # known once the engine is open
@@ -352,48 +346,26 @@ class Classifier:
         self.provider, self.variant = provider, variant
         self.metrics.engine_started(variant=variant, provider=provider, onnxruntime=RUNTIME_VERSION)
 
-    def profile(self) -> Profile:
-        """
-        Open the engine and measure every stage at several batch sizes; nothing is served.
-
-        Raises:
-            EngineError: where the engine cannot be opened, or a graph fails.
-            NotFiniteError: where a graph gives NaN or infinity even for a blank image.
-        """
-        return self._open_and_profile()[1]
-
     def _prepare(self) -> tuple[Cascade, bool]:
-        """Open and profile the engine, in a thread; whether steps need one too."""
+        """Open and warm up the engine, in a thread; whether steps need one too."""
         settings, manifest = self.settings, self.bundle.manifest
-        engine, profile, max_batch = self._open_and_profile()
-        on_gpu = self._on_gpu
+        engine = self._open_engine(self.bundle, settings.variant, provider=settings.provider, threads=self.threads)
+        self.provider, self.variant = engine.provider, engine.variant
+        warm = warm_up(engine, manifest, settings, self.operation.rule)
         point = self.operation.expected
         share = point.experts_share if point is not None else (0.0,) * (manifest.n_experts - 1) + (1.0,)
         schedule = Schedule(
-            max_batch,
-            merges=on_gpu if settings.merge == "auto" else settings.merge == "on",
-            profile=profile,
+            warm.max_batch,
+            merges=warm.on_gpu if settings.merge == "auto" else settings.merge == "on",
+            profile=warm.profile,
             reach=[sum(share[expert:]) for expert in range(manifest.n_experts)],
         )
-        threaded = on_gpu or profile.longest_step(max_batch) > LONG_STEP_S
+        threaded = warm.on_gpu or warm.profile.longest_step(warm.max_batch) > LONG_STEP_S
         cascade = Cascade(
             engine, n_experts=manifest.n_experts, n_classes=len(manifest.classes), rule=self.operation.rule,
             schedule=schedule, observer=self.metrics,
         )  # fmt: skip
         return cascade, threaded if settings.engine_thread == "auto" else settings.engine_thread == "on"
-
-    def _open_and_profile(self) -> tuple[RunningEngine, Profile, int]:
-        """The engine, its times, and the largest batch."""
-        settings = self.settings
-        engine = self._open_engine(self.bundle, settings.variant, provider=settings.provider, threads=self.threads)
-        self.provider, self.variant = engine.provider, engine.variant
-        max_batch = settings.max_batch or (GPU_BATCH if self._on_gpu else CPU_BATCH)
-        rule, on_gpu = self.operation.rule, self._on_gpu
-        return engine, measure_profile(engine, self.bundle.manifest, rule, max_batch, on_gpu=on_gpu), max_batch
-
-    @property
-    def _on_gpu(self) -> bool:
-        return self.provider in GPU_PROVIDERS
 
 
 def not_finite(error: NotFiniteError) -> ServiceError:

@@ -5,15 +5,14 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from prometheus_client import CollectorRegistry
-
 from model_export.bundle import BundleError, read_bundle
 from service.cascade import NotFiniteError
-from service.classifier import Classifier
 from service.engine import EngineError, open_engine
 from service.logs import log, set_up
+from service.operating_point import choose_operation
 from service.settings import Command, SettingsError, read_settings, unknown_variables
 from service.shares import choose_shared_engine, choose_workers, engine_share_of, share_of
+from service.warm_up import choose_variant, warm_up
 
 PROFILE: Final = Command(
     "ride-profile",
@@ -34,19 +33,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         workers = choose_workers(settings)
         shared = choose_shared_engine(settings, workers)
         share = engine_share_of(settings) if shared else share_of(settings, workers)
-        classifier = Classifier(bundle, share, CollectorRegistry(), open_engine)
+        rule = choose_operation(bundle.manifest, share).rule
+        choose_variant(bundle.manifest, share)
     except (SettingsError, BundleError) as error:
         print(f"ride-profile: {error}", file=sys.stderr)
         return 2
     try:
-        times = classifier.profile().measured
+        engine = open_engine(bundle, share.variant, provider=share.provider, threads=share.threads)
+        times = warm_up(engine, bundle.manifest, share, rule).profile.measured
     except (BundleError, EngineError, NotFiniteError) as error:
         print(f"ride-profile: {error}", file=sys.stderr)
         return 1
     manifest = bundle.manifest
     print(
-        f"{manifest.name} {manifest.version}, variant {classifier.variant}, provider {classifier.provider}, threads "
-        f"{classifier.threads}; milliseconds of one batch, the shortest of several runs, experts with their routers\n"
+        f"{manifest.name} {manifest.version}, variant {engine.variant}, provider {engine.provider}, threads "
+        f"{share.threads}; milliseconds of one batch, the shortest of several runs, experts with their routers\n"
     )
     print("| images | " + " | ".join(times) + " |")
     print("| --- |" + " --- |" * len(times))

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 import numpy as np
@@ -11,8 +12,11 @@ from service.cascade import BatchReport, Cascade, Engine, Job, NotFiniteError
 from service.engine import EngineError, batch_size_for
 from service.logs import log
 from service.schedule import Profile, Schedule
+from service.settings import GPU_PROVIDERS, Settings, SettingsError
 
 PROFILE_RUNS: Final = 5
+CPU_BATCH: Final = 16  # its features still fit into the cache
+GPU_BATCH: Final = 64
 
 
 class RunningEngine(Engine, Protocol):
@@ -20,6 +24,41 @@ class RunningEngine(Engine, Protocol):
 
     provider: str
     variant: str
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """How long the graphs of an engine took, which has run all of them, and what follows for batches."""
+
+    profile: Profile
+    max_batch: int
+    on_gpu: bool
+
+
+def choose_variant(manifest: Manifest, settings: Settings) -> str:
+    """
+    The one that is asked for; else the bundle's default, in whose place the engine may choose another.
+
+    Raises:
+        SettingsError: where the bundle lacks it.
+    """
+    if settings.variant not in (None, *manifest.variants):
+        raise SettingsError(
+            f"RIDE_VARIANT is {settings.variant!r}, {manifest.name} has the variants {sorted(manifest.variants)}"
+        )
+    return settings.variant or manifest.default_variant
+
+
+def warm_up(engine: RunningEngine, manifest: Manifest, settings: Settings, rule: Rule) -> WarmUp:
+    """
+    Run every graph, at the batch sizes that the settings allow.
+
+    Raises:
+        EngineError, NotFiniteError: as `measure_profile`.
+    """
+    on_gpu = engine.provider in GPU_PROVIDERS
+    max_batch = settings.max_batch or (GPU_BATCH if on_gpu else CPU_BATCH)
+    return WarmUp(measure_profile(engine, manifest, rule, max_batch, on_gpu=on_gpu), max_batch, on_gpu)
 
 
 class _Stopwatch:
