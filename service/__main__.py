@@ -104,7 +104,8 @@ def _stop_early(sig: int, frame: FrameType | None) -> NoReturn:
 def _allow_open_files() -> None:
     """As many as the system lets us have: each connection is one, and one too many is reset without a word."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with suppress(OSError, ValueError):  # a limit from before the system's own, fs.nr_open, was lowered
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _return_memory() -> None:
