@@ -49,14 +49,13 @@ def main(arguments: list[str] | None = None) -> int:
         share = share_of(settings, workers)
         bundle = read_bundle(settings.bundle)
         counters = shared_counters(bundle.manifest, workers, shared_engine=shared_engine)
-        alone = workers == 1 and not shared_engine
         link, batcher = None, None
         if shared_engine:
             link = open_link(
                 workers, bundle.manifest.input, max_queue=share.max_queue, max_batch=share.max_batch or GPU_BATCH
             )
             batcher = link.batcher
-        classifier = Classifier(bundle, share, CollectorRegistry(), open_engine, None if alone else counters, batcher)
+        classifier = Classifier(bundle, share, CollectorRegistry(), open_engine, counters, batcher)
     except (SettingsError, BundleError) as error:
         print(f"ride-serve: {error}", file=sys.stderr)
         return 2
@@ -71,10 +70,6 @@ def main(arguments: list[str] | None = None) -> int:
     for listening in groups[0]:
         host, port = listening.getsockname()[:2]
         log(logging.INFO, "listening", url=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
-    if alone:
-        code = 1 if DrainingServer(classifier, groups[0]).serve_until_told() else 0
-        logging.shutdown()
-        os._exit(code)  # an orderly exit would wait for a decoding thread whose client is long gone
 
     def work(number: int, sockets: Sequence[socket]) -> int:
         if link is not None:

@@ -1,38 +1,13 @@
 """Collects what comes while the engine is busy and hands it over when the engine is free; knows nothing of the work."""
 
 import asyncio
-import math
 import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Protocol
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-MAX_RETRY_S: Final = 30
-
-
-class QueueFullError(Exception):
-    """
-    No places for so many items.
-
-    Attributes:
-        waiting: places taken.
-        saved: places kept for an earlier, larger request.
-        retry_after: seconds, whole, after which places should be free.
-    """
-
-    def __init__(self, waiting: int, saved: int, retry_after: int) -> None:
-        super().__init__(f"{waiting} items are waiting, {saved} places are kept")
-        self.waiting = waiting
-        self.saved = saved
-        self.retry_after = retry_after
-
-
-class BatcherStoppedError(Exception):
-    """The batcher ended before the item's turn came."""
+from service.places import BatcherStoppedError, Item, Places, Result
 
 
 class Work(Protocol[Item, Result]):
@@ -49,16 +24,11 @@ class Work(Protocol[Item, Result]):
         """Begin with these, or go on without any; return those that are finished now, begun in this step or before."""
 
 
-class Batcher(Generic[Item, Result]):
+class Batcher(Places[Item, Result]):
     """
     A bounded queue with the work behind it.
 
-    There is no timer: a lone item is begun at once, and whatever comes during a step may begin with the next. Every
-    item needs a place, which `reserve` takes, `submit` hands on to the queue, and the beginning of its work frees.
-
-    Places are taken all at once or not at all. So that a refused request for many is not overtaken by small ones for
-    ever, its places are saved up from then on, while anybody waits, until someone who asks for at least as many gets
-    them or stays away. Half of all places at most: the others are never shut out.
+    There is no timer: a lone item is begun at once, and whatever comes during a step may begin with the next.
 
     Steps run in the event loop, which between two of them serves whoever else is ready; or in a thread of their own,
     where a step takes so long that the loop cannot wait for it. Everything else is for the event loop's thread only.
@@ -69,12 +39,9 @@ class Batcher(Generic[Item, Result]):
         Args:
             max_queue: places.
         """
-        self._max_queue = max_queue
+        super().__init__(max_queue)
         self._queue: deque[Item] = deque()
         self._futures: dict[Item, asyncio.Future[Result]] = {}
-        self._reserved = 0
-        self._saved = 0  # places that are kept for the largest refused request
-        self._saved_until = 0.0
         self._seconds_per_item = 0.0
         self._seconds = 0.0  # worked since an item was finished
         self._due = False  # whether a step is about to begin, or runs in the thread
@@ -116,28 +83,6 @@ class Batcher(Generic[Item, Result]):
             if not future.done():
                 future.set_exception(BatcherStoppedError())
 
-    def check(self) -> None:
-        """Raise QueueFullError if no place is free. Places that are saved count as free: they may be for the asker."""
-        if self.waiting >= self._max_queue:
-            raise QueueFullError(self.waiting, 0, self._retry_after())
-
-    def reserve(self, count: int) -> None:
-        """Take `count` places at once, or raise QueueFullError."""
-        now = time.monotonic()
-        saved = self._saved if count < self._saved and now < self._saved_until else 0
-        if self.waiting + count + saved > self._max_queue:
-            retry_after = self._retry_after()
-            if not saved:
-                self._saved, self._saved_until = min(count, self._max_queue // 2), now + retry_after + 1
-            raise QueueFullError(self.waiting, saved, retry_after)
-        if count >= self._saved:
-            self._saved = 0
-        self._reserved += count
-
-    def release(self, count: int) -> None:
-        """Give back places that were reserved and will not be used."""
-        self._reserved -= count
-
     def submit(self, item: Item) -> asyncio.Future[Result]:
         """Queue an item on a reserved place. Cancel the future, and the item is dropped if it has not begun."""
         future: asyncio.Future[Result] = self._loop.create_future()
@@ -146,9 +91,6 @@ class Batcher(Generic[Item, Result]):
         self._futures[item] = future
         self._schedule()
         return future
-
-    def _retry_after(self) -> int:
-        return min(MAX_RETRY_S, max(1, math.ceil(self.wait_s)))
 
     def _schedule(self) -> None:
         """Have a step soon: after all that the event loop already has to do, which may bring more items."""

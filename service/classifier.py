@@ -8,24 +8,25 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
 from model_export.bundle import Bundle, BundleError
-from service.batcher import MAX_RETRY_S, Batcher, QueueFullError
+from service.batcher import Batcher
 from service.cascade import Cascade, Job, NotFiniteError, Outcome
 from service.cores import available_cores
 from service.counters import Counters
 from service.engine import RUNTIME_VERSION, EngineError
 from service.errors import ServiceError
 from service.health import LONGEST_STEP_S, EngineWatch
-from service.images import decode, is_small
+from service.images import decode, decode_if_small
 from service.logs import log
 from service.metrics import Metrics
 from service.operating_point import choose_operation
+from service.places import MAX_RETRY_S, QueueFullError
 from service.remote import RemoteBatcher
 from service.schedule import Schedule
 from service.settings import Settings
@@ -96,16 +97,17 @@ class Classifier:
         self.operation = choose_operation(manifest, settings)
         self.variant = choose_variant(manifest, settings)
         self.threads = settings.threads or available_cores()
-        self._alone = counters is None
         self.provider = ""  # known once the engine is open
         self.state: State = "starting"
         self.upload_memory = UploadMemory(settings.max_inflight_bytes)
         self._open_engine = open_engine
-        self._remote = remote
-        self._batcher: Batcher[Job, Outcome] = remote or Batcher(max_queue=settings.max_queue)
+        self._batcher: Batcher[Job, Outcome] | RemoteBatcher = remote or Batcher(max_queue=settings.max_queue)
         self.metrics = Metrics(
             registry, manifest, self.operation, lambda: self._batcher.waiting, settings.max_queue, counters
         )
+        self._decoding: dict[str, Any] = {
+            "spec": manifest.input, "max_pixels": settings.max_pixels, "scaled": settings.scaled_decode
+        }  # fmt: skip
         self._decoders = ThreadPoolExecutor(self.threads, thread_name_prefix="ride-decode")
         self._decoded_s = 0.0  # in this turn of the event loop
         self._in_flight = 0
@@ -129,7 +131,7 @@ class Classifier:
         self.metrics.set_ready(True)
         log(
             logging.INFO,
-            "ready" if self._alone else "worker_ready",
+            "worker_ready",
             bundle=str(self.bundle.path),
             model=f"{self.bundle.manifest.name} {self.bundle.manifest.version}",
             variant=self.variant,
@@ -227,20 +229,20 @@ class Classifier:
     async def _classify_one(self, upload: Upload, choice: Choice) -> ClassifiedImage | ServiceError:
         """Decode, queue and answer one image, on a place that is already reserved."""
         try:
-            if is_small(upload.data):
-                pixels, seconds = self._decode(upload.data)
-                self._count_decoding(seconds)
+            decoded = self._decode_if_small(upload.data)
+            if decoded is not None:
+                self._count_decoding(decoded[1])
             else:
-                pixels, seconds = await self._decode_apart(upload.data)
+                decoded = await self._decode_apart(upload.data)
         except ServiceError as error:
             self._batcher.release(1)
             return error
         except BaseException:
             self._batcher.release(1)
             raise
-        job = self._job(pixels, choice, seconds)
+        job = self._job(*decoded, choice)
         try:
-            return ClassifiedImage(await self._batcher.submit(job), seconds)
+            return ClassifiedImage(await self._batcher.submit(job), decoded[1])
         except asyncio.CancelledError:
             job.abandoned = True
             raise
@@ -277,28 +279,33 @@ class Classifier:
         Raises:
             ServiceError: overloaded, or what is wrong with the image.
         """
-        if not is_small(data):
-            return None
         self._reserve(1)
+        decoded = None
         try:
-            pixels, seconds = self._decode(data)
-        except BaseException:
-            self._batcher.release(1)
-            raise
-        job = self._job(pixels, choice, seconds)
-        return job, self._batcher.submit(job), seconds
+            decoded = self._decode_if_small(data)
+        finally:
+            if decoded is None:
+                self._batcher.release(1)
+        if decoded is None:
+            return None
+        job = self._job(*decoded, choice)
+        return job, self._batcher.submit(job), decoded[1]
 
-    def _job(self, pixels: NDArray[np.uint8], choice: Choice, decode_s: float) -> Job:
+    def _job(self, pixels: NDArray[np.uint8], decode_s: float, choice: Choice) -> Job:
         self.metrics.image_decoded(decode_s)
         return Job(
             pixels, choice.thresholds, choice.max_experts, choice.min_confidence, choice.top_k, time.perf_counter()
         )
 
     def _decode(self, data: bytes) -> tuple[NDArray[np.uint8], float]:
+        """Pixels, and the seconds that they took."""
         started = time.perf_counter()
-        settings = self.settings
-        pixels = decode(data, self.bundle.manifest.input, settings.max_pixels, scaled=settings.scaled_decode)
-        return pixels, time.perf_counter() - started
+        return decode(data, **self._decoding), time.perf_counter() - started
+
+    def _decode_if_small(self, data: bytes) -> tuple[NDArray[np.uint8], float] | None:
+        started = time.perf_counter()
+        pixels = decode_if_small(data, **self._decoding)
+        return None if pixels is None else (pixels, time.perf_counter() - started)
 
     def _reserve(self, count: int) -> None:
         self._check_wait()
@@ -321,7 +328,7 @@ class Classifier:
 
     def _overloaded(self, error: QueueFullError, asked: str) -> ServiceError:
         kept = f", {error.saved} places are kept for an earlier request" if error.saved else ""
-        limit = "RIDE_MAX_QUEUE" if self._alone else "this worker's share of RIDE_MAX_QUEUE"
+        limit = "RIDE_MAX_QUEUE" if self.metrics.workers == 1 else "this worker's share of RIDE_MAX_QUEUE"
         return ServiceError(
             "overloaded",
             f"{error.waiting} images are waiting{kept}, the limit is {self.settings.max_queue} ({limit})"
@@ -331,14 +338,14 @@ class Classifier:
 
     async def _open(self) -> bool:
         """Begin to work off what is queued, here or in the engine's process; whether apart from the event loop."""
-        if self._remote is None:
+        if isinstance(self._batcher, RemoteBatcher):
+            await self._batcher.connect(self._engine_started)
+            threaded = True
+        else:
             cascade, threaded = await asyncio.to_thread(self._prepare)
             self._batcher.start(cascade, threaded=threaded)
             self.engine_watch = EngineWatch(cascade, max(LONGEST_STEP_S, self.settings.timeout_s))
             self._engine_started(self.provider, self.variant)
-        else:
-            await self._remote.connect(self._engine_started)
-            threaded = True
         return threaded
 
     def _engine_started(self, provider: str, variant: str) -> None:

@@ -33,7 +33,7 @@ class Counters:
     Attributes:
         workers: how many of the rows, the first ones, belong to workers.
         engine: the row of the process that they share for the graphs; None where each runs its own.
-        supervisor: the last row, where there are others.
+        supervisor: the last row.
         own: this process's row, a view of float64.
     """
 

@@ -87,55 +87,75 @@ def decode(data: bytes, spec: InputSpec, max_pixels: int, *, scaled: bool = Fals
         raise
     except Exception as error:  # a decoder may stumble over damaged bytes in any way
         raise _unreadable(kind, data, error) from error
+    return _fitted(image, spec)
+
+
+def decode_if_small(data: bytes, spec: InputSpec, max_pixels: int, *, scaled: bool = False) -> NDArray[np.uint8] | None:
+    """
+    As `decode`, where that takes less time than a hand-over to another thread; None where it does not, or may not.
+
+    Of what may be wrong with an image only its size is told; the rest is left to `decode` to say.
+    """
+    if len(data) > SMALL_BYTES:
+        return None
+    if data.startswith(JPEG_START):
+        if has_more(SCANS, data, SMALL_SCANS):
+            return None
+        try:
+            image = _decode_jpeg(data, spec, max_pixels, scaled, most_pixels=SMALL_JPEG)
+        except ServiceError:
+            raise
+        except Exception:
+            return None
+        return None if image is None else _fitted(image, spec)
+    if data.startswith(PNG_START) and data[12:16] == b"IHDR" and len(data) >= PNG_SIZE_AT + PNG_SIZE.size:
+        width, height = PNG_SIZE.unpack_from(data, PNG_SIZE_AT)
+        if width * height <= SMALL_PNG and has_plain_chunks(data):
+            return decode(data, spec, max_pixels)
+    return None
+
+
+def _decode_jpeg(
+    data: bytes, spec: InputSpec, max_pixels: int, scaled: bool, *, most_pixels: float = math.inf
+) -> Image.Image | NDArray[np.uint8] | None:
+    """
+    By libjpeg-turbo itself, three to ten times as fast as by Pillow; None for what is better left to Pillow.
+
+    Args:
+        most_pixels: None for a larger one, too.
+
+    Returns:
+        Pixels where they have the input's size already, else an image in RGBX, as Pillow keeps RGB: it need not copy.
+    """
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:  # damaged; Pillow decides how badly
+        return None
+    _check_size("JPEG", width, height, max_pixels)
+    if colours in PILLOWS_COLOURS or height * width > most_pixels:
+        return None
+    exif = exif_of(data)
+    try:
+        if not exif and (height, width) == (spec.height, spec.width):
+            exact: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
+            return exact
+        by = _scale(height, width, spec) if scaled else 1
+        pixels = simplejpeg.decode_jpeg(
+            data, "RGBX", min_height=math.ceil(height / by), min_width=math.ceil(width / by)
+        )
+    except ValueError:
+        return None
+    image = Image.frombuffer("RGBX", (pixels.shape[1], pixels.shape[0]), pixels, "raw", "RGBX", 0, 1)
+    return _turn(image, orientation_of(exif))
+
+
+def _fitted(image: Image.Image | NDArray[np.uint8], spec: InputSpec) -> NDArray[np.uint8]:
+    """(H, W, 3), of the input's size; pixels have it already."""
     if isinstance(image, np.ndarray):
         return image
     if image.size != (spec.width, spec.height):
         image = fit(image, spec)
     return np.ascontiguousarray(np.asarray(image)[:, :, :3])
-
-
-def is_small(data: bytes) -> bool:
-    """Whether decoding takes less time than a hand-over to another thread. False where unknown."""
-    if len(data) > SMALL_BYTES:
-        return False
-    if data.startswith(JPEG_START):
-        if has_more(SCANS, data, SMALL_SCANS):
-            return False
-        try:
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        except ValueError:
-            return False
-        return bool(height * width <= SMALL_JPEG and colours not in PILLOWS_COLOURS)
-    if data.startswith(PNG_START) and data[12:16] == b"IHDR" and len(data) >= PNG_SIZE_AT + PNG_SIZE.size:
-        width, height = PNG_SIZE.unpack_from(data, PNG_SIZE_AT)
-        return width * height <= SMALL_PNG and has_plain_chunks(data)
-    return False
-
-
-def _decode_jpeg(data: bytes, spec: InputSpec, max_pixels: int, scaled: bool) -> Image.Image | NDArray[np.uint8] | None:
-    """
-    By libjpeg-turbo itself, three to ten times as fast as by Pillow; None for what is better left to Pillow.
-
-    Returns:
-        Pixels where they have the input's size already, else an image in RGBX, as Pillow keeps RGB: it need not copy.
-    """
-    exif = exif_of(data)
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        _check_size("JPEG", width, height, max_pixels)
-        if colours in PILLOWS_COLOURS:
-            return None
-        if not exif and (height, width) == (spec.height, spec.width):
-            pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
-            return pixels
-        by = _scale(height, width, spec) if scaled else 1
-        pixels = simplejpeg.decode_jpeg(
-            data, "RGBX", min_height=math.ceil(height / by), min_width=math.ceil(width / by)
-        )
-    except ValueError:  # damaged; Pillow decides how badly
-        return None
-    image = Image.frombuffer("RGBX", (pixels.shape[1], pixels.shape[0]), pixels, "raw", "RGBX", 0, 1)
-    return _turn(image, orientation_of(exif))
 
 
 def _scale(height: int, width: int, spec: InputSpec) -> int:

@@ -262,6 +262,11 @@ class Metrics:
         own[WAITING] = self._waiting()
         own[BEAT] = time.monotonic()
 
+    @property
+    def workers(self) -> int:
+        """Worker processes that there should be."""
+        return self._counters.workers
+
     def workers_to_come(self) -> int:
         """Workers that have not been ready yet, not even for a moment."""
         counters = self._counters
@@ -312,10 +317,10 @@ class Metrics:
         waiting = sum(counters.column(WAITING)[: counters.workers])
         for name, text, value in (
             ("queue_images", "Images that wait now, those being decoded included.", waiting),
-            ("queue_limit_images", "Images that may wait, at all workers together.", self._limit * counters.workers),
+            ("queue_limit_images", "Images that may wait, at all workers together.", self._limit * self.workers),
             ("ready", "Workers that take work; 0 while the service starts or drains.", self.ready_workers()),
             ("workers", "Worker processes that are alive.", alive),
-            ("workers_configured", "Worker processes that there should be (RIDE_WORKERS).", counters.workers),
+            ("workers_configured", "Worker processes that there should be (RIDE_WORKERS).", self.workers),
         ):
             yield GaugeMetricFamily(f"ride_{name}", text, value=value)
         yield CounterMetricFamily(

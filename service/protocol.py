@@ -60,17 +60,23 @@ class Exchange:
             headers: without `content-length` and `connection`.
         """
         protocol, self.hung_up = self._protocol, None
-        head = [STATUS_LINE[status]]
-        for name, value in (*protocol.server_state.default_headers, *headers):
-            head += (name, b": ", value, b"\r\n")
-        head.append(b"content-length: %d\r\n" % len(content))
-        head.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
         if not self.gone:
-            protocol.transport.write(b"".join((*head, content)))
+            headers = [*protocol.server_state.default_headers, *headers]
+            protocol.transport.write(_response(status, headers, content, keep_alive=self.keep_alive))
         self.response_complete = True
         if not self.keep_alive:
             protocol.transport.close()
         protocol.on_response_complete()
+
+
+def _response(status: int, headers: Headers, content: bytes, *, keep_alive: bool) -> bytes:
+    """Head and body."""
+    head = [STATUS_LINE[status]]
+    for name, value in headers:
+        head += (name, b": ", value, b"\r\n")
+    head.append(b"content-length: %d\r\n" % len(content))
+    head.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
+    return b"".join((*head, content))
 
 
 # Takes a request's query, headers and body; whether it will answer. If not, the application does.
@@ -352,11 +358,9 @@ class GuardedProtocol(HttpToolsProtocol):
         request_id = request_id_of(self.headers if self._phase != "between" else ())
         log(logging.WARNING, "refused", request_id=request_id, code=error.code, message=error.message)
         content = orjson.dumps({"request_id": request_id, "error": error.as_json()})
-        head = [STATUS_LINE[error.status]]
-        for name, value in (*self.server_state.default_headers, *common_headers(request_id, "")):
-            head += (name, b": ", value, b"\r\n")
-        head.append(b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(content))
-        self.transport.write(b"".join((*head, content)))
+        headers = [*self.server_state.default_headers, *common_headers(request_id, "")]
+        headers.append((b"content-type", b"application/json"))
+        self.transport.write(_response(error.status, headers, content, keep_alive=False))
         if self._answering():  # the application waits for the rest, and is told by the connection's end
             self.transport.close()
         else:

@@ -12,11 +12,11 @@ from functools import partial
 from typing import Any, Final
 
 from model_export.bundle import InputSpec
-from service.batcher import MAX_RETRY_S, Batcher, BatcherStoppedError
 from service.cascade import Job, NotFiniteError, Outcome
 from service.engine import EngineError
 from service.errors import ServiceError
 from service.logs import log
+from service.places import MAX_RETRY_S, BatcherStoppedError, Places
 from service.settings import PREFIX, SettingsError
 from service.slots import Slots
 from service.sockets import BACKLOG
@@ -31,9 +31,9 @@ class RemoteError(Exception):
     """What failed in the engine's process; the log of that process has its stack trace."""
 
 
-class RemoteBatcher(Batcher[Job, Outcome]):
+class RemoteBatcher(Places[Job, Outcome]):
     """
-    The queue of one front, whose work is done by the engine's process, together with that of other fronts.
+    The places of one front, whose work is done by the engine's process, together with that of other fronts.
 
     Pixels go into a slot, whose number and the job's parameters into a message. As many images as the engine may just
     be working on do not count as waiting; beyond them there is a slot for every place.
@@ -52,11 +52,12 @@ class RemoteBatcher(Batcher[Job, Outcome]):
             slots: at least as many for each front.
             address: of the Unix socket on which the engine's process listens.
         """
-        super().__init__(max_queue=max_queue)
+        super().__init__(max_queue)
         self._slots = slots
         self._address = address
         self._working = slots.per_front - max_queue  # images that the engine may be working on
         self.front = 0
+        self._loop: asyncio.AbstractEventLoop
         self._free = list(range(slots.per_front))[::-1]  # the lowest first: the others may never need memory
         self._pending: dict[int, tuple[asyncio.Future[Outcome], float]] = {}  # by slot; since when
         self._image_s = 0.0  # from submission to answer

@@ -13,7 +13,6 @@ from urllib.parse import parse_qsl
 import orjson
 from starlette.types import Receive, Scope, Send
 
-from service.batcher import BatcherStoppedError
 from service.cascade import Job, NotFiniteError, Outcome
 from service.classifier import Choice, ClassifiedImage, Classifier, not_finite
 from service.errors import STATUS, ClientGoneError, ServiceError
@@ -21,6 +20,7 @@ from service.headers import Headers, common_headers, request_id_of
 from service.logs import log
 from service.metrics import CLIENT_GONE, image_macs
 from service.operating_point import MODES, Mode
+from service.places import BatcherStoppedError
 from service.protocol import LINGER_S, Exchange
 from service.uploads import Body, MemoryLease, Upload, read_uploads, uploads_in
 from service.watch import Watch

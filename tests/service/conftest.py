@@ -21,6 +21,7 @@ from service.app import create_app
 from service.classifier import Classifier
 from service.engine import open_engine
 from service.settings import Settings
+from tests.tiny import TinyModel, write_bundle
 
 PATIENCE_S = 60  # after which a test gives up on what should happen at once
 
@@ -46,6 +47,12 @@ def _heed_hangups():
 def anyio_backend():
     """Asynchronous tests run on asyncio, as the service does."""
     return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def slow_bundle(tmp_path_factory):
+    """The tiny bundle; a SLOW_COLOUR image keeps it busy for about a second."""
+    return write_bundle(tmp_path_factory.mktemp("bundles") / "slow", TinyModel(), slow_turns=300_000)
 
 
 def encode(image, kind="PNG", **options):

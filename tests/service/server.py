@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 
 from tests.service.conftest import PATIENCE_S, encode
-from tests.tiny import SLOW_COLOUR, TinyModel, noise, plain, write_bundle
+from tests.tiny import SLOW_COLOUR, noise, plain
 
 IMAGE, SLOW = encode(noise(1)[0]), encode(plain(SLOW_COLOUR))
 # Development mode tells of what is never closed or never awaited.
@@ -145,11 +145,6 @@ def wait(condition):
             return found
         time.sleep(0.01)
     raise TimeoutError(f"not within {PATIENCE_S} s")
-
-
-def write_slow_bundle(directory):
-    """The tiny bundle; a SLOW_COLOUR image keeps it busy for about a second."""
-    return write_bundle(directory, TinyModel(), slow_turns=300_000)
 
 
 @contextmanager

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.batcher import Batcher, BatcherStoppedError, QueueFullError
+from service.batcher import Batcher
 from service.cascade import best_classes
 from service.classifier import DECODING_S, Choice
 from service.engine import DeviceEngine, open_engine
+from service.places import BatcherStoppedError, QueueFullError
 from service.schedule import Schedule
 from service.uploads import Upload
 from tests.service.conftest import PATIENCE_S, encode, start, until
@@ -527,7 +528,7 @@ def test_kept_places_are_for_whoever_asks_for_as_many():
 def test_places_are_kept_for_a_while_only(monkeypatch):
     """Until a second after the large request was told to come again: it may stay away."""
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr("service.batcher.time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr("service.places.time", SimpleNamespace(monotonic=lambda: clock.now))
     batcher = Batcher(max_queue=8)
     batcher.reserve(6)
     with pytest.raises(QueueFullError) as refusal:
@@ -619,7 +620,7 @@ async def test_nothing_is_kept_of_an_item_that_was_given_up():
 async def test_many_images_of_a_request_are_not_decoded_in_one_go(service, monkeypatch):
     """After a few milliseconds the event loop looks at others; but not after every image, so that batches form."""
     classifier, turn, turns = service.classifier, 0, []
-    decode = classifier._decode
+    decode = classifier._decode_if_small
 
     def slowly(data):
         turns.append(turn)
@@ -631,7 +632,7 @@ async def test_many_images_of_a_request_are_not_decoded_in_one_go(service, monke
             turn += 1
             await asyncio.sleep(0)
 
-    monkeypatch.setattr(classifier, "_decode", slowly)
+    monkeypatch.setattr(classifier, "_decode_if_small", slowly)
     counting = asyncio.create_task(count())
     choice = Choice(classifier.operation.thresholds, 3, 0.0, 1)
     outcomes = await classifier.classify([Upload(None, FILES[0])] * 8, choice)

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 import training.data.images
 from model_export.bundle import InputSpec
 from service.errors import ServiceError
-from service.images import STRIP_PIXELS, decode, fit, is_small, to_rgb
+from service.images import STRIP_PIXELS, decode, decode_if_small, fit, to_rgb
 from tests.service.conftest import encode
 from tests.tiny import SIZE, noise
 
@@ -300,6 +300,23 @@ def test_a_scaled_photograph_is_nearly_the_same_and_upright(orientation):
     small = photograph(SIZE * 13, SIZE * 20)
     for spec in (SPEC, dataclasses.replace(SPEC, height=SIZE // 4)):  # the longer side of the input counts
         np.testing.assert_array_equal(decode(small, spec, 10**6), decode(small, spec, 10**6, scaled=True))
+
+
+def is_small(data):
+    """Whether it is decoded at once; then as elsewhere."""
+    pixels = decode_if_small(data, SPEC, 1_000_000, scaled=True)
+    if pixels is None:
+        return False
+    np.testing.assert_array_equal(pixels, decode(data, SPEC, 1_000_000, scaled=True))
+    return True
+
+
+def test_of_a_small_image_only_its_size_is_refused_at_once():
+    """What else is wrong is said by whoever decodes it in a thread."""
+    data = encode(PIXELS, "JPEG")
+    assert not is_small(data[: len(data) // 2])
+    with pytest.raises(ServiceError, match="JPEG of 8x8 has 64 pixels, the limit is 63"):
+        decode_if_small(data, SPEC, 63)
 
 
 def test_what_takes_long_to_decode_is_not_small():

@@ -16,11 +16,11 @@ import pytest
 import uvloop
 
 from model_export.bundle import InputSpec
-from service.batcher import BatcherStoppedError, QueueFullError
 from service.cascade import Job, NotFiniteError, Outcome
 from service.engine import EngineError
 from service.engine_process import EngineProcess
 from service.errors import ServiceError
+from service.places import BatcherStoppedError, QueueFullError
 from service.remote import RemoteError, open_link
 from service.wire import Connection, Packer, pack
 from tests.service.conftest import encode, until
@@ -34,7 +34,6 @@ from tests.service.server import (
     request_for,
     servers,
     wait,
-    write_slow_bundle,
 )
 from tests.tiny import FAILING_COLOUR, NAN_COLOUR, TinyModel, noise, plain
 
@@ -424,12 +423,6 @@ async def test_the_engine_stays_until_the_last_front_has_left():
     assert linked.engine.state == "stopped"
     assert linked.engine.beats >= 1
     linked.link.listening.close()
-
-
-@pytest.fixture(scope="module")
-def slow_bundle(tmp_path_factory):
-    """A bundle with slow images, for all of these tests."""
-    return write_slow_bundle(tmp_path_factory.mktemp("bundles") / "slow")
 
 
 @pytest.fixture

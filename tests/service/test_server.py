@@ -24,13 +24,7 @@ from service.server import DrainingServer
 from service.settings import Settings
 from service.supervisor import START_FAILED
 from tests.service.conftest import PATIENCE_S
-from tests.service.server import COMMAND, IMAGE, SLOW, USUAL, request_for, servers, wait, write_slow_bundle
-
-
-@pytest.fixture(scope="module")
-def slow_bundle(tmp_path_factory):
-    """A bundle with slow images, for all of these tests."""
-    return write_slow_bundle(tmp_path_factory.mktemp("bundles") / "slow")
+from tests.service.server import COMMAND, IMAGE, SLOW, USUAL, request_for, servers, wait
 
 
 @pytest.fixture
@@ -135,7 +129,7 @@ def read_all(connection):
     return b"".join(pieces)
 
 
-@pytest.mark.parametrize("processes", [["--workers", "1"], ["--workers", "2"], ["--shared-engine", "on"]])
+@pytest.mark.parametrize("processes", [["--workers", "2"], ["--shared-engine", "on"]])
 def test_a_service_that_still_warms_up_ends_at_once(processes):
     """However long that would take: nothing was accepted, so that nothing is lost, and the exit code is 0."""
     command = [*COMMAND, "--port", "0", "--max-batch", "4096", *processes]  # takes a minute and more
@@ -353,7 +347,7 @@ def test_a_port_in_use_is_exit_code_1(tiny_bundle, monkeypatch):
     assert f"('127.0.0.1', {port})" in error["reason"]
 
 
-@pytest.mark.parametrize("processes", [["--workers", "1"], ["--workers", "2"], ["--shared-engine", "on"]])
+@pytest.mark.parametrize("processes", [["--workers", "2"], ["--shared-engine", "on"]])
 def test_graphs_that_cannot_be_opened_are_exit_code_1(make_bundle, processes):
     """The manifest is in order, the graph is not: it stops by itself, with the reason in the log."""
     path = make_bundle()
@@ -386,7 +380,7 @@ def test_as_many_connections_are_let_in_as_the_system_allows(serve):
         for _ in range(100):
             connections.enter_context(server.connect())
         assert server.post().status_code == 200
-        assert server.metric("process_max_fds") == hard
+        assert server.metric("process_max_fds") == 2 * hard  # of supervisor and worker
 
 
 LARGE_BODIES = """
@@ -416,12 +410,9 @@ def test_the_memory_of_large_bodies_goes_back_to_the_system():
     assert after - before < 10 << 20
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_log_that_nobody_reads_stops_neither_service_nor_signals(tiny_bundle, workers):
+def test_a_log_that_nobody_reads_stops_neither_service_nor_signals(tiny_bundle):
     """Lines are lost instead, and counted once there is room again."""
-    process = subprocess.Popen(
-        [*COMMAND, *USUAL, "--bundle", str(tiny_bundle), "--workers", workers], stderr=subprocess.PIPE
-    )
+    process = subprocess.Popen([*COMMAND, *USUAL, "--bundle", str(tiny_bundle)], stderr=subprocess.PIPE)
     try:
         lines = (json.loads(process.stderr.readline()) for _ in range(99))
         url = next(line["url"] for line in lines if line["event"] == "listening")
@@ -442,13 +433,12 @@ def test_a_log_that_nobody_reads_stops_neither_service_nor_signals(tiny_bundle, 
         process.stderr.close()
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize("closed", ["<&- >&-", ">&- 2>&-", "<&- 2>&-", "<&- >&- 2>&-"])
-def test_it_runs_and_ends_without_standard_streams(tiny_bundle, workers, closed):
+def test_it_runs_and_ends_without_standard_streams(tiny_bundle, closed):
     """As some daemons start theirs."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    command = [*COMMAND, "--bundle", str(tiny_bundle), "--port", str(port), "--workers", workers]
+    command = [*COMMAND, "--bundle", str(tiny_bundle), "--port", str(port)]
     process = subprocess.Popen(["sh", "-c", f'exec "$@" {closed}', "sh", *command])
     try:
         wait(lambda: is_ready(port))

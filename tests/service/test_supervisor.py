@@ -24,13 +24,7 @@ from service.metrics import shared_counters
 from service.server import DrainingServer
 from service.settings import Settings
 from tests.service.conftest import PATIENCE_S, until
-from tests.service.server import COMMAND, SLOW, PersistentClient, alive, ask, hammer, servers, wait, write_slow_bundle
-
-
-@pytest.fixture(scope="module")
-def slow_bundle(tmp_path_factory):
-    """A bundle with slow images, for all of these tests."""
-    return write_slow_bundle(tmp_path_factory.mktemp("bundles") / "slow")
+from tests.service.server import COMMAND, SLOW, PersistentClient, alive, ask, hammer, servers, wait
 
 
 @pytest.fixture
@@ -187,10 +181,10 @@ def test_a_worker_that_still_drains_gets_the_connections_of_those_that_have_ende
     assert server.process.wait(PATIENCE_S) == 0
 
 
-@pytest.mark.parametrize(("sig", "workers"), [(signal.SIGINT, 3), (signal.SIGHUP, 3), (signal.SIGHUP, 1)])
-def test_what_a_terminal_says_counts_once(serve, sig, workers):
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGHUP])
+def test_what_a_terminal_says_counts_once(serve, sig):
     """Ctrl-C, or that it was closed, reaches every process of the group; what was accepted is answered, exit code 0."""
-    server = serve("--timeout-s", "60", "--drain-s", "60", workers=workers)
+    server = serve("--timeout-s", "60", "--drain-s", "60")
     with ThreadPoolExecutor(1) as clients:
         accepted = clients.submit(server.post, SLOW)
         wait(lambda: server.metric('ride_stage_seconds_count{stage="decode"}') == 1)
@@ -199,10 +193,9 @@ def test_what_a_terminal_says_counts_once(serve, sig, workers):
         assert accepted.result().status_code == 200
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_second_sigterm_changes_nothing(serve, workers):
+def test_a_second_sigterm_changes_nothing(serve):
     """Only a second Ctrl-C is impatient: what was accepted is answered, exit code 0."""
-    server = serve("--timeout-s", "60", "--drain-s", "60", workers=workers)
+    server = serve("--timeout-s", "60", "--drain-s", "60")
     with ThreadPoolExecutor(1) as clients:
         accepted = clients.submit(server.post, SLOW)
         wait(lambda: server.metric('ride_stage_seconds_count{stage="decode"}') == 1)
