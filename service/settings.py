@@ -102,8 +102,8 @@ class Settings(BaseSettings):
         None,
         ge=1,
         le=4096,
-        description="Images that run together at most. Without it, 16 on the CPU, where more gain nothing, and 64 "
-        "on a GPU, where a larger batch answers more images per second and makes each wait for the whole of it.",
+        description="Images that run together at most. Without it, 16 on the CPU and 24 in int8, where more gain "
+        "nothing; 64 on a GPU, where a larger batch answers more images per second and makes each wait for all of it.",
     )
     merge: Literal["auto", "on", "off"] = Field(
         "auto",

@@ -8,7 +8,8 @@ from model_export.bundle import read_bundle
 from service import shares
 from service.engine import EngineError, OnnxEngine, open_engine
 from service.profile import main
-from service.warm_up import measure_profile
+from service.settings import Settings
+from service.warm_up import measure_profile, warm_up
 from tests.service.conftest import WatchedEngine
 
 pytestmark = pytest.mark.usefixtures("_logging_restored")
@@ -41,6 +42,18 @@ def test_the_warm_up_spares_requests_what_is_slow_at_first(tiny_bundle):
 
     assert ("expert_1", 3) in engine.runs
     assert profile.longest_step(6) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("precision", "given", "largest"), [("fp32", None, 16), ("int8", None, 24), ("int8", 5, 5), ("fp32", 40, 40)]
+)
+def test_batches_are_as_large_as_the_precision_gains_by(make_bundle, precision, given, largest):
+    """Unless a size is given."""
+    bundle = read_bundle(make_bundle(losses={"fp32": 0.0, "int8": 0.0}))
+    engine = open_engine(bundle, precision, provider="cpu", threads=1)
+    warm = warm_up(engine, bundle.manifest, Settings(max_batch=given), "router")
+
+    assert warm.max_batch == max(warm.profile.measured["trunk"]) == largest
 
 
 def test_the_warm_up_joins_survivors_of_two_batches(tiny_bundle):
