@@ -94,7 +94,7 @@ def decode_if_small(data: bytes, spec: InputSpec, max_pixels: int, *, scaled: bo
     """
     As `decode`, where that takes less time than a hand-over to another thread; None where it does not, or may not.
 
-    Of what may be wrong with an image only its size is told; the rest is left to `decode` to say.
+    None for a damaged JPEG, too: `decode` says what is wrong with it.
     """
     if len(data) > SMALL_BYTES:
         return None

@@ -311,7 +311,7 @@ def is_small(data):
     return True
 
 
-def test_of_a_small_image_only_its_size_is_refused_at_once():
+def test_of_a_small_jpeg_only_its_size_is_refused_at_once():
     """What else is wrong is said by whoever decodes it in a thread."""
     data = encode(PIXELS, "JPEG")
     assert not is_small(data[: len(data) // 2])
