@@ -105,7 +105,7 @@ def test_one_image_that_comes_through_shows_that_an_engine_is_not_broken(serve):
     "options", [["--workers", "1"], ["--workers", "2"], ["--workers", "2", "--shared-engine", "on"]]
 )
 def test_a_worker_or_engine_that_is_broken_is_replaced(serve, options):
-    """The others serve on meanwhile, or find the new engine; whoever comes to a lone worker waits for its successor."""
+    """The others serve on meanwhile, or find the new engine; a lone worker's successor answers those who waited."""
     server = serve(*options)
     wait(lambda: fail(server) or any(line["event"] == "engine_broken" for line in server.log()))
     assert re.match("the engine failed [0-9]+ times in a row; only another", server.wait_for("engine_broken")["reason"])
