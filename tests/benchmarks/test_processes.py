@@ -3,11 +3,10 @@
 import subprocess
 import sys
 
+import psutil
 import pytest
 
-psutil = pytest.importorskip("psutil", reason="pip install -e '.[bench]'")
-
-from benchmarks.processes import Server, StartError, free_port  # noqa: E402  it needs psutil
+from benchmarks.processes import Server, StartError, free_port
 
 FAMILY = """
 import signal, subprocess, sys, time
