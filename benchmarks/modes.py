@@ -90,7 +90,12 @@ def measure(
     jpegs = make_images(SMALL, seed=seed).jpegs
     with ride_serve(bundle) as ours:
         with urllib.request.urlopen(f"{ours.url}/model", timeout=5) as answer:
-            splits = [one["split"] for one in json.load(answer)["classes"]]
+            model = json.load(answer)
+        splits = [one["split"] for one in model["classes"]]
+        if labels.max() >= len(splits):
+            raise SystemExit(
+                f"{bundle} has {len(splits)} classes, the images have {labels.max() + 1}; name another bundle"
+            )
         targets = {mode: ours.target(f"?mode={mode}") for mode in MODES}
         answers = {mode: asdict(judge(target, images, labels, splits)) for mode, target in targets.items()}
         loads: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
@@ -100,8 +105,8 @@ def measure(
                 requests = raw_requests(targets[mode], jpegs)
                 result = closed_loop(targets[mode], requests, connections=CLIENTS, seconds=seconds)
                 loads[mode].append(asdict(result))
-        served = {"variant": ours.variant, "provider": ours.provider}
-    return {"answers": answers, "loads": loads, "served": served}
+        served = {name: model[name] for name in ("name", "version", "variant", "provider", "thresholds", "modes")}
+    return {"answers": answers, "images": len(images), "loads": loads, "served": served}
 
 
 def table(document: dict[str, Any]) -> str:

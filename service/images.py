@@ -95,18 +95,16 @@ def decode_if_small(data: bytes, spec: InputSpec, max_pixels: int, *, scaled: bo
     As `decode`, where that takes less time than a hand-over to another thread; None where it does not, or may not.
 
     None for a damaged JPEG, too: `decode` says what is wrong with it.
+
+    Raises:
+        ServiceError: as `decode`.
     """
     if len(data) > SMALL_BYTES:
         return None
     if data.startswith(JPEG_START):
         if has_more(SCANS, data, SMALL_SCANS):
             return None
-        try:
-            image = _decode_jpeg(data, spec, max_pixels, scaled, most_pixels=SMALL_JPEG)
-        except ServiceError:
-            raise
-        except Exception:
-            return None
+        image = _decode_jpeg(data, spec, max_pixels, scaled, most_pixels=SMALL_JPEG)
         return None if image is None else _fitted(image, spec)
     if data.startswith(PNG_START) and data[12:16] == b"IHDR" and len(data) >= PNG_SIZE_AT + PNG_SIZE.size:
         width, height = PNG_SIZE.unpack_from(data, PNG_SIZE_AT)
